@@ -1,0 +1,111 @@
+"""Where random numbers come from.
+
+In training, what is drawn for an image depends only on the seed and on the image's position in the run. So the numbers
+of one step are drawn for the whole batch, from a generator keyed by (seed, step), and every process and every round of
+gradient accumulation takes its own slice: world size, accumulation and resumption change nothing.
+
+Losses and augmentation ask a `RandomSource`. Called without one they use `DefaultSource`: torch's default generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class RandomSource(Protocol):
+    """Draws tensors of the given shape; axis `batch_dim` counts images."""
+
+    def randn(self, *shape: int, batch_dim: int = 0) -> Tensor: ...
+    def rand(self, *shape: int, batch_dim: int = 0) -> Tensor: ...
+    def randint(self, high: int, *shape: int, batch_dim: int = 0) -> Tensor: ...
+
+
+class DefaultSource:
+    """torch's default generator of `device`, one draw after another: EDM's order of consumption."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+
+    def randn(self, *shape: int, batch_dim: int = 0) -> Tensor:
+        """Standard normal, float32."""
+        return torch.randn(shape, device=self.device)
+
+    def rand(self, *shape: int, batch_dim: int = 0) -> Tensor:
+        """Uniform in [0, 1), float32."""
+        return torch.rand(shape, device=self.device)
+
+    def randint(self, high: int, *shape: int, batch_dim: int = 0) -> Tensor:
+        """Whole numbers in [0, high), int64."""
+        return torch.randint(high, shape, device=self.device)
+
+
+class StepDraws:
+    """The random numbers of one training step, drawn for the whole batch at the first request and then sliced.
+
+    Every slice must ask for the same things in the same order (they run the same code), which is checked.
+    """
+
+    def __init__(self, seed: int, step: int, batch_size: int, device: torch.device | str) -> None:
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(key(seed, step, "draws"))
+        self.drawn: list[tuple[str, tuple[int, ...], Tensor]] = []
+
+    def part(self, start: int, stop: int) -> BatchPart:
+        """The source for images start ... stop - 1 of the batch."""
+        if not 0 <= start <= stop <= self.batch_size:
+            raise ValueError(f"images {start} to {stop} of a batch of {self.batch_size}")
+        return BatchPart(self, start, stop)
+
+    def get(self, index: int, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+        """Draw number `index` of the step, of the whole batch's shape."""
+        if index == len(self.drawn):
+            self.drawn.append((f"{kind}{high}", shape, self._draw(kind, shape, high)))
+        known_kind, known_shape, values = self.drawn[index]
+        if (known_kind, known_shape) != (f"{kind}{high}", shape):
+            raise RuntimeError(f"draw {index} was {known_kind}{known_shape}, now {kind}{high}{shape} is asked for")
+        return values
+
+    def _draw(self, kind: str, shape: tuple[int, ...], high: int) -> Tensor:
+        if kind == "randn":
+            return torch.randn(shape, generator=self.generator, device=self.device)
+        if kind == "rand":
+            return torch.rand(shape, generator=self.generator, device=self.device)
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+
+class BatchPart:
+    """A RandomSource for consecutive images of a batch, see StepDraws."""
+
+    def __init__(self, draws: StepDraws, start: int, stop: int) -> None:
+        self.draws, self.start, self.stop, self.count = draws, start, stop, 0
+
+    def randn(self, *shape: int, batch_dim: int = 0) -> Tensor:
+        """Standard normal, float32."""
+        return self._slice("randn", shape, batch_dim)
+
+    def rand(self, *shape: int, batch_dim: int = 0) -> Tensor:
+        """Uniform in [0, 1), float32."""
+        return self._slice("rand", shape, batch_dim)
+
+    def randint(self, high: int, *shape: int, batch_dim: int = 0) -> Tensor:
+        """Whole numbers in [0, high), int64."""
+        return self._slice("randint", shape, batch_dim, high)
+
+    def _slice(self, kind: str, shape: tuple[int, ...], batch_dim: int, high: int = 0) -> Tensor:
+        if shape[batch_dim] != self.stop - self.start:
+            raise ValueError(f"axis {batch_dim} of {shape} does not count the {self.stop - self.start} images")
+        whole = (*shape[:batch_dim], self.draws.batch_size, *shape[batch_dim + 1 :])
+        values = self.draws.get(self.count, kind, whole, high)
+        self.count += 1
+        return values.narrow(batch_dim, self.start, self.stop - self.start)
+
+
+def key(seed: int, step: int, purpose: str, rank: int = 0) -> int:
+    """A 63-bit seed for one purpose at one step. Hashed: neighbouring seeds and steps share nothing."""
+    digest = hashlib.sha256(f"{purpose}/{seed}/{step}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

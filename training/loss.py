@@ -1,0 +1,206 @@
+"""Training losses. Each maps (net, clean images) to a loss for every pixel, which the training loop sums.
+
+The constructor arguments of VPLoss, VELoss and EDMLoss are EDM's. All losses share one calling convention:
+
+    loss(net, images, labels=None, augment_pipe=None, draws=None) -> float32 [N, C, H, W]
+
+images in [-1, 1], labels one-hot [N, label_dim] or None. Random numbers come from `draws` (training.draws), or from
+torch's default generator in EDM's order: noise level or interval, augmentation, noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .draws import DefaultSource, RandomSource
+from .grids import NoiseGrid
+from .solvers import jump_target, teacher_landing
+
+AugmentPipe = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _augment(net: Any, images: Tensor, pipe: AugmentPipe | None, draws: RandomSource) -> tuple[Tensor, Tensor | None]:
+    """Augmented images and their labels. Without a pipe, a network that expects labels gets zeros: the same function
+    as none at all, and the weights that read them stay part of the graph."""
+    if pipe is not None:
+        return pipe(images, draws)
+    reader = getattr(getattr(net, "model", None), "map_augment", None)
+    return images, images.new_zeros([len(images), reader.weight.shape[1]]) if reader is not None else None
+
+
+def _call(net: Any, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    extra = {} if augment_labels is None else {"augment_labels": augment_labels}
+    denoised: Tensor = net(x, sigma, labels, **extra)
+    return denoised
+
+
+class _DenoisingLoss(ABC):
+    """weight(sigma) * (D(y + sigma n; sigma) - y)^2 with a noise level of the subclass's own distribution."""
+
+    @abstractmethod
+    def noise_level(self, draws: RandomSource, count: int) -> Tensor:
+        """Noise levels [count, 1, 1, 1]."""
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """Weight of each noise level, like `sigma`."""
+        return 1 / sigma**2
+
+    def __call__(
+        self,
+        net: Any,
+        images: Tensor,
+        labels: Tensor | None = None,
+        augment_pipe: AugmentPipe | None = None,
+        draws: RandomSource | None = None,
+    ) -> Tensor:
+        draws = draws or DefaultSource(images.device)
+        sigma = self.noise_level(draws, len(images))
+        clean, augment_labels = _augment(net, images, augment_pipe, draws)
+        noisy = clean + sigma * draws.randn(*clean.shape)
+        return self.weight(sigma) * (_call(net, noisy, sigma, labels, augment_labels) - clean) ** 2
+
+
+class VPLoss(_DenoisingLoss):
+    """Variance-preserving training of Song et al. 2021, in EDM's variables (Karras et al. 2022, Table 1, column VP)."""
+
+    def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5) -> None:
+        self.beta_d, self.beta_min, self.epsilon_t = beta_d, beta_min, epsilon_t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level at time t in [0, 1]: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
+        return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
+
+    def noise_level(self, draws: RandomSource, count: int) -> Tensor:
+        return self.sigma(1 + draws.rand(count, 1, 1, 1) * (self.epsilon_t - 1))
+
+
+class VELoss(_DenoisingLoss):
+    """Variance-exploding training of Song et al. 2021 (Table 1, column VE): ln sigma uniform."""
+
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100) -> None:
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def noise_level(self, draws: RandomSource, count: int) -> Tensor:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** draws.rand(count, 1, 1, 1)
+
+
+class EDMLoss(_DenoisingLoss):
+    """Karras et al. 2022, Table 1, last column: ln sigma ~ N(P_mean, P_std^2), weight 1 / c_out(sigma)^2."""
+
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5) -> None:
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+
+    def noise_level(self, draws: RandomSource, count: int) -> Tensor:
+        return (draws.randn(count, 1, 1, 1) * self.P_std + self.P_mean).exp()
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return edm_weight(sigma, self.sigma_data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progressive distillation
+
+
+def edm_weight(t: Tensor, sigma_data: float | None) -> Tensor:
+    """1 / c_out^2: (t^2 + sigma_data^2) / (t sigma_data)^2 under EDM preconditioning, 1 / t^2 under VP, VE and iDDPM
+    (sigma_data None). Equals an unweighted loss in the network's own output space."""
+    return 1 / t**2 if sigma_data is None else (t**2 + sigma_data**2) / (t * sigma_data) ** 2
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float | None], Tensor]] = {
+    "edm": lambda t, s, sigma_data: edm_weight(t, sigma_data),
+    "snr-trunc": lambda t, s, sigma_data: (1 / t**2).clamp(min=1),
+    "snr+1": lambda t, s, sigma_data: 1 / t**2 + 1,
+    "jump": lambda t, s, sigma_data: edm_weight(t, sigma_data) * (1 - s / t) ** 2,
+}
+"""lambda(t, s, sigma_data): how much an error in the student's answer counts on the jump from t to s.
+
+edm        1 / c_out^2 of the network's own preconditioning
+snr-trunc  max(1 / t^2, 1): truncated SNR of Salimans & Ho 2022
+snr+1      1 / t^2 + 1: SNR + 1 of Salimans & Ho 2022
+jump       edm times (1 - s/t)^2: counts the error where the jump lands rather than in the denoiser's output
+"""
+
+
+@dataclass
+class Jump:
+    """A batch of jumps that a student is to learn. All noise levels are [N, 1, 1, 1], everything float64."""
+
+    interval: Tensor  # [N] int64: which of the student's steps
+    x: Tensor  # noisy images at t
+    t: Tensor
+    s: Tensor
+    target: Tensor  # the denoiser output that makes the jump land where the teacher does
+    augment_labels: Tensor | None
+
+
+class EDMDistillationLoss:
+    """One stage of progressive distillation (Salimans & Ho 2022, Alg. 2, in EDM's variables).
+
+    teacher    network in eval mode without gradients; it is no part of what is trained or stored
+    grid       the teacher's noise grid, N steps from sigma_max to 0
+    ratio      teacher steps per student step K; the student's grid is every K-th level, the last one 0
+    solver     'heun' for an undistilled teacher, 'euler' for a student
+    weighting  a name in WEIGHTINGS
+    """
+
+    def __init__(
+        self, teacher: Any, grid: NoiseGrid, ratio: int = 2, solver: str = "heun", weighting: str = "edm"
+    ) -> None:
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown weighting {weighting!r}; there are {', '.join(WEIGHTINGS)}")
+        if solver not in ("heun", "euler"):
+            raise ValueError(f"unknown solver {solver!r}; there are heun and euler")
+        self.teacher, self.grid, self.ratio, self.solver, self.weighting = teacher, grid, ratio, solver, weighting
+        self.student_grid = grid.every(ratio)
+        self._levels: Tensor | None = None
+
+    def levels(self, interval: Tensor) -> Tensor:
+        """The teacher's levels g_Ki ... g_K(i+1) within student step i: float64 [K + 1, N, 1, 1, 1]."""
+        if self._levels is None or self._levels.device != interval.device:
+            self._levels = torch.tensor(self.grid.levels, dtype=torch.float64, device=interval.device)
+        offsets = torch.arange(self.ratio + 1, device=interval.device)
+        return self._levels[offsets[:, None] + interval[None] * self.ratio].reshape(self.ratio + 1, -1, 1, 1, 1)
+
+    @torch.no_grad()
+    def jumps(
+        self,
+        clean: Tensor,
+        interval: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Jump:
+        """Where the teacher goes: noises `clean` to the start of each image's interval, runs the teacher over its K
+        sub-steps, and asks for the denoiser output that gets there in one jump. float64 throughout, because an error
+        in the landing grows by t / (t - s) in the target; the network itself sees what its own precision sees."""
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return _call(self.teacher, x, sigma.flatten(), labels, augment_labels).to(torch.float64)
+
+        levels = self.levels(interval)
+        x = clean.to(torch.float64) + levels[0] * noise.to(torch.float64)
+        landing = teacher_landing(denoise, x, levels, self.solver)
+        return Jump(interval, x, levels[0], levels[-1], jump_target(x, landing, levels[0], levels[-1]), augment_labels)
+
+    def __call__(
+        self,
+        net: Any,
+        images: Tensor,
+        labels: Tensor | None = None,
+        augment_pipe: AugmentPipe | None = None,
+        draws: RandomSource | None = None,
+    ) -> Tensor:
+        draws = draws or DefaultSource(images.device)
+        interval = draws.randint(self.student_grid.steps, len(images))
+        clean, augment_labels = _augment(net, images, augment_pipe, draws)
+        jump = self.jumps(clean, interval, draws.randn(*clean.shape), labels, augment_labels)
+        answer = _call(net, jump.x, jump.t.flatten(), labels, augment_labels)
+        weight = WEIGHTINGS[self.weighting](jump.t, jump.s, getattr(net, "sigma_data", None))
+        return weight.to(answer.dtype) * (answer - jump.target.to(answer.dtype)) ** 2
