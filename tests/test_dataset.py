@@ -1,0 +1,362 @@
+"""Reading data sets: EDM's facts, every kind of image, threads and processes, and what is wrong with users' files."""
+
+import io
+import json
+import multiprocessing
+import pickle
+import random
+import shutil
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import GOLDEN
+from PIL import Image
+
+from dnnlib.cli import UserError
+from training import dataset
+from training.dataset import ImageFolderDataset, PackedFiles, dataset_options, decode_image, image_formats
+
+FACTS = json.loads((GOLDEN / "dataset_facts.json").read_text())
+WITH_FILE = [tag for tag, fact in FACTS.items() if (GOLDEN / fact["file"]).exists() and "error" not in fact]
+with np.load(GOLDEN / "dataset.npz") as _data:
+    NUMBERS = dict(_data)
+
+
+def noise(seed: int = 0, size: int = 8, channels: int = 3) -> np.ndarray:
+    """uint8 [H, W, C], or [H, W] for grey."""
+    shape = (size, size, channels) if channels > 1 else (size, size)
+    return np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
+
+
+def encode(pixels: np.ndarray | Image.Image, kind: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(file, format=kind, **options)
+    return file.getvalue()
+
+
+def make_zip(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> str:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return str(path)
+
+
+def labelled(path: Path, labels: object, count: int = 3) -> str:
+    """A set of a.png, b.png, ... whose dataset.json has these labels."""
+    files = {f"{chr(97 + i)}.png": encode(noise(i)) for i in range(count)}
+    return make_zip(path / "set.zip", {**files, "dataset.json": json.dumps({"labels": labels}).encode()})
+
+
+# --- EDM's facts
+
+
+@pytest.mark.parametrize("tag", [*WITH_FILE, "directory"])
+def test_golden(tag, tmp_path):
+    fact = FACTS[tag]
+    path = GOLDEN / fact["file"]
+    if tag == "directory":
+        path = tmp_path / fact["file"]
+        with zipfile.ZipFile(GOLDEN / "ds_int.zip") as archive:
+            archive.extractall(path)
+    data = ImageFolderDataset(str(path), **fact["kwargs"])
+    assert (len(data), data.name, data._image_fnames) == (fact["len"], fact["name"], fact["image_fnames"])
+    for name in ("image_shape", "resolution", "num_channels", "label_shape", "label_dim", "has_labels"):
+        assert getattr(data, name) == fact[name], name
+    assert data.has_onehot_labels == fact["has_onehot"]
+    details = [data.get_details(i) for i in range(len(data))]
+    assert {**details[0], "raw_label": details[0].raw_label.tolist()} == fact["details0"]
+    np.testing.assert_array_equal([d.raw_idx for d in details], NUMBERS[f"{tag}/raw_idx"])
+    np.testing.assert_array_equal([d.xflip for d in details], NUMBERS[f"{tag}/xflip"])
+    images, labels = (np.stack(part) for part in zip(*(data[i] for i in range(len(data))), strict=True))
+    assert images.dtype == np.uint8 and labels.dtype == np.float32
+    np.testing.assert_array_equal(labels, NUMBERS[f"{tag}/labels"])
+    if f"{tag}/images" in NUMBERS:
+        np.testing.assert_array_equal(images, NUMBERS[f"{tag}/images"])
+
+
+def test_another_resolution_is_refused():
+    with pytest.raises(UserError, match="16x16 images, but resolution 32"):
+        ImageFolderDataset(GOLDEN / FACTS["res_bad"]["file"], **FACTS["res_bad"]["kwargs"])
+
+
+def test_items_are_the_callers_own():
+    data = ImageFolderDataset(GOLDEN / "ds_int.zip", use_labels=True, cache=True)
+    image, label = data[0]
+    image[:], label[:] = 0, 9
+    assert data[0][0].any() and data[0][1].max() == 1
+    assert data[-1][0].tolist() == data[len(data) - 1][0].tolist()
+
+
+# --- Kinds of images
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "gif", "tiff", "webp", "ppm", "tga", "jpeg2000"])
+def test_formats(kind):
+    smooth = np.kron(noise(1, 2), np.ones((8, 8, 1), np.uint8))
+    pixels = decode_image(encode(smooth, kind, **({"lossless": True} if kind == "webp" else {})), "x")
+    assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
+    error = np.abs(pixels.astype(int) - smooth)
+    assert error.mean() < 15 if kind == "jpeg" else error.max() == 0
+
+
+def test_colour_modes():
+    rgb, grey = Image.fromarray(noise(2)), Image.fromarray(noise(2, channels=1))
+    rgba = rgb.copy()
+    rgba.putalpha(grey)
+    np.testing.assert_array_equal(decode_image(encode(rgba), "x"), np.array(rgb))
+    grey_alpha = Image.merge("LA", [grey, Image.fromarray(noise(3, channels=1))])
+    np.testing.assert_array_equal(decode_image(encode(grey_alpha), "x")[:, :, 0], np.array(grey))
+    palette = rgb.quantize(256)
+    np.testing.assert_array_equal(decode_image(encode(palette), "x"), np.array(palette.convert("RGB")))
+    cmyk = rgb.convert("CMYK")
+    np.testing.assert_array_equal(decode_image(encode(cmyk, "tiff"), "x"), np.array(cmyk.convert("RGB")))
+    bits = grey.convert("1")
+    np.testing.assert_array_equal(decode_image(encode(bits), "x")[:, :, 0], np.array(bits) * np.uint8(255))
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped():
+    deep = np.array([[0, 128, 129, 257], [514, 30000, 65280, 65535]], dtype=np.uint16)
+    expected = [[0, 0, 1, 1], [2, 117, 254, 255]]
+    for kind in ("png", "tiff"):
+        assert decode_image(encode(Image.fromarray(deep), kind), "x")[:, :, 0].tolist() == expected
+    assert decode_image(encode(Image.fromarray(deep.astype(np.int32)), "tiff"), "x")[:, :, 0].tolist() == expected
+    with pytest.raises(UserError, match="16 bits"):
+        decode_image(encode(Image.fromarray(np.full((2, 2), 70000, np.int32)), "tiff"), "x")
+    with pytest.raises(UserError, match="floating-point"):
+        decode_image(encode(Image.fromarray(np.ones((2, 2), np.float32)), "tiff"), "x")
+
+
+def test_which_files_are_images(tmp_path):
+    endings, formats = image_formats()
+    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".gif"} <= endings
+    assert not {".pdf", ".eps", ".ps", ".txt", ".json", ""} & endings and "EPS" not in formats
+    names = ["a.PNG", "sub/b.png", "__MACOSX/._a.png", "sub/._b.png", "c.pdf", "d.eps", "notes.txt", "png", "sub/"]
+    path = make_zip(tmp_path / "x.zip", {name: b"" if name.endswith("/") else encode(noise()) for name in names})
+    assert PackedFiles(path).image_names() == ["a.PNG", "sub/b.png"]
+
+
+# --- Threads, processes, cache
+
+
+def test_threads_share_one_archive(tmp_path):
+    files = {f"{i:03d}.png": encode(noise(i, 16)) for i in range(60)}
+    data = ImageFolderDataset(make_zip(tmp_path / "x.zip", files, zipfile.ZIP_DEFLATED))
+    with ThreadPoolExecutor(8) as pool:
+        for i, (image, _) in zip(range(600), pool.map(lambda i: data[i % 60], range(600)), strict=True):
+            np.testing.assert_array_equal(image, noise(i % 60, 16).transpose(2, 0, 1))
+
+
+def test_reopened_after_pickle_and_close(tmp_path):
+    shutil.copy(GOLDEN / "ds_int.zip", tmp_path / "x.zip")
+    data = ImageFolderDataset(tmp_path / "x.zip", use_labels=True, cache=True, max_size=5, xflip=True)
+    expected = [data[i] for i in range(len(data))]
+    copy = pickle.loads(pickle.dumps(data))
+    assert len(pickle.dumps(data)) < 5000  # without the cached images
+    data.close()
+    for other in (copy, data):
+        for i, (image, label) in enumerate(expected):
+            np.testing.assert_array_equal(other[i][0], image)
+            np.testing.assert_array_equal(other[i][1], label)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forked_processes_read_on_their_own(tmp_path):
+    files = {f"{i:03d}.png": encode(noise(i, 64)) for i in range(40)}
+    data = ImageFolderDataset(make_zip(tmp_path / "x.zip", files))
+    parent = data._files._zip()
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        sums = pool.starmap(_sum, [(data, i % 40) for i in range(240)], chunksize=1)
+    assert sums == [int(noise(i % 40, 64).sum()) for i in range(240)]
+    data._files._opened = (-1, parent)  # as it looks to a child process
+    assert data[0][0].shape == (3, 64, 64) and data._files._zip() is not parent
+
+
+def _sum(data: ImageFolderDataset, i: int) -> int:
+    return int(data[i][0].sum())
+
+
+def test_cache_decodes_once(monkeypatch):
+    data = ImageFolderDataset(GOLDEN / "ds_int.zip", cache=True, xflip=True)
+    plain = ImageFolderDataset(GOLDEN / "ds_int.zip")
+    decoded = []
+    monkeypatch.setattr(dataset, "decode_image", lambda *args: decoded.append(args[1]) or decode_image(*args))
+    for _ in range(2):
+        for i in range(24):
+            image = data[i][0]
+    assert len(decoded) == 12
+    np.testing.assert_array_equal(image, plain[11][0][:, :, ::-1])
+
+
+def test_options_open_the_same_set():
+    for kwargs in (
+        {},
+        {"use_labels": True, "xflip": True, "cache": True},
+        {"max_size": 5, "random_seed": 1, "xflip": True},
+    ):
+        data = ImageFolderDataset(str(GOLDEN / "ds_int.zip"), **kwargs)
+        options = dataset_options(data)
+        assert json.loads(json.dumps(options)) == options
+        assert options.pop("class_name") == "training.dataset.ImageFolderDataset"
+        edm_keys = {"path", "use_labels", "xflip", "cache", "resolution", "max_size"}
+        assert set(options) - {"random_seed"} == edm_keys
+        again = ImageFolderDataset(**options)
+        assert dataset_options(again) == dataset_options(data)
+        assert [data.get_details(i).raw_idx for i in range(len(data))] == [
+            again.get_details(i).raw_idx for i in range(len(again))
+        ]
+
+
+# --- What is wrong with users' files: one line that names file and archive
+
+
+def open_all(path: object, **kwargs: object) -> None:
+    data = ImageFolderDataset(path, **kwargs)
+    for i in range(len(data)):
+        data[i]
+
+
+def refused(match: str, path: object, **kwargs: object) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        open_all(path, **kwargs)
+    assert "\n" not in str(caught.value) and str(Path(str(path)).name) in str(caught.value)
+
+
+def test_missing_empty_and_broken_archives(tmp_path):
+    refused("no such file or folder", tmp_path / "nothing.zip")
+    (tmp_path / "empty.zip").write_bytes(b"")
+    refused("neither a folder nor a whole zip", tmp_path / "empty.zip")
+    (tmp_path / "text.zip").write_text("this is text")
+    refused("neither a folder nor a whole zip", tmp_path / "text.zip")
+    whole = (GOLDEN / "ds_int.zip").read_bytes()
+    (tmp_path / "half.zip").write_bytes(whole[: len(whole) // 2])
+    refused("copied to the end", tmp_path / "half.zip")
+    refused("no image files", make_zip(tmp_path / "none.zip", {"notes.txt": b"x"}))
+    (tmp_path / "folder").mkdir()
+    refused("no image files", tmp_path / "folder")
+
+
+def test_broken_images(tmp_path):
+    good = encode(noise())
+    cut = {"a.png": good, "b.png": good[: len(good) // 2]}
+    refused("b.png in .*x.zip can't be decoded", make_zip(tmp_path / "x.zip", cut))
+    refused("b.png in .*x.zip is not an image", make_zip(tmp_path / "x.zip", {"a.png": good, "b.png": b"text"}))
+    refused("a.png in .*x.zip is not an image", make_zip(tmp_path / "x.zip", {"a.png": b""}))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jpg").write_bytes(encode(noise(), "jpeg")[:200])
+    refused("a.jpg in .*folder can't be decoded", tmp_path / "folder")
+    flipped = bytearray(Path(make_zip(tmp_path / "y.zip", {"a.png": good, "b.png": good})).read_bytes())
+    flipped[len(good) + 100] ^= 255
+    (tmp_path / "y.zip").write_bytes(flipped)
+    refused("b.png in .*y.zip can't be read: Bad CRC", tmp_path / "y.zip")
+
+
+def test_bombs(tmp_path, monkeypatch):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"x") + chunk(b"IEND", b"")
+    refused("decompression bomb", make_zip(tmp_path / "x.zip", {"a.png": bomb}))
+    monkeypatch.setattr(dataset, "MAX_FILE_BYTES", 1000)
+    refused("claims to hold", make_zip(tmp_path / "y.zip", {"a.png": bytes(1001)}, zipfile.ZIP_DEFLATED))
+
+
+def test_images_that_differ(tmp_path):
+    a = encode(noise())
+    refused(
+        "b.png in .* is 16x16 RGB, but .* 8x8 RGB",
+        make_zip(tmp_path / "x.zip", {"a.png": a, "b.png": encode(noise(size=16))}),
+    )
+    grey = encode(noise(channels=1))
+    refused("b.png in .* is 8x8 grey", make_zip(tmp_path / "x.zip", {"a.png": a, "b.png": grey}))
+    refused("b.png in .* is 8x8 RGB, but .* grey", make_zip(tmp_path / "x.zip", {"a.png": grey, "b.png": a}))
+    wide = encode(np.zeros((8, 16, 3), np.uint8))
+    refused("a.png in .* is 16x8 .*square.*--resolution", make_zip(tmp_path / "x.zip", {"a.png": wide}))
+
+
+def test_names_that_point_elsewhere_are_only_names(tmp_path):
+    (tmp_path / "in").mkdir()
+    names = ["../up.png", "/root.png", "C:\\c.png", "a\\b.png"]
+    data = ImageFolderDataset(make_zip(tmp_path / "in" / "x.zip", dict.fromkeys(names, encode(noise()))))
+    assert len(data) == 4 and data[3][0].shape == (3, 8, 8)
+    assert [p.name for p in tmp_path.rglob("*.png")] == []
+
+
+LABELS = {
+    "label for 1 of 3 images .*the first is c.png": [["a.png", 0], ["b.png", 1]],
+    "label of b.png is -1; classes are": [["a.png", 0], ["b.png", -1], ["c.png", 1]],
+    "label of a.png is 0.5; classes are": [["a.png", 0.5], ["b.png", 1], ["c.png", 1]],
+    "label of c.png is 1000000000;": [["a.png", 0], ["b.png", 1], ["c.png", 10**9]],
+    'label of b.png is "cat", neither': [["a.png", 0], ["b.png", "cat"], ["c.png", 1]],
+    "label of b.png is true, neither": [["a.png", 0], ["b.png", True], ["c.png", 1]],
+    "label of c.png is null, neither": [["a.png", 0], ["b.png", 0], ["c.png", None]],
+    r"label of b.png is \[1\], that of a.png is 0": [["a.png", 0], ["b.png", [1]], ["c.png", 1]],
+    r"label of b.png is 0, that of a.png is \[1\]": [["a.png", [1]], ["b.png", 0], ["c.png", [1]]],
+    "b.png is .*vectors must be of one length": [["a.png", [1, 2]], ["b.png", [1]], ["c.png", [1, 2]]],
+    "a.png is .*one length": [["a.png", []], ["b.png", []], ["c.png", []]],
+    r"label of a.png is \[\[1\]\], neither": [["a.png", [[1]]], ["b.png", [[1]]], ["c.png", [[1]]]],
+    r"label of a.png is \[NaN\], neither": [["a.png", [float("nan")]], ["b.png", [0]], ["c.png", [1]]],
+    r"label of a.png is \[1000.*, neither": [["a.png", [10**400]], ["b.png", [0]], ["c.png", [1]]],
+    "entry 1 of labels is": [["a.png", 0], ["b.png"], ["c.png", 1]],
+    r"entry 0 of labels is \[3": [[3, "a.png"]],
+    "must look like": {"a.png": 0},
+}
+
+
+@pytest.mark.parametrize("message", LABELS)
+def test_bad_labels(message, tmp_path):
+    path = labelled(tmp_path, LABELS[message])
+    refused(message, path, use_labels=True)
+    open_all(path)  # and none of this matters where labels aren't used
+
+
+def test_bad_json(tmp_path):
+    image = {"a.png": encode(noise())}
+    for text in (b"{", b"", b"\xff\xfe", b"[" * 100_000):
+        refused("not valid JSON", make_zip(tmp_path / "x.zip", {**image, "dataset.json": text}), use_labels=True)
+    for text in (b"[]", b"3", b"{}", b'{"label": null}', b'{"labels": 3}'):
+        refused("must look like", make_zip(tmp_path / "x.zip", {**image, "dataset.json": text}), use_labels=True)
+
+
+def test_good_labels_of_other_kinds(tmp_path):
+    data = ImageFolderDataset(
+        labelled(tmp_path, [["a.png", 2.0], ["b.png", 0], ["c.png", 1], ["z", 7]]), use_labels=True
+    )
+    assert data.label_dim == 3 and data.get_label(0).tolist() == [0, 0, 1]
+    data = ImageFolderDataset(labelled(tmp_path, [["a.png", [1]], ["b.png", [2.5]], ["c.png", [-1]]]), use_labels=True)
+    assert data.label_shape == [1] and not data.has_onehot_labels and data.get_label(1).tolist() == [2.5]
+    data = ImageFolderDataset(labelled(tmp_path, []), use_labels=True)
+    assert not data.has_labels and data.label_dim == 0
+
+
+def test_max_size_must_leave_something(tmp_path):
+    with pytest.raises(UserError, match="at least one image"):
+        ImageFolderDataset(GOLDEN / "ds_int.zip", max_size=0)
+
+
+def test_random_damage_is_always_named(tmp_path):
+    """Whatever bytes are overwritten or cut off: it works or it is a UserError."""
+    rng = random.Random(0)
+    whole = (GOLDEN / "ds_gray.zip").read_bytes()
+    path = tmp_path / "x.zip"
+    outcomes = set()
+    for _ in range(300):
+        data = bytearray(whole)
+        if rng.random() < 0.2:
+            data = data[: rng.randrange(len(data))]
+        for _ in range(rng.choice([1, 3, 20])):
+            if data:
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            open_all(path, use_labels=True)
+            outcomes.add("fine")
+        except UserError:
+            outcomes.add("refused")
+    assert outcomes == {"fine", "refused"}

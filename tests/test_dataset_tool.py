@@ -1,0 +1,469 @@
+"""The conversion tool: EDM's pixels, names and labels; every source; what it says; what it refuses."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import GOLDEN
+from PIL import Image
+
+import dataset_tool
+from training.dataset import ImageFolderDataset
+
+ROOT = Path(__file__).parent.parent
+FACTS = json.loads((GOLDEN / "dataset_tool_facts.json").read_text())
+with np.load(GOLDEN / "dataset_tool.npz") as _data:
+    NUMBERS = dict(_data)
+
+
+def tool(source: object, dest: object, *options: str) -> int:
+    return dataset_tool.main([f"--source={source}", f"--dest={dest}", *options])
+
+
+def noise(seed: int = 0, width: int = 8, height: int = 8, channels: int = 3) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
+
+
+def fill(folder: Path, files: dict[str, np.ndarray | bytes]) -> Path:
+    """Writes images (or bytes) into a folder."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            Image.fromarray(content).save(path)
+    return folder
+
+
+def entries(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def images(path: Path) -> np.ndarray:
+    return np.stack([np.array(Image.open(io.BytesIO(d))) for name, d in entries(path).items() if name.endswith(".png")])
+
+
+def labels(path: Path) -> object:
+    return json.loads(entries(path)["dataset.json"])["labels"]
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Golden's source: three folders of two 32x24 images."""
+    return fill(tmp_path / "pets", {n[4:].replace("_", "/", 1): v for n, v in NUMBERS.items() if n.startswith("src_")})
+
+
+# --- EDM's facts
+
+
+@pytest.mark.parametrize(
+    ("fact", "tag"),
+    [("folder_resolution16", "fr16"), ("folder_centercrop16", "fc16"), ("folder_ccw16x8", "fw16")],
+)
+def test_golden_folders(fact, tag, pets, tmp_path, capsys):
+    dest = tmp_path / "out.zip"
+    assert tool(pets, dest, *FACTS[fact]["args"][4:]) == 0
+    np.testing.assert_array_equal(images(dest), NUMBERS[f"out_{tag}"])
+    assert labels(dest) == FACTS[f"labels_{tag}"]["labels"]
+    assert list(entries(dest))[: len(FACTS[fact]["first"])] == FACTS[fact]["first"]
+    said = capsys.readouterr().out
+    assert "6 images, 16x16 RGB" in said and "0 ant, 1 cat, 2 dog" in said and "3 classes" in said
+
+
+def test_golden_bytes(pets, tmp_path):
+    """Entry by entry the file that EDM's tool wrote; and the same file to the last byte every time."""
+    assert tool(pets, tmp_path / "a.zip", "--resolution=16x16") == 0
+    assert entries(tmp_path / "a.zip") == entries(GOLDEN / "dataset_tool_example_out.zip")
+    os.utime(pets / "ant" / "0.png", (1, 1))
+    assert tool(pets, tmp_path / "b.zip", "--resolution=16X16") == 0
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert {info.external_attr for info in archive.infolist()} == {25165824}
+    png = entries(tmp_path / "a.zip")["00000/img00000000.png"]
+    assert png[16:29] == struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0) and len(png) == 852
+
+
+def test_zip_to_zip_and_to_folder(tmp_path, capsys):
+    source = GOLDEN / "dataset_tool_example_out.zip"
+    assert tool(source, tmp_path / "z.zip", "--max-images=4") == 0
+    assert list(entries(tmp_path / "z.zip")) == FACTS["zip_to_zip"]["names"]
+    assert labels(tmp_path / "z.zip") == FACTS["labels_z2"]["labels"]
+    assert tool(source, tmp_path / "new" / "folder", "--max_images=4") == 0
+    files = {p.relative_to(tmp_path / "new/folder").as_posix(): p for p in (tmp_path / "new").rglob("*") if p.is_file()}
+    assert {name: path.read_bytes() for name, path in files.items()} == entries(tmp_path / "z.zip")
+    data = ImageFolderDataset(tmp_path / "new" / "folder", use_labels=True)
+    assert len(data) == 4 and data.label_dim == 2
+    capsys.readouterr()
+    assert tool(source, tmp_path / "new" / "folder") == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_folder_of_every_thousand(tmp_path):
+    source = fill(tmp_path / "in", {f"{i:04d}.png": noise(i, 2, 2) for i in range(1003)})
+    assert tool(source, tmp_path / "out.zip") == 0
+    names = list(entries(tmp_path / "out.zip"))
+    assert [names[999], names[1000], *names[1002:]] == [
+        "00000/img00000999.png",
+        "00001/img00001000.png",
+        "00001/img00001002.png",
+        "dataset.json",
+    ]
+
+
+# --- CIFAR-10, MNIST, digits
+
+
+def cifar(
+    path: Path, batches: int = 5, per_batch: int = 4, protocol: int = 2, **change: object
+) -> tuple[Path, np.ndarray]:
+    """A small archive in CIFAR-10's form, and its images [N, 32, 32, 3]."""
+    data = np.random.RandomState(1).randint(0, 256, (batches, per_batch, 3072), dtype=np.uint8)
+    with tarfile.open(path, "w:gz") as archive:
+        for i in range(batches):
+            content = {"data": data[i], "labels": list(range(per_batch)), "batch_label": "x", **change}
+            add(archive, f"cifar-10-batches-py/data_batch_{i + 1}", pickle.dumps(content, protocol))
+        add(archive, "cifar-10-batches-py/test_batch", b"")
+    return path, data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_cifar(protocol, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_tool, "CIFAR10_IMAGES", 20)
+    path, expected = cifar(tmp_path / "cifar-10-python.tar.gz", protocol=protocol)
+    assert tool(path, tmp_path / "out.zip") == 0
+    np.testing.assert_array_equal(images(tmp_path / "out.zip"), expected)
+    assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 1, 2, 3] * 5
+    assert tool(path, tmp_path / "part.zip", "--max-images=3") == 0
+    assert len(images(tmp_path / "part.zip")) == 3
+
+
+def test_cifar_as_python_2_wrote_it(tmp_path):
+    """Protocol 2, byte strings, numpy 1's names: the real archive's form, spelt out."""
+    raw = bytes(range(256)) * 24
+    stream = (
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02M\x00\x0c"
+        b"\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+        + struct.pack("<i", len(raw))
+        + raw
+        + b"tbU\x06labels](K\x03K\x09eu."
+    )
+    pixels, classes = dataset_tool._cifar_batch(stream, "x")
+    np.testing.assert_array_equal(pixels, np.frombuffer(raw, np.uint8).reshape(2, 3072))
+    assert classes == [3, 9]
+    theirs = pickle.loads(stream, encoding="latin1")  # and the reference agrees
+    np.testing.assert_array_equal(theirs["data"], pixels)
+    assert theirs["labels"] == classes
+
+
+def test_cifar_labels_of_numpy_kinds(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_tool, "CIFAR10_IMAGES", 20)
+    for kind in ([np.int64(3)] * 4, np.full(4, 3, np.uint8), np.full(4, 3, ">i4")):
+        path, _ = cifar(tmp_path / "c.tar.gz", labels=kind)
+        assert tool(path, tmp_path / "out.zip") == 0
+        assert [label for _, label in labels(tmp_path / "out.zip")] == [3] * 20
+
+
+class Hostile:
+    """Unpickled carelessly it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_cifar_refusals(tmp_path, capsys, monkeypatch):
+    def refused(path: Path, *words: str) -> None:
+        assert tool(path, tmp_path / "out.zip") == 1
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and all(word in message for word in words), message
+        assert not (tmp_path / "out.zip").exists()
+
+    refused(cifar(tmp_path / "small.tar.gz")[0], "small.tar.gz holds 20 training images instead of CIFAR-10's 50000")
+    refused(cifar(tmp_path / "four.tar.gz", batches=4)[0], "data_batch_5 is missing")
+    monkeypatch.setattr(dataset_tool, "CIFAR10_IMAGES", 20)
+    evil = cifar(tmp_path / "evil.tar.gz", extra=Hostile(tmp_path / "pwned"))[0]
+    refused(evil, "data_batch_1 in", "it refers to ", "not opened")
+    assert not (tmp_path / "pwned").exists()
+    refused(cifar(tmp_path / "a.tar.gz", labels=[0, 1, 2])[0], "'labels' is not a list of 4")
+    refused(cifar(tmp_path / "a.tar.gz", labels=[0, 1, 2, 10])[0], "'labels' is not")
+    refused(cifar(tmp_path / "a.tar.gz", labels=None)[0], "'labels' is not")
+    refused(cifar(tmp_path / "a.tar.gz", data=np.zeros((4, 100), np.uint8))[0], "'data' is not")
+    refused(cifar(tmp_path / "a.tar.gz", data=np.zeros((4, 3072)))[0], "not of whole numbers")
+    refused(cifar(tmp_path / "a.tar.gz", data=np.array([None] * 4))[0], "not of whole numbers")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        add(archive, "data_batch_1", b"no pickle")
+    refused(tmp_path / "a.tar.gz", "data_batch_1 in", "is damaged")
+    whole = cifar(tmp_path / "a.tar.gz")[0].read_bytes()
+    (tmp_path / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path / "half.tar.gz", "half.tar.gz is not a whole tar.gz archive")
+    (tmp_path / "text.tar.gz").write_text("text")
+    refused(tmp_path / "text.tar.gz", "not a whole tar.gz")
+    refused(tmp_path / "none.tar.gz", "No such file", "none.tar.gz")
+
+
+def mnist(folder: Path, count: int = 5) -> tuple[Path, np.ndarray]:
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.RandomState(2).randint(0, 256, (count, 28, 28), dtype=np.uint8)
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes()))
+    classes = gzip.compress(struct.pack(">II", 0x801, count) + bytes(i % 10 for i in range(count)))
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(classes)
+    return path, pixels
+
+
+def test_mnist(tmp_path):
+    path, pixels = mnist(tmp_path / "images-idx3")
+    assert tool(path, tmp_path / "out.zip") == 0
+    padded = images(tmp_path / "out.zip")
+    assert padded.shape == (5, 32, 32)
+    np.testing.assert_array_equal(padded[:, 2:-2, 2:-2], pixels)
+    assert padded.sum() == pixels.sum()
+    assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 1, 2, 3, 4]
+    assert len(entries(tmp_path / "out.zip")["00000/img00000000.png"]) == FACTS["mnist"]["png0"]["file_bytes"]
+    bare = tmp_path / "t10k-images-idx3-ubyte"
+    bare.write_bytes(gzip.decompress(path.read_bytes()))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(
+        gzip.decompress((path.parent / "train-labels-idx1-ubyte.gz").read_bytes())
+    )
+    assert tool(bare, tmp_path / "bare.zip") == 0
+    assert (tmp_path / "bare.zip").read_bytes() == (tmp_path / "out.zip").read_bytes()
+
+
+def test_mnist_refusals(tmp_path, capsys):
+    def refused(*words: str) -> None:
+        assert tool(path, tmp_path / "out.zip") == 1
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and all(word in message for word in words), message
+
+    path, _ = mnist(tmp_path / "m")
+    labels_path = path.parent / "train-labels-idx1-ubyte.gz"
+    good, good_labels = gzip.decompress(path.read_bytes()), labels_path.read_bytes()
+    path.write_bytes(gzip.compress(good[:-1]))
+    refused("train-images", "cut short")
+    path.write_bytes(gzip.compress(good)[:-20])
+    refused("train-images", "damaged")
+    path.write_bytes(gzip.compress(b"\0\0\x0d\x03" + good[4:]))
+    refused("not an idx file")
+    path.write_bytes(gzip.compress(struct.pack(">IIII", 0x803, 2**31, 2**31, 2**31)))
+    refused("cut short")
+    path.write_bytes(gzip.compress(struct.pack(">IIII", 0x803, 0, 28, 28)))
+    refused("holds 0 bytes")
+    path.write_bytes(gzip.compress(good))
+    labels_path.write_bytes(gzip.compress(struct.pack(">II", 0x801, 4) + bytes(4)))
+    refused("for 4 labels")
+    labels_path.write_bytes(b"")
+    refused("train-labels", "not an idx file")
+    labels_path.unlink()
+    refused("train-labels-idx1-ubyte.gz, must lie beside it")
+    labels_path.write_bytes(good_labels)
+    assert tool(path, tmp_path / "out.zip") == 0
+
+
+def test_digits(tmp_path, capsys):
+    from sklearn.datasets import load_digits
+
+    assert tool("digits", tmp_path / "digits.zip") == 0
+    assert "1797 images, 8x8 grey" in capsys.readouterr().out
+    data = ImageFolderDataset(tmp_path / "digits.zip", use_labels=True)
+    assert (len(data), data.image_shape, data.label_dim) == (1797, [1, 8, 8], 10)
+    digits = load_digits()
+    for i in (0, 5, 1796):
+        image, label = data[i]
+        np.testing.assert_allclose(image[0] / 255, digits.images[i] / 16, atol=0.5 / 255)
+        assert label.argmax() == digits.target[i]
+
+
+# --- Labels, and what is said of them
+
+
+def test_dataset_json_before_folders(tmp_path, capsys):
+    source = fill(tmp_path / "in", {"a/0.png": noise(0), "b/0.png": noise(1)})
+    (source / "dataset.json").write_text('{"labels": [["a/0.png", 3], ["b/0.png", 5], ["gone.png", 9]]}')
+    assert tool(source, tmp_path / "out.zip") == 0
+    assert [label for _, label in labels(tmp_path / "out.zip")] == [3, 5]
+    (source / "dataset.json").write_text('{"labels": null}')  # says that the folders are no classes
+    assert tool(source, tmp_path / "out.zip") == 0
+    assert labels(tmp_path / "out.zip") is None
+    assert "no labels: dataset.json has none" in capsys.readouterr().out
+
+
+def test_labels_are_all_or_none(tmp_path, capsys):
+    source = fill(tmp_path / "in", {f"{i}.png": noise(i) for i in range(4)})
+    (source / "dataset.json").write_text('{"labels": [["0.png", 0], ["1.png", 1], ["3.png", 1]]}')
+    assert tool(source, tmp_path / "out.zip") == 0
+    assert labels(tmp_path / "out.zip") is None
+    assert "all labels were dropped, because 1 of 4 images have none, the first: 2.png" in capsys.readouterr().out
+    assert tool(source, tmp_path / "out.zip", "--max-images=2") == 0  # the two that are kept have theirs
+    assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 1]
+
+
+def test_labels_that_cannot_be_trained_on_are_copied_with_a_warning(tmp_path, capsys):
+    source = fill(tmp_path / "in", {f"{i}.png": noise(i) for i in range(2)})
+    (source / "dataset.json").write_text('{"labels": [["0.png", 3], ["1.png", [0.5, 1.0]]]}')
+    assert tool(source, tmp_path / "out.zip") == 0
+    assert labels(tmp_path / "out.zip") == FACTS["labels_fullj"]["labels"]
+    assert "warning" in capsys.readouterr().out
+
+
+def test_flat_and_half_flat_folders_have_no_labels(tmp_path, capsys):
+    source = fill(tmp_path / "in", {"0.png": noise(0), "1.png": noise(1)})
+    assert tool(source, tmp_path / "out.zip") == 0 and labels(tmp_path / "out.zip") is None
+    fill(source, {"more/2.png": noise(2), "and/3.png": noise(3)})
+    assert tool(source, tmp_path / "out.zip") == 0 and labels(tmp_path / "out.zip") is None
+    assert capsys.readouterr().out.count("no labels: there is neither") == 2
+    assert labels(tmp_path / "out.zip") is None
+
+
+# --- Transforms
+
+
+def test_grey_images_in_the_wide_crop(tmp_path):
+    source = fill(tmp_path / "in", {"0.png": noise(0, 32, 24, channels=1)})
+    assert tool(source, tmp_path / "out.zip", "--resolution=16x8", "--transform=center-crop-wide") == 0
+    out = images(tmp_path / "out.zip")[0]
+    assert out.shape == (16, 16) and not out[:4].any() and not out[12:].any() and out[4:12].any()
+
+
+def test_refused_images_leave_no_gap(tmp_path, capsys):
+    sizes = [(8, 8), (32, 32), (12, 40), (32, 32)]
+    source = fill(tmp_path / "in", {f"{i}.png": noise(i, *size) for i, size in enumerate(sizes)})
+    assert tool(source, tmp_path / "out.zip", "--resolution=16x8", "--transform=center-crop-wide") == 0
+    assert list(entries(tmp_path / "out.zip")) == ["00000/img00000000.png", "00000/img00000001.png", "dataset.json"]
+    assert "skipped 2 images smaller than --resolution, the first: 0.png" in capsys.readouterr().out
+    assert tool(source, tmp_path / "no.zip", "--resolution=64x64", "--transform=center-crop-wide") == 1
+    assert "no image is left: all 4 are too small (the first: 0.png)" in capsys.readouterr().err
+    assert not (tmp_path / "no.zip").exists()
+
+
+def test_many_formats_become_one(tmp_path):
+    rgb = np.kron(noise(1, 2, 2), np.ones((8, 8, 1), np.uint8))
+    source = fill(tmp_path / "in", dict.fromkeys(("a.png", "b.bmp", "c.tiff", "d.ppm", "e.gif"), rgb))
+    rgba = Image.fromarray(rgb).convert("RGBA")
+    rgba.putalpha(7)
+    rgba.save(source / "f.png")
+    Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE).save(source / "g.png")
+    (source / "notes.txt").write_text("not an image")
+    assert tool(source, tmp_path / "out.zip") == 0
+    out = images(tmp_path / "out.zip")
+    assert len(out) == 7 and all(np.array_equal(image, rgb) for image in out)
+
+
+# --- Refusals: one line, status 2 for a wrong option and 1 for the rest, nothing damaged
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--resolution=16"], "WxH"),
+        (["--resolution=0x0"], "WxH"),
+        (["--resolution=-8x8"], "WxH"),
+        (["--resolution=12x12"], "power of two"),
+        (["--resolution=16x8"], "must be square"),
+        (["--transform=center-crop"], "needs --resolution"),
+        (["--transform=center-crop", "--resolution=16x8"], "must be square"),
+        (["--transform=center-crop-wide", "--resolution=8x16"], "at most the width"),
+        (["--transform=center-crop-wide", "--resolution=12x8"], "power of two"),
+        (["--transform=round"], "center-crop"),
+        (["--max-images=0"], "max-images"),
+        (["--max-images=x"], "max-images"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_options(options, words, pets, tmp_path, capsys):
+    assert tool(pets, tmp_path / "out.zip", *options) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and words in message
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_source_and_dest_are_needed(capsys):
+    assert dataset_tool.main([]) == 2 and "--source" in capsys.readouterr().err
+    assert dataset_tool.main(["--source=digits", "--dest="]) == 2 and "--dest is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "words"),
+    [
+        ({}, [], ["no image files inside"]),
+        ({"notes.txt": b"x"}, [], ["no image files inside", "1 files of other kinds"]),
+        ({"a.png": noise(0, 8, 4)}, [], ["a.png is 8x4", "--transform=center-crop"]),
+        ({"a.png": noise(0, 12, 12)}, [], ["a.png is 12x12", "power of two"]),
+        ({"a.png": noise(0), "b.png": noise(0, 16, 16)}, [], ["b.png is 16x16 RGB, but a.png is 8x8 RGB"]),
+        (
+            {"a.png": noise(0), "b.png": noise(0, channels=1)},
+            ["--resolution=16x16"],
+            ["b.png is 16x16 grey, but a.png"],
+        ),
+        ({"a.png": noise(0), "b.png": b"text"}, [], ["b.png in", "not an image"]),
+        ({"a.png": noise(0), "dataset.json": b"{"}, [], ["dataset.json in", "not valid JSON"]),
+        ({"a.png": noise(0), "dataset.json": b"[1]"}, [], ["must look like"]),
+    ],
+)
+def test_wrong_sources(files, options, words, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    source = fill(tmp_path / "in", files)
+    (tmp_path / "out.zip").write_bytes(b"precious")
+    for dest in ("out.zip", "folder"):
+        assert tool(source, tmp_path / dest, *options) == 1
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and all(word in captured.err for word in words), captured.err
+    assert (tmp_path / "out.zip").read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.zip"]
+
+
+def test_missing_and_unknown_sources(tmp_path, capsys):
+    assert tool(tmp_path / "nothing", tmp_path / "out.zip") == 1
+    assert "nothing: no such file or folder" in capsys.readouterr().err
+    (tmp_path / "x.json").write_text("{}")
+    assert tool(tmp_path / "x.json", tmp_path / "out.zip") == 1
+    assert "x.json is neither a folder nor a whole zip archive" in capsys.readouterr().err
+
+
+def test_dest_in_the_way(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert tool("digits", tmp_path / "file", "--max-images=1") == 1 and "is a file" in capsys.readouterr().err
+    (tmp_path / "folder.zip").mkdir()
+    assert tool("digits", tmp_path / "folder.zip", "--max-images=1") == 1 and "is a folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert tool("digits", tmp_path / "empty", "--max-images=1") == 0
+    assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == ["00000", "dataset.json"]
+
+
+def test_a_set_can_be_converted_in_place(tmp_path):
+    source = fill(tmp_path / "in", {f"{i}.png": noise(i) for i in range(3)})
+    assert tool(source, tmp_path / "set.zip") == 0
+    assert tool(tmp_path / "set.zip", tmp_path / "set.zip", "--resolution=4x4") == 0
+    assert images(tmp_path / "set.zip").shape == (3, 4, 4, 3)
+
+
+def test_help_is_quick():
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "dataset_tool.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "--resolution" in result.stdout and result.stderr == ""
+    assert time.perf_counter() - started < 3  # 0.1 s when the machine is idle; torch alone would take longer
+    code = "import sys, dataset_tool; print(any(m in sys.modules for m in ('torch', 'numpy', 'PIL', 'sklearn')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

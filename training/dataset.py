@@ -1,0 +1,443 @@
+"""Data sets of square images: a folder or zip archive of image files, with labels in `dataset.json`.
+
+The layout is StyleGAN's and EDM's: image files in plain string order of their names, and at the top level an optional
+`dataset.json` with the single entry `labels`, a list of [name, label] pairs or null. Whole-number labels are classes,
+lists of numbers are condition vectors. `dataset_tool.py` makes such data sets.
+
+Nothing is ever unpacked to disk. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import stat
+import zipfile
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dnnlib import EasyDict
+from dnnlib.cli import UserError
+
+MAX_FILE_BYTES = 1 << 30  # a packed file that claims more than this is no image and no list of labels
+MAX_CLASSES = 1_000_000  # more than that are identifiers, not classes, and one-hot labels would fill the memory
+
+# Formats that Pillow knows but that are not for data sets: EPS would start Ghostscript, the rest have no decoder.
+_REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_FIRST_FORMATS = ("PNG", "JPEG")  # tried first, for speed
+
+
+class Dataset:
+    """A list of images with labels: chooses a subset, mirrors, caches. Subclasses say where the images come from.
+
+    `dataset[i]` is (image uint8 [C, H, W], label float32 [label_dim]). They may be asked for by several threads and,
+    after a fork or through pickle, by several processes.
+
+    name         of the data set, for people
+    raw_shape    [number of images, C, H, W] before anything is chosen
+    max_size     keep so many images at most, chosen at random by `random_seed`
+    use_labels   False: every label is an empty vector
+    xflip        the same images again, mirrored, after all the plain ones
+    cache        keep decoded images in memory
+    """
+
+    def __init__(
+        self,
+        name: str,
+        raw_shape: list[int],
+        max_size: int | None = None,
+        use_labels: bool = False,
+        xflip: bool = False,
+        random_seed: int = 0,
+        cache: bool = False,
+    ) -> None:
+        if max_size is not None and max_size < 1:
+            raise UserError(f"data set {name}: max_size is {max_size}, but at least one image must remain")
+        self.name = name
+        self.use_labels = use_labels
+        self.mirrored = xflip
+        self.random_seed = random_seed
+        self._raw_shape = list(raw_shape)
+        self._raw_labels: np.ndarray | None = None
+        self._cache = cache
+        self._cached_images: dict[int, np.ndarray] = {}
+
+        self._raw_idx = np.arange(self._raw_shape[0], dtype=np.int64)
+        if max_size is not None and max_size < self._raw_idx.size:
+            np.random.RandomState(random_seed % (1 << 31)).shuffle(self._raw_idx)
+            self._raw_idx = np.sort(self._raw_idx[:max_size])
+        self._xflip = np.zeros(self._raw_idx.size, dtype=np.uint8)
+        if xflip:
+            self._raw_idx = np.tile(self._raw_idx, 2)
+            self._xflip = np.concatenate([self._xflip, np.ones_like(self._xflip)])
+
+    def _load_raw_image(self, raw_idx: int) -> np.ndarray:
+        """Image number `raw_idx` of the whole set, uint8 [C, H, W]."""
+        raise NotImplementedError
+
+    def _load_raw_labels(self) -> np.ndarray | None:
+        """Labels of the whole set: classes int64 [N], vectors float32 [N, D], or None if there are none."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Closes files; reading again opens them again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached_images": {}}
+
+    def __len__(self) -> int:
+        return self._raw_idx.size
+
+    def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        raw_idx = int(self._raw_idx[idx])
+        image = self._cached_images.get(raw_idx)
+        if image is None:
+            image = self._load_raw_image(raw_idx)
+            if self._cache:
+                self._cached_images[raw_idx] = image
+        if self._xflip[idx]:
+            image = image[:, :, ::-1]
+        return image.copy(), self.get_label(idx)
+
+    def get_label(self, idx: int) -> np.ndarray:
+        """float32 [label_dim]: one-hot for classes."""
+        label = self._labels[self._raw_idx[idx]]
+        if label.dtype != np.int64:
+            return label.copy()
+        onehot = np.zeros(self.label_dim, dtype=np.float32)
+        onehot[label] = 1
+        return onehot
+
+    def get_details(self, idx: int) -> EasyDict:
+        """Where item `idx` comes from: raw_idx, xflip, raw_label."""
+        raw_idx = int(self._raw_idx[idx])
+        return EasyDict(raw_idx=raw_idx, xflip=bool(self._xflip[idx]), raw_label=self._labels[raw_idx].copy())
+
+    @property
+    def _labels(self) -> np.ndarray:
+        """Labels of the whole set: int64 [N] or float32 [N, D], D = 0 without labels."""
+        if self._raw_labels is None:
+            labels = self._load_raw_labels() if self.use_labels else None
+            self._raw_labels = np.zeros([self._raw_shape[0], 0], dtype=np.float32) if labels is None else labels
+        return self._raw_labels
+
+    @property
+    def image_shape(self) -> list[int]:
+        """[C, H, W]"""
+        return list(self._raw_shape[1:])
+
+    @property
+    def num_channels(self) -> int:
+        return self._raw_shape[1]
+
+    @property
+    def resolution(self) -> int:
+        return self._raw_shape[2]
+
+    @functools.cached_property
+    def label_shape(self) -> list[int]:
+        """[number of classes of the whole set], [length of the vectors], or [0] without labels."""
+        labels = self._labels
+        return [int(labels.max()) + 1] if labels.dtype == np.int64 else list(labels.shape[1:])
+
+    @property
+    def label_dim(self) -> int:
+        return self.label_shape[0]
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_dim > 0
+
+    @property
+    def has_onehot_labels(self) -> bool:
+        return self._labels.dtype == np.int64
+
+
+class ImageFolderDataset(Dataset):
+    """The image files of a folder (with its sub-folders) or zip archive.
+
+    Grey images give one channel, all others (RGB, palette, CMYK, ...) three; transparency is dropped, 16-bit grey is
+    scaled to 8 bits. The first image defines shape and channels; one that differs is an error when it is read.
+
+    resolution   None, or what the images must have
+    use_pyspng   of EDM's signature; has no effect, Pillow reads every format here
+
+    Raises UserError for whatever is wrong with the files, with their names: at once for the archive, the first image
+    and the labels, on reading for the other images. A set without labels is none, even under `use_labels`: ask
+    `has_labels`. Labels for some images only are an error.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        resolution: int | None = None,
+        use_pyspng: bool = True,
+        *,
+        use_labels: bool = False,
+        xflip: bool = False,
+        cache: bool = False,
+        max_size: int | None = None,
+        random_seed: int = 0,
+    ) -> None:
+        self.path = os.fspath(path)
+        self._files = PackedFiles(self.path)
+        self._image_fnames = self._files.image_names()
+        if not self._image_fnames:
+            raise UserError(f"{self.path}: no image files inside; dataset_tool.py makes data sets in the right form")
+        channels, height, width = _load(self._files, self._image_fnames[0]).shape
+        if height != width:
+            raise UserError(
+                f"{self._image_fnames[0]} in {self.path} is {width}x{height} (width x height), but images must be "
+                "square: convert the data set with dataset_tool.py --resolution=WxH --transform=center-crop"
+            )
+        if resolution is not None and resolution != height:
+            raise UserError(f"{self.path} holds {width}x{height} images, but resolution {resolution} is asked for")
+        super().__init__(
+            name=os.path.splitext(os.path.basename(os.path.abspath(self.path)))[0],
+            raw_shape=[len(self._image_fnames), channels, height, width],
+            max_size=max_size,
+            use_labels=use_labels,
+            xflip=xflip,
+            random_seed=random_seed,
+            cache=cache,
+        )
+        _ = self.label_shape  # so that bad labels are found now and not in the middle of a run
+
+    def _load_raw_image(self, raw_idx: int) -> np.ndarray:
+        name = self._image_fnames[raw_idx]
+        image = _load(self._files, name)
+        if list(image.shape) != self.image_shape:
+            raise UserError(
+                f"{name} in {self.path} is {_describe(image.shape)}, but the first image of the data set is "
+                f"{_describe(tuple(self.image_shape))}; all must be alike, which dataset_tool.py sees to"
+            )
+        return image
+
+    def _load_raw_labels(self) -> np.ndarray | None:
+        labels = self._files.labels()
+        if not labels:
+            return None
+        missing = [name for name in self._image_fnames if name not in labels]
+        where = f"dataset.json in {self.path}"
+        if missing:
+            raise UserError(
+                f"{where} has no label for {len(missing)} of {len(self._image_fnames)} images (the first is "
+                f"{missing[0]}): add them, or train without labels (--cond=0)"
+            )
+        return label_array([labels[name] for name in self._image_fnames], self._image_fnames, where)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class PackedFiles:
+    """Reads the files of a folder or zip archive by name, names with forward slashes.
+
+    Threads may share it. After a fork or unpickling it opens the archive anew, because processes that share one open
+    file also share its position. Raises UserError with file and archive for whatever can't be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._opened: tuple[int, zipfile.ZipFile] | None = None  # process id and archive, replaced in one piece
+        try:
+            self.is_folder = stat.S_ISDIR(os.stat(self.path).st_mode)
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no such file or folder; dataset_tool.py makes data sets") from None
+        self.names = sorted(self._walk() if self.is_folder else self._members())
+
+    def _walk(self) -> set[str]:
+        return {
+            os.path.relpath(os.path.join(folder, name), self.path).replace(os.sep, "/")
+            for folder, _, names in os.walk(self.path, onerror=_raise)
+            for name in names
+        }
+
+    def _members(self) -> set[str]:
+        return {info.filename for info in self._zip().infolist() if not info.is_dir()}
+
+    def _zip(self) -> zipfile.ZipFile:
+        opened = self._opened
+        if opened is None or opened[0] != os.getpid():
+            opened = self._opened = (os.getpid(), self._open())
+        return opened[1]
+
+    def _open(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except (
+            Exception
+        ) as exc:  # a damaged directory shows in many ways: BadZipFile, struct.error, OSError, ValueError
+            if isinstance(exc, OSError) and exc.filename is not None:
+                raise  # can't be opened at all
+            raise UserError(
+                f"{self.path} is neither a folder nor a whole zip archive ({exc}); was it copied to the end?"
+            ) from exc
+
+    def image_names(self) -> list[str]:
+        """Files whose ending Pillow can read, in plain string order; macOS' resource forks are none."""
+        endings = image_formats()[0]
+        return [
+            name
+            for name in self.names
+            if os.path.splitext(name)[1].lower() in endings
+            and not name.startswith("__MACOSX/")
+            and not name.rpartition("/")[2].startswith("._")
+        ]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file."""
+        if self.is_folder:
+            with open(os.path.join(self.path, name), "rb") as file:
+                return file.read()
+        archive = self._zip()
+        try:
+            info = archive.getinfo(name)
+            if info.file_size > MAX_FILE_BYTES:
+                raise ValueError(f"it claims to hold {info.file_size} bytes")
+            return archive.read(info)
+        except MemoryError:
+            raise
+        except Exception as exc:  # damage shows in many ways: BadZipFile, zlib.error, EOFError, RuntimeError, KeyError
+            raise UserError(
+                f"{name} in {self.path} can't be read: {exc}; is the archive damaged or encrypted?"
+            ) from exc
+
+    def labels(self) -> dict[str, Any] | None:
+        """The labels of the top-level dataset.json by file name, as they stand there; None if there are none.
+
+        Raises UserError if the file is not of the form {"labels": [[name, label], ...]} or {"labels": null}.
+        """
+        if "dataset.json" not in self.names:
+            return None
+        where = f"dataset.json in {self.path}"
+        try:
+            content = json.loads(self.read("dataset.json"))
+        except (ValueError, RecursionError) as exc:
+            raise UserError(f"{where} is not valid JSON ({exc})") from exc
+        labels = content.get("labels", ()) if isinstance(content, dict) else ()
+        if labels is None:
+            return None
+        if not isinstance(labels, list):
+            raise UserError(f'{where} must look like {{"labels": [["name.png", 3], ...]}} or {{"labels": null}}')
+        for index, pair in enumerate(labels):
+            if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise UserError(f"{where}: entry {index} of labels is {_short(pair)}, not a pair [name, label]")
+        return dict(labels)
+
+    def close(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened[1].close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def dataset_options(dataset: ImageFolderDataset) -> dict[str, Any]:
+    """What a snapshot notes about its data: class_name, and the arguments that open the same data set again."""
+    options = {
+        "class_name": "training.dataset.ImageFolderDataset",
+        "path": dataset.path,
+        "use_labels": dataset.use_labels,
+        "xflip": dataset.mirrored,
+        "cache": dataset._cache,
+        "resolution": dataset.resolution,
+        "max_size": len(dataset) // (1 + dataset.mirrored),
+    }
+    if len(dataset._raw_idx) < len(dataset._image_fnames) * (1 + dataset.mirrored):
+        options["random_seed"] = dataset.random_seed  # tells which subset; not among EDM's keys when there is none
+    return options
+
+
+def label_array(labels: list[Any], names: list[str], where: str) -> np.ndarray:
+    """Labels as JSON has them -> classes int64 [N], or vectors float32 [N, D].
+
+    Raises UserError, naming `where` and the image, for what is neither: text, missing, negative or fractional
+    classes, vectors of different lengths or with NaN, classes and vectors mixed.
+    """
+    vectors = isinstance(labels[0], list)
+    for label, name in zip(labels, names, strict=True):
+        this = f"{where}: the label of {name} is {_short(label)}"
+        if isinstance(label, list) != vectors:
+            raise UserError(f"{this}, that of {names[0]} is {_short(labels[0])}: all classes or all vectors, please")
+        if not all(_is_number(number) for number in (label if vectors else [label])):
+            raise UserError(f"{this}, neither a class nor a list of numbers")
+        if vectors and (not label or len(label) != len(labels[0])):
+            raise UserError(f"{this}, but that of {names[0]} is {_short(labels[0])}: vectors must be of one length")
+        if not vectors and (label != int(label) or not 0 <= label < MAX_CLASSES):
+            raise UserError(f"{this}; classes are whole numbers 0, 1, 2, ... below {MAX_CLASSES}")
+    return np.array(labels, dtype=np.float32 if vectors else np.int64)
+
+
+def _is_number(value: Any) -> bool:
+    """A number that float32 can hold; NaN fails the comparison."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """An image file -> uint8 [H, W, C], C = 1 for grey and 3 for everything else.
+
+    Colours are converted to RGB, transparency is dropped, 16-bit grey is scaled to 8 bits, of an animation the first
+    picture counts, and a camera's note on how to turn the picture does not. Raises UserError, naming `where`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=image_formats()[1]) as image:
+            pixels = _as_uint8(image)
+    except MemoryError:
+        raise
+    except Image.UnidentifiedImageError as exc:
+        raise UserError(f"{where} is not an image that Pillow can read") from exc
+    except Exception as exc:  # damage shows in many ways: OSError, SyntaxError, ValueError, zlib.error, struct.error
+        raise UserError(f"{where} can't be decoded: {exc}") from exc
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _as_uint8(image: Image.Image) -> np.ndarray:
+    mode = image.mode
+    if mode in ("L", "RGB"):
+        return np.array(image)
+    if mode in ("1", "LA", "La"):
+        return np.array(image.convert("LA").convert("L") if mode == "La" else image.convert("L"))
+    if mode.startswith("I"):  # 16 bits; Pillow's own conversion to 8 bits would clip instead of scaling
+        deep = np.asarray(image).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise ValueError("its grey values don't fit 16 bits, so their range is unknown")
+        return np.round(deep / 257).astype(np.uint8)
+    if mode == "F":
+        raise ValueError("it has floating-point values, whose range is unknown")
+    return np.array(image.convert("RGB"))
+
+
+@functools.lru_cache(maxsize=1)
+def image_formats() -> tuple[frozenset[str], tuple[str, ...]]:
+    """File endings (lower case, with dot) and the names of the formats that are read."""
+    endings = Image.registered_extensions()  # loads Pillow's plugins
+    formats = [name for name in Image.OPEN if name not in _REFUSED_FORMATS]
+    formats.sort(key=lambda name: name not in _FIRST_FORMATS)
+    known = {*formats, "MPO"}  # several pictures in one JPEG file, opened as JPEG
+    return frozenset(ending for ending, name in endings.items() if name in known), tuple(formats)
+
+
+def _load(files: PackedFiles, name: str) -> np.ndarray:
+    """uint8 [C, H, W]"""
+    image = decode_image(files.read(name), f"{name} in {files.path}")
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+def _describe(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{width}x{height} {'grey' if channels == 1 else 'RGB'}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,339 @@
+"""Writing many images: into a folder or a zip, with a manifest that says who made them, so that a run can go on.
+
+The manifest (`manifest.json`) holds the network's hash, the options that the images depend on, and which seeds were
+made in how many batches: the size of a batch decides how sums round, so a run that goes on keeps the batches it began
+with and its images are those of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dnnlib.atomic import atomic_write, write_text
+from dnnlib.cli import UserError, parse_int_list
+
+from .sampling import count_batches, split_seeds
+
+MANIFEST = "manifest.json"
+PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"  # a file that ends otherwise was cut off
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seeds that were made together, cut into `batches` (see `training.sampling.split_seeds`)."""
+
+    seeds: tuple[int, ...]
+    batches: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Who made the images of a folder or zip."""
+
+    network: Mapping[str, str]  # source, sha256
+    options: Mapping[str, Any]
+    runs: tuple[Run, ...] = ()
+
+    def to_json(self) -> str:
+        runs = [{"seeds": format_int_list(run.seeds), "batches": run.batches} for run in self.runs]
+        return json.dumps({**asdict(self), "runs": runs}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: object) -> Manifest:
+        """Raises UserError for anything that `to_json` didn't write."""
+        try:
+            data = json.loads(text)
+            runs = tuple(Run(tuple(parse_int_list(run["seeds"])), int(run["batches"])) for run in data["runs"])
+            return cls(dict(data["network"]), dict(data["options"]), runs)
+        except (ValueError, TypeError, KeyError, RecursionError) as exc:
+            raise UserError(f"{where} is no list of generated images ({exc!r}); use another --outdir") from exc
+
+    def name(self, seed: int) -> str:
+        """'000042.png', or with the option `subdirs` '000000/000042.png', a new folder every 1000 seeds."""
+        return f"{seed - seed % 1000:06d}/{seed:06d}.png" if self.options.get("subdirs") else f"{seed:06d}.png"
+
+    def names(self) -> list[str]:
+        """All images."""
+        return [self.name(seed) for run in self.runs for seed in run.seeds]
+
+    def difference(self, other: Manifest) -> str | None:
+        """In a few words, why images of `other` can't stand beside those of this one; None if they can."""
+        if self.network.get("sha256") != other.network.get("sha256"):
+            return f"another network made ({other.network.get('source')})"
+        for name in sorted({*self.options, *other.options}):
+            mine, theirs = self.options.get(name), other.options.get(name)
+            if mine != theirs:
+                return f"were made with {name}={theirs}, not {mine}"
+        return None
+
+
+def format_int_list(values: Sequence[int]) -> str:
+    """The inverse of `parse_int_list`: [1, 2, 5, 6, 7] -> '1,2,5-7'."""
+    parts: list[str] = []
+    start = 0
+    for end in range(1, len(values) + 1):
+        if end == len(values) or values[end] != values[end - 1] + 1:
+            first, last = values[start], values[end - 1]
+            # parse_int_list reads no ranges of negative numbers
+            parts += map(str, values[start:end]) if last - first < 2 or first < 0 else [f"{first}-{last}"]
+            start = end
+    return ",".join(parts)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, C] (C = 1 or 3) as an 8-bit PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where images go. Several processes write at once, each image is written by one of them; `previous`, `begin` and
+# `finish` are rank 0's business, before the others `open` and after they `close`.
+
+
+class ImageFolder:
+    """A folder of image files, each written in one piece."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def previous(self) -> Manifest | None:
+        """What an earlier run left here, or None. Raises UserError for a path that is no folder."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--outdir={self.path} is a file; name a folder, or a .zip")
+        path = self.path / MANIFEST
+        return Manifest.from_json(path.read_bytes(), path) if path.is_file() else None
+
+    def has(self, name: str) -> bool:
+        """Whether this image is here, and whole (a crash of the machine can leave empty files)."""
+        path = self.path / name
+        if not path.is_file() or path.stat().st_size < len(PNG_END):
+            return False
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+
+    def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
+        """Says who makes the images from here on, and removes what others left in the place of the `fresh` ones."""
+        for name in fresh:
+            (self.path / name).unlink(missing_ok=True)
+        write_text(self.path / MANIFEST, manifest.to_json())
+
+    def open(self, rank: int) -> None:
+        """Nothing to do: folders are made as they are needed."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes one image; threads may do so at the same time."""
+        with atomic_write(self.path / name) as file:
+            file.write(data)
+
+    def close(self, complete: bool) -> None:
+        """Nothing to do: every image is in its place."""
+
+    def finish(self, manifest: Manifest, world_size: int) -> None:
+        """Nothing to do either."""
+
+
+class ImageZip:
+    """An uncompressed zip of images, sorted by name, with the manifest last.
+
+    It appears, or replaces what was there, when all is written; until then each process writes a part of its own beside
+    it. Its bytes depend on the images alone, not on the number of processes or the time of day.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._kept: frozenset[str] = frozenset()  # images of the zip that is already there
+        self._part: zipfile.ZipFile | None = None
+        self._lock = threading.Lock()
+
+    def previous(self) -> Manifest | None:
+        """What an earlier run left here, or None. Raises UserError for a path that is no zip."""
+        if self.path.is_dir():
+            raise UserError(f"--outdir={self.path} is a folder; name a new .zip, or a folder without .zip")
+        if not self.path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(self.path) as old:
+                names = old.namelist()
+                text = old.read(MANIFEST) if MANIFEST in names else None
+        except zipfile.BadZipFile as exc:
+            raise UserError(f"--outdir={self.path} is no zip ({exc}); remove it, or use another name") from exc
+        self._kept = frozenset(names) - {MANIFEST}
+        return None if text is None else Manifest.from_json(text, self.path / MANIFEST)
+
+    def has(self, name: str) -> bool:
+        """Whether this image is in the zip that is already there."""
+        return name in self._kept
+
+    def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
+        """Keeps those of the earlier images that `manifest` speaks of and that aren't to be made afresh."""
+        self._kept = self._kept & frozenset(manifest.names()) - frozenset(fresh)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for path in self.path.parent.iterdir():
+            if path.name.startswith(self._part_path("").name):  # of a run that was killed
+                path.unlink()
+
+    def open(self, rank: int) -> None:
+        """Begins this process's part."""
+        self._part = zipfile.ZipFile(self._part_path(rank), "w", zipfile.ZIP_STORED)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes one image; threads may do so at the same time."""
+        assert self._part is not None
+        try:
+            with self._lock:
+                self._part.writestr(name, data)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, str(self.path)) from exc
+
+    def close(self, complete: bool) -> None:
+        """Completes this process's part, or removes it."""
+        if self._part is None or self._part.filename is None:
+            return
+        with self._lock, nullcontext() if complete else suppress(OSError):  # a full disk has been reported already
+            self._part.close()
+        if not complete:
+            Path(self._part.filename).unlink(missing_ok=True)
+
+    def finish(self, manifest: Manifest, world_size: int) -> None:
+        """Puts the parts, and the images kept, together."""
+        parts = [self._part_path(rank) for rank in range(world_size)]
+        with ExitStack() as stack, atomic_write(self.path) as file:
+            sources = [stack.enter_context(zipfile.ZipFile(part)) for part in parts]
+            found = {name: source for source in sources for name in source.namelist()}
+            if self._kept:
+                old = stack.enter_context(zipfile.ZipFile(self.path))
+                found = dict.fromkeys(self._kept, old) | found
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
+                for name in sorted(found):
+                    target.writestr(zipfile.ZipInfo(name), found[name].read(name))  # ZipInfo: always the same date
+                target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
+        for part in parts:
+            part.unlink()
+
+    def _part_path(self, rank: int | str) -> Path:
+        return self.path.with_name(f".{self.path.name}.part{rank}")
+
+
+def open_output(outdir: str | os.PathLike[str]) -> ImageFolder | ImageZip:
+    """A zip if the name ends so, otherwise a folder. Touches nothing yet."""
+    return ImageZip(outdir) if str(outdir).lower().endswith(".zip") else ImageFolder(outdir)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Going on
+
+
+@dataclass(frozen=True)
+class Work:
+    """`batches` of seeds that are to be made, the manifest to leave, and a `note` for people (or an empty string)."""
+
+    manifest: Manifest
+    batches: list[list[int]]
+    note: str = ""
+
+
+def prepare(
+    output: ImageFolder | ImageZip,
+    mine: Manifest,
+    seeds: Sequence[int],
+    *,
+    max_batch: int,
+    world_size: int = 1,
+    skip_existing: bool = False,
+) -> Work:
+    """Finds out which batches must be made, and readies `output` for them. `mine` says who is about to do so.
+
+    Without `skip_existing` everything is made afresh. With it, seeds of earlier runs keep the batches they had, and
+    those whose images are all there are left out. Raises UserError where images of somebody else would get mixed in.
+    """
+    theirs = output.previous()
+    difference = None if theirs is None else mine.difference(theirs)
+    names = {seed: mine.name(seed) for seed in seeds}
+    advice = "use another --outdir, or leave --skip-existing out to make all of them anew"
+    if skip_existing and difference is not None:
+        raise UserError(f"{output.path} holds images that {difference}; {advice}")
+    if skip_existing and theirs is None and any(map(output.has, names.values())):
+        raise UserError(f"{output.path} holds images, but no {MANIFEST} that says who made them; {advice}")
+
+    runs: list[Run] = []
+    present: set[int] = set()
+    if theirs is not None and difference is None and skip_existing:
+        present = {seed for run in theirs.runs for seed in run.seeds if seed in names and output.has(names[seed])}
+        # Of a run that left nothing (out of memory at once?) there are no batches to keep.
+        runs = [run for run in theirs.runs if not names.keys() >= set(run.seeds) or not present.isdisjoint(run.seeds)]
+    elif theirs is not None and difference is None and isinstance(output, ImageFolder):  # they stay where they are
+        runs = [run for run in theirs.runs if names.keys().isdisjoint(run.seeds)]
+    known = {seed for run in runs for seed in run.seeds}
+    fresh = tuple(seed for seed in names if seed not in known)
+    if fresh:
+        runs.append(Run(fresh, count_batches(len(fresh), max_batch, world_size)))
+    missing = names.keys() - present
+    batches = [batch for run in runs for batch in split_seeds(run.seeds, run.batches) if not missing.isdisjoint(batch)]
+
+    work = Work(replace(mine, runs=tuple(runs)), batches)
+    strays = len({*theirs.names()} - {*work.manifest.names()}) if theirs is not None else 0
+    if strays and isinstance(output, ImageFolder):
+        work = replace(work, note=f"{output.path} also holds {strays} images of an earlier run, none of this one")
+    if batches:
+        output.begin(work.manifest, [names[seed] for seed in fresh])
+    return work
+
+
+class BackgroundWriter:
+    """Encodes and writes images in threads, while the network makes the next ones.
+
+    A context manager: its end waits for the last image. An error of a thread is raised by the next call.
+    """
+
+    def __init__(self, output: ImageFolder | ImageZip, name: Callable[[int], str], rank: int = 0) -> None:
+        self._output, self._name, self._rank = output, name, rank
+        self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+        self._waiting: deque[list[Future[None]]] = deque()
+
+    def __enter__(self) -> BackgroundWriter:
+        self._output.open(self._rank)
+        return self
+
+    def submit(self, seeds: Sequence[int], images: np.ndarray) -> None:
+        """images: uint8 [N, H, W, C]. Waits while more than two batches are under way, so that memory stays bounded."""
+        pairs = zip(seeds, images, strict=True)
+        self._waiting.append([self._pool.submit(self._write, self._name(seed), image) for seed, image in pairs])
+        self._wait(2)
+
+    def _write(self, name: str, image: np.ndarray) -> None:
+        self._output.write(name, encode_png(image))
+
+    def _wait(self, batches: int) -> None:
+        while len(self._waiting) > batches:
+            for future in self._waiting.popleft():
+                future.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        complete = False
+        try:
+            if kind is None:
+                self._wait(0)
+                complete = True
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            self._output.close(complete)
