@@ -1,0 +1,233 @@
+"""Fréchet inception distance: `calc` measures images, `gen` a network, `ref` makes references, `detector` detectors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dnnlib import cli
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from metrics.detectors import Detector
+    from metrics.statistics import Stats
+
+device_option = click.option(
+    "--device", help="Where to run", type=click.Choice(["auto", "cuda", "cpu"]), default="auto"
+)
+batch_option = click.option(
+    "--batch",
+    help="Largest number of images at once, per process",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=64,
+)
+ref_option = click.option("--ref", help="Statistics to compare with", metavar="NPZ|URL", required=True)
+detector_option = click.option(
+    "--detector",
+    "spec",
+    help="inception, a copy of its weights, or a file made by fid.py detector",
+    metavar="NAME|PATH|URL",
+    default="inception",
+)
+# torchrun may take a `--num` anywhere on its line for short of its own --numa-binding: hence a second name.
+NUM = ("--num", "--num-images", "num")
+
+
+@cli.group(name="fid")
+def command() -> None:
+    """Fréchet distance between sets of images (FID, if the detector is Inception).
+
+    \b
+    Typical use:
+      python fid.py calc --images=fid-tmp --ref=https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz
+      python fid.py ref --data=datasets/my-dataset.zip --dest=fid-refs/my-dataset.npz
+      python fid.py gen --network=student.pkl --ref=fid-refs/my-dataset.npz
+
+    \b
+    With a detector of your own, where Inception does not fit or can't be had:
+      python fid.py detector --data=datasets/my-dataset.zip --dest=detector.pt
+      python fid.py ref --data=datasets/my-dataset.zip --dest=ref.npz --detector=detector.pt
+      python fid.py calc --images=fid-tmp --ref=ref.npz --detector=detector.pt
+
+    The number alone goes to standard output. All but `detector` share their work under torchrun.
+    """
+
+
+@command.command()
+@click.option("--images", help="Images to measure", metavar="DIR|ZIP", required=True)
+@ref_option
+@click.option(*NUM, help="Number of images to use", metavar="INT", type=click.IntRange(min=2), default=50000)
+@click.option("--seed", help="Which images, if there are more", metavar="INT", type=int, default=0)
+@batch_option
+@detector_option
+@device_option
+def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, device: str) -> None:
+    """Measures images against a reference."""
+
+    def measure(detector: Detector) -> Stats:
+        from metrics.statistics import statistics_of_dataset
+
+        return statistics_of_dataset(images, detector, num=num, seed=seed, batch=batch, progress=True)
+
+    _compare(ref, spec, device, measure)
+
+
+@command.command()
+@click.option("--network", help="Network to measure", metavar="PKL|URL", required=True)
+@ref_option
+@click.option("--seeds", help="One image per seed [default: 0 to num - 1]", metavar="LIST", type=cli.IntList())
+@click.option(*NUM, help="Number of images [default: 50000]", metavar="INT", type=click.IntRange(min=2))
+@click.option("--steps", help="Sampling steps [default: as generate.py]", metavar="INT", type=click.IntRange(min=1))
+@click.option("--class", "class_idx", help="Class label [default: random]", metavar="INT", type=click.IntRange(min=0))
+@batch_option
+@detector_option
+@device_option
+@click.option("--trust-network-code", help="Run code stored in the network file", is_flag=True)
+def gen(
+    network: str,
+    ref: str,
+    seeds: list[int] | None,
+    num: int | None,
+    steps: int | None,
+    class_idx: int | None,
+    batch: int,
+    spec: str,
+    device: str,
+    trust_network_code: bool,
+) -> None:
+    """Measures a network, without writing images."""
+    if seeds is not None and num is not None:
+        raise cli.UsageError("--seeds and --num both say how many images to make; give one of them")
+    chosen = list(range(num or 50000)) if seeds is None else list(dict.fromkeys(seeds))
+    if len(chosen) < 2:
+        raise cli.UsageError("--seeds must name two different seeds at least; write for example --seeds=0-49999")
+
+    def measure(detector: Detector) -> Stats:
+        from metrics.statistics import statistics_of_images, with_progress
+
+        batches = _generated(network, chosen, steps, class_idx, batch, trust_network_code)
+        return statistics_of_images(with_progress(batches, total=None), detector)
+
+    _compare(ref, spec, device, measure)
+
+
+@command.command()
+@click.option("--data", "--images", "data", help="Images to summarise", metavar="DIR|ZIP", required=True)
+@click.option("--dest", help="File to write", metavar="NPZ", required=True)
+@batch_option
+@detector_option
+@device_option
+def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
+    """Makes a reference from all images of a data set."""
+
+    def work(dist: Any) -> None:
+        from metrics.detectors import load_detector
+        from metrics.statistics import statistics_of_dataset
+
+        path = dest if dest.endswith(".npz") else f"{dest}.npz"
+        stats = statistics_of_dataset(data, load_detector(spec, dist.device()), batch=batch, progress=True)
+        if dist.is_main():
+            stats.save(path)
+            _say(f"wrote {path}: statistics of {stats.num} images by {stats.detector_id}")
+
+    _with_processes(device, work)
+
+
+@command.command()
+@click.option("--data", help="Data set with class labels", metavar="DIR|ZIP", required=True)
+@click.option("--dest", help="File to write", metavar="FILE", required=True)
+@click.option("--seed", help="Random seed", metavar="INT", type=int, default=0)
+@click.option(
+    "--kimg",
+    help="Thousands of images to train for [default: 40 to 300 by their size]",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+)
+@device_option
+def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -> None:
+    """Trains a small classifier as a detector."""
+
+    def work(dist: Any) -> None:
+        from metrics.classifier import train_detector
+
+        if dist.is_main():
+            facts = train_detector(data, dest, seed=seed, kimg=kimg, device=dist.device())
+            _say(
+                f"wrote {dest}: {facts.accuracy:.1%} of {facts.held_out} held-out images recognised, {facts.classes} "
+                f"classes, {facts.resolution}x{facts.resolution}, trained for {facts.kimg:g} kimg with seed {seed}"
+            )
+            if facts.accuracy < 2 / facts.classes:
+                _say("warning: that is hardly better than guessing; use a larger --kimg")
+        dist.barrier()
+
+    _with_processes(device, work)
+
+
+def _compare(ref: str, spec: str, device: str, measure: Callable[[Detector], Stats]) -> None:
+    """Prints the Fréchet distance between the reference and what `measure` finds with the detector."""
+
+    def work(dist: Any) -> None:
+        from metrics.detectors import INCEPTION, load_detector
+        from metrics.statistics import check_same_detector, frechet_between, load_reference
+
+        reference = load_reference(ref)
+        if spec == "inception":
+            check_same_detector(INCEPTION, reference.detector_id)  # a download comes after this
+        network = load_detector(spec, dist.device())
+        check_same_detector(network.id, reference.detector_id)  # hours of work come after this
+        stats = measure(network)
+        if dist.is_main():
+            print(f"{frechet_between(stats, reference):g}", flush=True)
+
+    _with_processes(device, work)
+
+
+def _generated(
+    path: str, seeds: list[int], steps: int | None, class_idx: int | None, batch: int, trust_network_code: bool
+) -> Iterator[Tensor]:
+    """This process's share of the network's images, in batches uint8 [n, C, H, W]."""
+    from metrics.detectors import rank0_first
+    from torch_utils import distributed as dist
+    from training.network_files import load_network
+    from training.pictures import to_uint8
+    from training.sampling import iterate_images, plan_sampling
+
+    network = rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
+    dist.print0(f"sampling with {plan_sampling(network, steps=steps).text}", file=sys.stderr)
+    device = dist.device()
+    for made in iterate_images(network, seeds, steps=steps, max_batch=batch, device=device, class_idx=class_idx):
+        if not made.images.isfinite().all():
+            raise cli.UserError(
+                f"{path}: some images of seeds {made.seeds[0]} to {made.seeds[-1]} hold NaN or infinities"
+            )
+        yield to_uint8(made.images)
+
+
+def _with_processes(device: str, work: Callable[[Any], None]) -> None:
+    """Runs `work` with the processes and the device set up, and takes them down again."""
+    from torch_utils import distributed as dist
+
+    dist.init(device, timeout_minutes=24 * 60)  # processes may finish far apart
+    try:
+        work(dist)
+    finally:
+        dist.shutdown()
+
+
+def _say(text: str) -> None:
+    """Tells people something, while standard output is for the number."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit status."""
+    return cli.run(command, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The Fréchet distance between two normal distributions. Needs numpy alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dnnlib.cli import UserError
+
+Array = NDArray[np.float64]
+
+_ASYMMETRY = 1e-5  # of the largest entry: what storing a covariance in float32 may do, with room to spare
+_NEGATIVITY = 1e-4  # of the largest eigenvalue, likewise
+
+
+def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), Eq. 6 of Heusel et al. 2017 (arXiv:1706.08500).
+
+    mu: [D], sigma: [D, D] symmetric positive semi-definite, possibly singular; computed in float64.
+    Returns a number >= 0. Raises UserError for shapes that don't fit, values that aren't finite and matrices that are
+    no covariances.
+
+    With sigma = A A^T the trace of the root is the sum of the singular values of A1^T A2. Unlike the eigenvalues of
+    the product, whose roots turn rounding errors of 1e-16 into 1e-8, these are good to the last digits even for
+    singular matrices, and no complex or negative number can come up.
+    """
+    mu1, sigma1 = checked_moments(mu1, sigma1, "the first distribution")
+    mu2, sigma2 = checked_moments(mu2, sigma2, "the second distribution")
+    if mu1.shape != mu2.shape:
+        raise UserError(f"statistics of {len(mu1)} and of {len(mu2)} features can't be compared: two detectors?")
+    a1, a2 = _factor(sigma1, "the first distribution"), _factor(sigma2, "the second distribution")
+    root_trace = np.linalg.svd(a1.T @ a2, compute_uv=False).sum()
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace)
+    if not np.isfinite(distance):
+        raise UserError("the Fréchet distance is not a finite number: the features are too large for float64")
+    return max(distance, 0.0)  # equal distributions may come out at -1e-14
+
+
+def checked_moments(mu: ArrayLike, sigma: ArrayLike, where: str) -> tuple[Array, Array]:
+    """(mu [D], sigma [D, D]) as float64, sigma exactly symmetric. Raises UserError, which calls bad ones `where`."""
+    try:
+        mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+    except (TypeError, ValueError) as exc:
+        raise UserError(f"{where}: mu and sigma are not arrays of numbers") from exc
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+        shapes = f"mu has shape {mu.shape}, sigma {sigma.shape}"
+        raise UserError(f"{where}: {shapes}; expected [D] and [D, D] with the same D")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{where}: mu or sigma holds NaN or infinite values; make these statistics again")
+    if np.abs(sigma - sigma.T).max() > _ASYMMETRY * np.abs(sigma).max():
+        raise UserError(f"{where}: sigma is not symmetric, so it is no covariance; make these statistics again")
+    return mu, (sigma + sigma.T) / 2
+
+
+def _factor(sigma: Array, where: str) -> Array:
+    """A [D, rank] with A A^T = sigma. Directions that can't be told from rounding errors are left out."""
+    try:
+        values, vectors = np.linalg.eigh(sigma)
+    except np.linalg.LinAlgError as exc:
+        raise UserError(f"{where}: the eigenvalues of sigma can't be computed ({exc})") from exc
+    largest = np.abs(values).max()
+    if values[0] < -_NEGATIVITY * largest:
+        raise UserError(f"{where}: sigma has the negative eigenvalue {values[0]:.3g}, so it is no covariance")
+    kept = values > largest * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])

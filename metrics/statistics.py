@@ -1,0 +1,176 @@
+"""Mean and covariance of features: of a data set, of images as they come, from and to files."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dnnlib.atomic import atomic_write
+from dnnlib.cli import UserError
+from dnnlib.util import open_url
+from torch_utils import distributed as dist
+from training.dataset import ImageFolderDataset
+from training.sampling import count_batches, own_share, split_seeds
+
+from .detectors import INCEPTION, Detector, rank0_first
+from .frechet import Array, checked_moments, frechet_distance
+from .images import read_images
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """What a set of images looks like to a detector.
+
+    mu [D], sigma [D, D]: mean and covariance of the features, float64. num: how many images (None: unknown).
+    detector_id: what made the features; statistics of two detectors have nothing to do with each other.
+    """
+
+    mu: Array
+    sigma: Array
+    num: int | None
+    detector_id: str
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an npz file: EDM's `mu` and `sigma`, besides `num` and `detector`."""
+        arrays: dict[str, Any] = {"mu": self.mu, "sigma": self.sigma, "detector": np.str_(self.detector_id)}
+        if self.num is not None:
+            arrays["num"] = np.int64(self.num)
+        with atomic_write(path) as file:
+            np.savez(file, **arrays)
+
+    @staticmethod
+    def load(source: str | os.PathLike[str]) -> Stats:
+        """Reads the npz file at a path or URL. One without `detector` is EDM's, so it comes from Inception.
+
+        Raises UserError for a file that is missing, no npz, lacks mu or sigma, or holds NaN or odd shapes.
+        """
+        with open_url(source) as file:
+            try:
+                content = np.load(file, allow_pickle=False)
+                if not isinstance(content, np.lib.npyio.NpzFile):
+                    raise UserError(f"{source}: a single array; statistics are an npz file with mu and sigma")
+                arrays = {name: content[name] for name in ("mu", "sigma", "num", "detector") if name in content}
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:
+                raise UserError(f"{source}: not a readable npz file of plain arrays ({exc})") from exc
+        missing = [name for name in ("mu", "sigma") if name not in arrays]
+        if missing:
+            raise UserError(
+                f"{source}: has no {' and no '.join(missing)}; fid.py ref makes such a file from a data set"
+            )
+        mu, sigma = checked_moments(arrays["mu"], arrays["sigma"], str(source))
+        detector = str(arrays["detector"]) if "detector" in arrays else INCEPTION
+        return Stats(mu, sigma, int(arrays["num"]) if "num" in arrays else None, detector)
+
+
+def frechet_between(a: Stats, b: Stats) -> float:
+    """The Fréchet distance between two sets of images. Raises UserError if they come from two detectors."""
+    check_same_detector(a.detector_id, b.detector_id)
+    return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+
+
+def check_same_detector(images: str, reference: str) -> None:
+    """Raises UserError, naming both, unless the two detector ids are the same."""
+    if images != reference:
+        raise UserError(
+            f"statistics of two detectors can't be compared: {images} for the images, {reference} for the reference; "
+            "name the reference's own with --detector, or make the reference again with this one (fid.py ref)"
+        )
+
+
+class FeatureStatistics:
+    """Sums of features and of their products, in float64, from which mean and covariance follow."""
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros([], dtype=torch.int64, device=device)
+        self.total = torch.zeros([dim], dtype=torch.float64, device=device)
+        self.products = torch.zeros([dim, dim], dtype=torch.float64, device=device)
+
+    def append(self, features: Tensor) -> None:
+        """Adds features [N, dim] of any float type."""
+        features = features.to(self.total)
+        self.count += len(features)
+        self.total += features.sum(dim=0)
+        self.products += features.T @ features
+
+    def reduce(self) -> None:
+        """Adds up the sums of all processes, on each of them. To be called once, after the last `append`."""
+        dist.all_reduce_sum([self.count, self.total, self.products])
+
+    def mean_cov(self) -> tuple[Array, Array, int]:
+        """(mean [dim], covariance [dim, dim] with divisor N - 1, N). Raises UserError for N < 2, NaN and infinities."""
+        num = int(self.count)
+        if num < 2:
+            raise UserError(f"found {num} image{'s' * (num != 1)}; a covariance needs at least 2")
+        mu = self.total / num
+        sigma = (self.products - torch.outer(mu, mu) * num) / (num - 1)
+        if not (mu.isfinite().all() and sigma.isfinite().all()):
+            raise UserError("the features of some images are NaN or infinite: the detector can't measure these images")
+        return mu.cpu().numpy(), sigma.cpu().numpy(), num
+
+
+def statistics_of_images(batches: Iterable[Tensor], detector: Detector) -> Stats:
+    """Statistics of images given in batches uint8 [n, C, H, W]; each process brings its own share, all get the result.
+
+    Warns (rank 0, standard error) when there are too few images for the number of features.
+    """
+    sums = FeatureStatistics(detector.dim, detector.device)
+    for images in batches:
+        sums.append(detector(images))
+    sums.reduce()
+    mu, sigma, num = sums.mean_cov()
+    if num <= detector.dim:
+        dist.print0(
+            f"warning: {num} images are few for {detector.dim} features: the covariance has not its full rank, and the "
+            "distance comes out too large; compare it only with distances of equally many images",
+            file=sys.stderr,
+        )
+    return Stats(mu, sigma, num, detector.id)
+
+
+def statistics_of_dataset(
+    path: str | os.PathLike[str],
+    detector: Detector,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    progress: bool = False,
+) -> Stats:
+    """Statistics of the images in a folder or zip, the work being shared among the processes.
+
+    num: use so many images, drawn with `seed` as EDM draws them; fewer is an error. None: all.
+    batch: images at a time. progress: show a bar (standard error, rank 0).
+    """
+    dataset = ImageFolderDataset(path=os.fspath(path), max_size=num, random_seed=seed)
+    try:
+        if num is not None and len(dataset) < num:
+            raise UserError(
+                f"{path}: found {len(dataset)} images, fewer than the {num} asked for; set --num={len(dataset)}"
+            )
+        if len(dataset) < 2:
+            raise UserError(f"{path}: found {len(dataset)} image; statistics need at least 2")
+        # Near-equal consecutive batches, dealt to the processes in turn: EDM's partition.
+        share = own_share(split_seeds(range(len(dataset)), count_batches(len(dataset), batch, dist.get_world_size())))
+        batches = read_images(dataset, share)
+        return statistics_of_images(with_progress(batches, len(share)) if progress else batches, detector)
+    finally:
+        dataset.close()
+
+
+def load_reference(source: str | os.PathLike[str]) -> Stats:
+    """`Stats.load` under several processes: one download, and a failure on all of them."""
+    return rank0_first(lambda: Stats.load(source))
+
+
+def with_progress(batches: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:
+    """Passes the batches on, with a progress bar on rank 0's standard error if that is a terminal."""
+    yield from tqdm(batches, total=total, unit="batch", disable=None if dist.is_main() else True)

@@ -1,0 +1,238 @@
+"""fid.py as a user meets it: what it prints, what it refuses, and that several processes find the same."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_dataset, small_network
+from PIL import Image
+
+import fid
+from metrics import detectors
+from metrics.classifier import train_detector
+from metrics.statistics import Stats
+from training.grids import NoiseGrid, Sampling
+from training.network_files import load_network, save_network
+from training.pictures import to_uint8
+from training.sampling import iterate_images
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a data set, another one, a hurriedly trained detector and its reference."""
+    folder = tmp_path_factory.mktemp("fid")
+    make_dataset(folder / "data.zip", count=300, seed=0)
+    make_dataset(folder / "other.zip", count=150, seed=1)
+    make_dataset(folder / "plain.zip", count=20, classes=None)
+    train_detector(folder / "data.zip", folder / "detector.pt", kimg=1)
+    assert (
+        fid.main(["ref", f"--data={folder}/data.zip", f"--dest={folder}/ref", f"--detector={folder}/detector.pt"]) == 0
+    )
+    return folder
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    status = fid.main(args)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def refused(capsys, status: int, message: str, *args: str) -> None:
+    """One line on standard error that holds `message`, nothing on standard output, and the exit status."""
+    got, out, err = run(capsys, *args)
+    assert (got, out) == (status, "")
+    assert err.count("\n") == 1 and err.startswith("fid.py: error: ") and message in err
+
+
+def test_reference_and_distance(place, capsys):
+    ref = Stats.load(place / "ref.npz")  # the ending was left to the program, as numpy does it
+    assert ref.num == 300 and ref.mu.shape == (128,) and ref.detector_id.startswith("classifier:")
+    options = (f"--ref={place}/ref.npz", f"--detector={place}/detector.pt")
+    status, out, err = run(capsys, "calc", f"--images={place}/data.zip", "--num=300", *options)
+    assert status == 0 and 0 <= float(out) < 1e-9 and err == ""
+    _, part, _ = run(capsys, "calc", f"--images={place}/data.zip", "--num=150", *options)
+    _, same_part, _ = run(capsys, "calc", f"--images={place}/data.zip", "--num=150", "--batch=7", *options)
+    _, other_part, _ = run(capsys, "calc", f"--images={place}/data.zip", "--num=150", "--seed=1", *options)
+    _, other, _ = run(capsys, "calc", f"--images={place}/other.zip", "--num=150", *options)
+    assert float(out) < float(part) < float(other)
+    assert float(same_part) == pytest.approx(float(part), rel=1e-4) and float(other_part) != float(part)
+    assert part == f"{float(part):g}\n"
+
+
+def test_underscores_and_help(place, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        refused(capsys, 2, "--device=cuda", "calc", "--images=x", "--ref=y", "--num_images=3", "--device=cuda")
+    for args in ([], ["calc"], ["gen"], ["ref"], ["detector"]):
+        status, out, _ = run(capsys, *args, "--help")
+        assert status == 0 and "Usage: fid.py" in out
+    begun = subprocess.run(
+        [sys.executable, "-X", "importtime", "fid.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert " torch\n" not in begun.stderr and "numpy" not in begun.stderr
+
+
+def test_wrong_options(capsys):
+    refused(capsys, 2, "Missing command")
+    refused(capsys, 2, "No such command 'cal'", "cal")
+    refused(capsys, 2, "Missing option '--ref'", "calc", "--images=x")
+    refused(capsys, 2, "--num", "calc", "--images=x", "--ref=y", "--num=1")
+    refused(capsys, 2, "--kimg", "detector", "--data=x", "--dest=y", "--kimg=0")
+    refused(capsys, 2, "give one of them", "gen", "--network=x", "--ref=y", "--num=5", "--seeds=1,2")
+    refused(capsys, 2, "two different seeds", "gen", "--network=x", "--ref=y", "--seeds=3,3")
+
+
+def test_bad_files(place, capsys, tmp_path):
+    detector = f"--detector={place}/detector.pt"
+    images = f"--images={place}/data.zip"
+    good = f"--ref={place}/ref.npz"
+    refused(
+        capsys, 1, "found 300 images, fewer than the 50000 asked for; set --num=300", "calc", images, good, detector
+    )
+    refused(capsys, 1, "no such file", "calc", images, "--ref=nowhere.npz", detector)
+    refused(capsys, 1, "no such file", "calc", images, good, "--detector=nowhere.pt")
+    refused(capsys, 1, "no such file", "calc", "--images=nowhere", good, detector)
+    refused(capsys, 1, "not a detector file", "calc", images, good, images.replace("images", "detector"))
+    np.savez(tmp_path / "no-mu.npz", sigma=np.eye(3))
+    refused(capsys, 1, "no-mu.npz: has no mu", "calc", images, f"--ref={tmp_path}/no-mu.npz", detector)
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    refused(capsys, 1, "NaN", "calc", images, f"--ref={tmp_path}/nan.npz", detector)
+    (tmp_path / "empty").mkdir()
+    refused(capsys, 1, "no image files", "ref", f"--data={tmp_path}/empty", f"--dest={tmp_path}/x.npz", detector)
+    make_dataset(tmp_path / "large.zip", count=4, size=16)
+    refused(
+        capsys, 1, "the images are 16x16", "ref", f"--data={tmp_path}/large.zip", f"--dest={tmp_path}/x.npz", detector
+    )
+    make_dataset(tmp_path / "colour.zip", count=4, channels=3)
+    refused(capsys, 1, "3 channels", "ref", f"--data={tmp_path}/colour.zip", f"--dest={tmp_path}/x.npz", detector)
+    make_dataset(tmp_path / "one.zip", count=1)
+    refused(capsys, 1, "found 1 image;", "ref", f"--data={tmp_path}/one.zip", f"--dest={tmp_path}/x.npz", detector)
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_two_detectors_are_not_mixed(place, capsys, tmp_path):
+    images, ref = f"--images={place}/data.zip", Stats.load(place / "ref.npz")
+    np.savez(tmp_path / "edm.npz", mu=ref.mu, sigma=ref.sigma)
+    args = ("calc", images, f"--ref={tmp_path}/edm.npz", f"--detector={place}/detector.pt")
+    refused(capsys, 1, f"{ref.detector_id} for the images, inception-2015-12-05 for the reference", *args)
+    refused(
+        capsys, 1, f"inception-2015-12-05 for the images, {ref.detector_id}", "calc", images, f"--ref={place}/ref.npz"
+    )
+
+
+def test_missing_inception(place, capsys, tmp_path, monkeypatch):
+    """Without the weights and without a network: what to do instead."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(detectors, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth")
+    make = ("ref", f"--data={place}/data.zip", f"--dest={tmp_path}/x.npz")
+    status, out, err = run(capsys, *make)
+    assert (status, out) == (1, "") and not (tmp_path / "x.npz").exists()
+    line = err.splitlines()[-1]
+    assert "can't be downloaded" in line and "--detector=PATH" in line and "fid.py detector" in line
+    (tmp_path / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"cut off")
+    weights = f"--detector={tmp_path}/pt_inception-2015-12-05-6726825d.pth"
+    refused(capsys, 1, "instead of 6726825d", *make, weights)
+
+
+def test_reference_from_a_url(place, capsys):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(place))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            args = ("calc", f"--images={place}/other.zip", "--num=150", f"--detector={address}/detector.pt")
+            status, out, _ = run(capsys, *args, f"--ref={address}/ref.npz")
+            assert status == 0
+            assert run(capsys, *args, f"--ref={place}/ref.npz")[1] == out
+            assert run(capsys, *args, f"--ref={address}/none.npz")[0] == 1
+        finally:
+            server.shutdown()
+
+
+def test_detector_command(place, capsys):
+    args = ("detector", f"--data={place}/data.zip", f"--dest={place}/again.pt", "--kimg=1")
+    status, out, err = run(capsys, *args)
+    assert status == 0 and out == "" and "30 held-out images" in err and "4 classes" in err
+    assert (place / "again.pt").read_bytes() == (place / "detector.pt").read_bytes()
+    before = (place / "again.pt").read_bytes()
+    refused(capsys, 1, "no class labels", "detector", f"--data={place}/plain.zip", f"--dest={place}/again.pt")
+    assert (place / "again.pt").read_bytes() == before  # what existed before is not damaged
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+@pytest.fixture(scope="module")
+def student(place) -> Path:
+    net = small_network(label_dim=4)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    sampling = Sampling(NoiseGrid((80.0, 2.0, 0.1, 0.0)), "euler", 2)
+    save_network(place / "student.pkl", net, sampling=sampling)
+    return place / "student.pkl"
+
+
+def test_gen_measures_what_calc_would(place, student, capsys, tmp_path):
+    options = (f"--ref={place}/ref.npz", f"--detector={place}/detector.pt")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for batch in iterate_images(load_network(student), range(40), max_batch=16, device="cpu"):
+            for seed, image in zip(batch.seeds, to_uint8(batch.images), strict=True):
+                buffer = io.BytesIO()
+                Image.fromarray(image[0].numpy()).save(buffer, "PNG")
+                archive.writestr(f"{seed:06d}.png", buffer.getvalue())
+    _, expected, _ = run(capsys, "calc", f"--images={tmp_path}/images.zip", "--num=40", *options)
+    status, out, err = run(capsys, "gen", f"--network={student}", "--num=40", "--batch=16", *options)
+    assert status == 0 and float(out) == pytest.approx(float(expected), rel=1e-5)
+    assert "the network's own noise grid" in err and "3 network calls" in err
+    assert run(capsys, "gen", f"--network={student}", "--seeds=0-39", "--batch=16", "--steps=6", *options)[1] == out
+    assert run(capsys, "gen", f"--network={student}", "--seeds=40-79", *options)[1] != out
+    assert run(capsys, "gen", f"--network={student}", "--seeds=0-39", "--class=2", *options)[1] != out
+
+
+def test_gen_refuses(place, student, capsys, tmp_path):
+    options = (f"--ref={place}/ref.npz", f"--detector={place}/detector.pt", "--num=4")
+    status, out, err = run(capsys, "gen", f"--network={student}", "--steps=5", *options)
+    assert (status, out) == (2, "") and "--steps=3" in err.splitlines()[-1]
+    status, _, err = run(capsys, "gen", f"--network={student}", "--class=4", *options)
+    assert status == 2 and "classes are 0 to 3" in err
+    refused(capsys, 1, "no such file", "gen", "--network=nowhere.pkl", *options)
+    broken = small_network()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    save_network(tmp_path / "nan.pkl", broken)
+    status, out, err = run(capsys, "gen", f"--network={tmp_path}/nan.pkl", "--steps=2", *options)
+    assert (status, out) == (1, "") and "seeds 0 to 3 hold NaN" in err.splitlines()[-1]
+
+
+def test_two_processes_find_the_same(place, student, capsys):
+    """Under torchrun the number comes once, and is the one of a single process."""
+    options = (f"--ref={place}/ref.npz", f"--detector={place}/detector.pt", "--batch=16")
+    for args in (
+        ("calc", f"--images={place}/other.zip", "--num-images=103", *options),
+        ("gen", f"--network={student}", "--seeds=0-32", *options),
+    ):
+        _, alone, _ = run(capsys, *args)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        together = subprocess.run([*launch, "fid.py", *args], cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert together.returncode == 0, together.stderr
+        assert together.stdout.count("\n") == 1
+        assert float(together.stdout) == pytest.approx(float(alone), rel=1e-5)

@@ -1,0 +1,464 @@
+"""Fréchet distances, feature statistics, their files, detectors and the small classifier."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import GOLDEN, golden, make_dataset
+from PIL import Image
+from torch import Tensor, nn
+
+import metrics
+from dnnlib.cli import UserError
+from metrics import classifier, detectors, statistics
+from metrics.detectors import INCEPTION, Detector, full_precision, load_detector
+from metrics.frechet import frechet_distance
+from metrics.images import read_images
+from metrics.statistics import FeatureStatistics, Stats, frechet_between, statistics_of_dataset, statistics_of_images
+from training.dataset import ImageFolderDataset
+
+FID_CASES = [f"{size}_{kind}" for size in ("d16", "d64") for kind in ("full", "shift", "singular", "same", "scaled")]
+
+
+def moments(case: str) -> list[np.ndarray]:
+    data = golden("fid.npz")
+    return [data[f"{case}/{name}"] for name in ("mu1", "sigma1", "mu2", "sigma2")]
+
+
+def random_moments(seed: int, dim: int, rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal([dim, rank or dim])
+    return rng.standard_normal(dim), a @ a.T
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The distance
+
+
+@pytest.mark.parametrize("case", FID_CASES)
+def test_golden_distances(case):
+    expected = float(golden("fid.npz")[f"{case}/fid"])
+    got = frechet_distance(*moments(case))
+    if case.endswith("_same"):
+        assert 0 <= got < 1e-8
+    else:
+        assert got == pytest.approx(expected, rel=1e-6 if case.endswith("_singular") else 1e-9, abs=0)
+
+
+def test_one_dimension_is_the_difference_of_means_and_deviations():
+    assert frechet_distance([1.0], [[9.0]], [3.0], [[4.0]]) == pytest.approx(4 + 1, rel=1e-14)
+
+
+def test_commuting_covariances():
+    rng = np.random.default_rng(0)
+    turn, _ = np.linalg.qr(rng.standard_normal([20, 20]))
+    v1, v2 = rng.uniform(0, 4, [2, 20])
+    s1, s2 = (turn * v1) @ turn.T, (turn * v2) @ turn.T
+    expected = np.square(np.sqrt(v1) - np.sqrt(v2)).sum() + 20 * 0.25
+    assert frechet_distance(np.zeros(20), s1, np.full(20, 0.5), s2) == pytest.approx(expected, rel=1e-13)
+
+
+def test_singular_covariances_lose_no_digits():
+    """For a a^T and b b^T the root's trace is |a . b|; roots of the product's eigenvalues are only good to 1e-8."""
+    a, b = np.random.default_rng(1).standard_normal([2, 50])
+    expected = a @ a + b @ b - 2 * abs(a @ b)
+    assert frechet_distance(np.zeros(50), np.outer(a, a), np.zeros(50), np.outer(b, b)) == pytest.approx(
+        expected, rel=1e-12
+    )
+    mu, sigma = random_moments(2, 50, rank=7)
+    assert frechet_distance(mu, sigma, mu, sigma) < 1e-11 * np.trace(sigma)
+
+
+def test_no_spread_at_all():
+    zero = np.zeros([3, 3])
+    assert frechet_distance([1, 2, 3], zero, [1, 2, 3], zero) == 0
+    assert frechet_distance(np.ones(3), zero, np.zeros(3), np.eye(3)) == pytest.approx(6)
+
+
+def test_symmetry_and_invariance():
+    (m1, s1), (m2, s2) = random_moments(3, 30), random_moments(4, 30, rank=12)
+    d = frechet_distance(m1, s1, m2, s2)
+    assert frechet_distance(m2, s2, m1, s1) == pytest.approx(d, rel=1e-12)
+    turn, _ = np.linalg.qr(np.random.default_rng(5).standard_normal([30, 30]))
+    assert frechet_distance(turn @ m1, turn @ s1 @ turn.T, turn @ m2, turn @ s2 @ turn.T) == pytest.approx(d, rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, s: (m[:3], s), "shape"),
+        (lambda m, s: (m, s[:, :3]), "shape"),
+        (lambda m, s: (m[None], s), "shape"),
+        (lambda m, s: (m * np.nan, s), "NaN"),
+        (lambda m, s: (m, s + np.inf), "NaN or infinite"),
+        (lambda m, s: (m, s + np.triu(np.ones_like(s))), "not symmetric"),
+        (lambda m, s: (m, -s), "negative eigenvalue"),
+        (lambda m, s: (m * 1e200, s), "not a finite number"),
+        (lambda m, s: (m[:2], s[:2, :2]), "2 and of 4 features|4 and of 2 features"),
+        (lambda m, s: (np.array(["a"] * 4), s), "not arrays of numbers"),
+    ],
+)
+def test_bad_moments_are_named(change, message):
+    m, s = random_moments(6, 4)
+    bad = change(m, s)
+    for pair in ((*bad, m, s), (m, s, *bad)):
+        with pytest.raises(UserError, match=message):
+            frechet_distance(*pair)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_accumulated_statistics_are_numpys():
+    for case, key in (("d16_full", "feats1"), ("d64_full", "feats1"), ("d16_singular", "feats1")):
+        data = golden("fid.npz")
+        features = torch.from_numpy(data[f"{case}/{key}"])
+        sums = FeatureStatistics(features.shape[1])
+        for part in features.split(7):
+            sums.append(part)
+        sums.reduce()
+        mu, sigma, num = sums.mean_cov()
+        assert num == len(features)
+        np.testing.assert_allclose(mu, data[f"{case}/mu1"], rtol=0, atol=1e-14)
+        np.testing.assert_allclose(sigma, data[f"{case}/sigma1"], rtol=0, atol=1e-14)
+        np.testing.assert_allclose(sigma, np.cov(features.double().numpy().T), rtol=0, atol=1e-14)
+
+
+def test_too_few_images_and_bad_features():
+    sums = FeatureStatistics(3)
+    with pytest.raises(UserError, match="found 0 images"):
+        sums.mean_cov()
+    sums.append(torch.ones(1, 3))
+    with pytest.raises(UserError, match="found 1 image;"):
+        sums.mean_cov()
+    sums.append(torch.full([1, 3], torch.nan))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        sums.mean_cov()
+
+
+class Powers(nn.Module):
+    """The golden pipeline's stand-in for Inception: powers 1, 2, 3, ... of all values, cut to 2048 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[list[int]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shapes.append(list(images.shape))
+        x = images.to(torch.float32).flatten(1) / 255
+        return torch.cat([x**power for power in range(1, 2048 // x.shape[1] + 2)], dim=1)[:, :2048]
+
+
+def powers() -> Detector:
+    return Detector("powers", Powers(), 2048, channels=3, resolution=None, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "case", ["stub_int_b64", "stub_int_b5", "stub_int_num6_seed0", "stub_int_num6_seed3", "stub_gray"]
+)
+def test_golden_pipeline(case, capsys):
+    """Which images, in which batches, with which statistics: as EDM."""
+    data = golden("fid.npz")
+    facts = json.loads(str(data["facts_json"]))[case]
+    kwargs = facts["kwargs"]
+    detector = powers()
+    stats = statistics_of_dataset(
+        GOLDEN / facts["file"],
+        detector,
+        num=kwargs.get("num_expected"),
+        seed=kwargs.get("seed", 0),
+        batch=kwargs.get("max_batch_size", 64),
+    )
+    assert detector.net.shapes == facts["batch_shapes"]
+    assert stats.num == sum(shape[0] for shape in facts["batch_shapes"])
+    np.testing.assert_allclose(stats.mu, data[f"{case}/mu"], rtol=0, atol=1e-14)
+    np.testing.assert_allclose(stats.sigma[::32, ::32], data[f"{case}/sigma_64x64_stride32"], rtol=0, atol=1e-14)
+    assert np.trace(stats.sigma) == pytest.approx(float(data[f"{case}/trace"]), rel=1e-9)
+    assert np.linalg.norm(stats.sigma) == pytest.approx(float(data[f"{case}/fro"]), rel=1e-9)
+    assert "few for 2048 features" in capsys.readouterr().err
+
+
+def test_too_many_images_asked_for():
+    with pytest.raises(UserError, match=r"found 12 images, fewer than the 13 asked for; set --num=12"):
+        statistics_of_dataset(GOLDEN / "ds_int.zip", powers(), num=13)
+
+
+def test_a_single_image_has_no_covariance(tmp_path):
+    make_dataset(tmp_path / "one.zip", count=1)
+    with pytest.raises(UserError, match="found 1 image; statistics need at least 2"):
+        statistics_of_dataset(tmp_path / "one.zip", powers())
+
+
+def test_images_come_in_order_and_errors_come_through(tmp_path):
+    path = make_dataset(tmp_path / "many.zip", count=60)
+    dataset = ImageFolderDataset(path)
+    batches = [[5], list(range(50)), [], [7, 3, 59]]
+    for wanted, got in zip(batches[:2] + batches[3:], read_images(dataset, batches[:2] + batches[3:]), strict=True):
+        assert got.dtype == torch.uint8
+        assert torch.equal(got, torch.from_numpy(np.stack([dataset[i][0] for i in wanted])))
+    with zipfile.ZipFile(tmp_path / "broken.zip", "w") as archive, zipfile.ZipFile(path) as whole:
+        for name in sorted(whole.namelist())[:60]:
+            archive.writestr(name, b"no picture" if "0042" in name else whole.read(name))
+    with pytest.raises(UserError, match="img00000042"):
+        statistics_of_dataset(tmp_path / "broken.zip", powers(), batch=4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of statistics
+
+
+def test_statistics_survive_their_file(tmp_path):
+    mu, sigma = random_moments(7, 5)
+    Stats(mu, sigma, 123, "classifier:abc").save(tmp_path / "deep" / "x.npz")
+    again = Stats.load(tmp_path / "deep" / "x.npz")
+    assert (again.num, again.detector_id) == (123, "classifier:abc")
+    assert np.array_equal(again.mu, mu) and np.array_equal(again.sigma, sigma)
+    with np.load(tmp_path / "deep" / "x.npz", allow_pickle=False) as file:
+        assert {"mu", "sigma"} <= set(file)
+
+
+def test_a_file_without_mark_is_inceptions(tmp_path):
+    mu, sigma = random_moments(8, 5)
+    np.savez(tmp_path / "edm.npz", mu=mu, sigma=sigma)
+    edm = Stats.load(tmp_path / "edm.npz")
+    assert (edm.detector_id, edm.num) == (INCEPTION, None)
+    with pytest.raises(UserError, match=f"two detectors.*{INCEPTION}.*classifier:abc"):
+        frechet_between(edm, Stats(mu, sigma, 9, "classifier:abc"))
+
+
+def test_bad_statistics_files_are_named(tmp_path):
+    mu, sigma = random_moments(9, 5)
+
+    def check(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            Stats.load(tmp_path / "bad.npz")
+
+    np.savez(tmp_path / "bad.npz", sigma=sigma)
+    check("bad.npz: has no mu;")
+    np.savez(tmp_path / "bad.npz", x=1)
+    check("has no mu and no sigma")
+    np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma[:4, :4])
+    check("shape")
+    np.savez(tmp_path / "bad.npz", mu=mu * np.nan, sigma=sigma)
+    check("NaN")
+    np.savez(tmp_path / "bad.npz", mu=np.array([{}], dtype=object), sigma=sigma)
+    check("not a readable npz file of plain arrays")
+    with open(tmp_path / "bad.npz", "wb") as file:
+        np.save(file, mu)
+    check("a single array")
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nothing")
+    check("not a readable npz file")
+    (tmp_path / "bad.npz").write_bytes(b"")
+    check("not a readable npz file")
+    np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma)
+    whole = (tmp_path / "bad.npz").read_bytes()
+    (tmp_path / "bad.npz").write_bytes(whole[: len(whole) // 2])
+    check("not a readable npz file")
+    (tmp_path / "bad.npz").unlink()
+    check("no such file")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Detectors
+
+
+def test_detector_takes_the_images_it_was_made_for():
+    rgb = powers()
+    grey = torch.randint(0, 256, [2, 1, 4, 4], dtype=torch.uint8)
+    assert torch.equal(rgb(grey), rgb(grey.repeat(1, 3, 1, 1)))
+    assert rgb.net.shapes[0] == [2, 3, 4, 4]
+    small = Detector("small", Powers(), 2048, channels=1, resolution=8, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="3 channels, the detector small takes 1"):
+        small(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(UserError, match="9x8, the detector small was made for 8x8"):
+        small(torch.zeros(2, 1, 8, 9, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        small(torch.zeros(2, 1, 8, 8))
+
+
+def test_full_precision_restores_the_callers_choice():
+    before = torch.backends.cudnn.conv.fp32_precision
+    with pytest.raises(KeyError), full_precision():
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        raise KeyError
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert torch.backends.cudnn.allow_tf32 in (True, False)  # PyTorch's older interface still answers
+
+
+def test_the_package_is_imported_without_torch():
+    code = "import sys, metrics; assert 'torch' not in sys.modules; metrics.frechet_distance([0], [[1]], [0], [[1]])"
+    code += "; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    assert metrics.load_detector is load_detector
+    with pytest.raises(AttributeError, match="nonsense"):
+        metrics.nonsense  # noqa: B018
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The small classifier
+
+
+def write_images(path: Path, images: np.ndarray, labels: list[int] | None) -> Path:
+    """A data set of uint8 images [N, H, W] or [N, H, W, 3]."""
+    names = [f"00000/img{i:08d}.png" for i in range(len(images))]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, image in zip(names, images, strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            archive.writestr(name, buffer.getvalue())
+        pairs = None if labels is None else [[n, int(label)] for n, label in zip(names, labels, strict=True)]
+        archive.writestr("dataset.json", json.dumps({"labels": pairs}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """scikit-learn's 1797 handwritten digits, 8x8."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    return write_images(tmp_path_factory.mktemp("digits") / "digits.zip", images, data.target)
+
+
+@pytest.fixture(scope="module")
+def trained(digits) -> tuple[Path, classifier.Trained]:
+    path = digits.with_name("detector.pt")
+    return path, classifier.train_detector(digits, path)
+
+
+def test_classifier_reads_digits(trained, digits):
+    path, facts = trained
+    assert facts.accuracy > 0.97  # of images that it has not seen
+    assert (facts.images, facts.held_out, facts.classes, facts.resolution, facts.channels) == (1797, 179, 10, 8, 1)
+    detector = load_detector(path)
+    assert detector.id.startswith("classifier:") and len(detector.id) == len("classifier:") + 16
+    assert (detector.dim, detector.resolution, detector.channels) == (128, 8, 1)
+    dataset = ImageFolderDataset(digits, use_labels=True)
+    images = torch.from_numpy(np.stack([dataset[i][0] for i in range(500)]))
+    labels = torch.tensor([int(dataset.get_label(i).argmax()) for i in range(500)])
+    features = detector(images)
+    assert features.shape == (500, 128) and features.dtype == torch.float32
+    net = detector.net
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert (net.head(features.clone()).argmax(dim=1) == labels).float().mean() > 0.98
+
+
+def test_classifier_sees_differences(trained, digits):
+    """Halves of the same data are near; noise brings images farther away, the more the farther."""
+    detector = load_detector(trained[0])
+    dataset = ImageFolderDataset(digits)
+    images = torch.from_numpy(np.stack([dataset[i][0] for i in range(len(dataset))]))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    reference = statistics_of_images(images[order[::2]].split(300), detector)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    distances = []
+    for strength in (0, 20, 60):
+        changed = (images + strength * noise).clip(0, 255).to(torch.uint8)[order[1::2]]
+        distances.append(frechet_between(statistics_of_images(changed.split(300), detector), reference))
+    assert 0 < 2 * distances[0] < distances[1] and 2 * distances[1] < distances[2]
+
+
+def test_same_seed_same_detector(tmp_path, digits):
+    state = torch.random.get_rng_state()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        classifier.train_detector(digits, tmp_path / name, seed=seed, kimg=1)
+    assert torch.equal(state, torch.random.get_rng_state())  # nobody else's random numbers are touched
+    a, b, c = (load_detector(tmp_path / name).id for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 3), (28, 1), (32, 3), (64, 3), (9, 1)])
+def test_classifier_fits_every_small_resolution(size, channels):
+    net = classifier.Classifier(size, channels, classes=4).eval()
+    images = torch.randint(0, 256, [2, channels, size, size], dtype=torch.uint8)
+    assert net(images).shape == (2, 128) and net.classify(images).shape == (2, 4)
+    assert 0 < net(images).std() < 10
+
+
+def test_classifier_learns_colours(tmp_path):
+    """RGB, and classes that only the colour tells apart."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 120)
+    images = rng.integers(0, 120, [120, 12, 12, 3])
+    images[np.arange(120), :, :, labels] += 100
+    path = write_images(tmp_path / "colours.zip", images.astype(np.uint8), labels)
+    facts = classifier.train_detector(path, tmp_path / "colours.pt", kimg=2)
+    assert facts.accuracy == 1 and facts.channels == 3 and load_detector(tmp_path / "colours.pt").channels == 3
+
+
+def test_unsuitable_training_data(tmp_path):
+    def check(name: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            classifier.train_detector(tmp_path / name, tmp_path / "out.pt", kimg=1)
+        assert not (tmp_path / "out.pt").exists()
+
+    make_dataset(tmp_path / "plain.zip", classes=None)
+    check("plain.zip", "no class labels")
+    make_dataset(tmp_path / "one.zip", classes=1)
+    check("one.zip", "no class labels")
+    check("../nowhere.zip", "no such file")
+    make_dataset(tmp_path / "large.zip", count=4, size=96)
+    check("large.zip", "96x96")
+    make_dataset(tmp_path / "few.zip", count=9)
+    check("few.zip", "9 images are too few")
+    (tmp_path / "ds_vec.zip").write_bytes((GOLDEN / "ds_vec.zip").read_bytes())
+    check("ds_vec.zip", "no class labels")
+
+
+def test_bad_detector_files(tmp_path, trained):
+    good = torch.load(trained[0], weights_only=True)
+
+    def check(content: object, message: str) -> None:
+        path = tmp_path / "x.pt"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            load_detector(path)
+
+    check(b"nothing", "not a detector file")
+    check(trained[0].read_bytes()[:-1000], "not a detector file")
+    check({"weights": torch.zeros(2)}, "not a detector file")
+    check([1, 2], "not a detector file")
+    check({**good, "format": "edm-distill-classifier-9"}, "another version")
+    check({**good, "facts": "{"}, "not a detector file")
+    facts = json.loads(good["facts"])
+    check({**good, "facts": json.dumps({**facts, "dim": 10**9})}, "not a detector file")
+    check({**good, "facts": json.dumps({**facts, "dim": 64})}, "not a detector file")
+    check({**good, "state": {**good["state"], "more": torch.zeros(1)}}, "not a detector file")
+    check(Path("/"), "not a detector file")  # an object that a pickle would have to build
+    with pytest.raises(UserError, match="no such file"):
+        load_detector(tmp_path / "nowhere.pt")
+
+
+def test_missing_inception_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(detectors, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(metrics.DetectorUnavailable, match=r"--detector=PATH.*fid\.py detector"):
+        load_detector()
+
+
+def test_a_failure_on_rank_0_reaches_the_others(monkeypatch):
+    """Rank 1 raises what rank 0 met, instead of waiting for it; without a failure it fetches for itself."""
+    monkeypatch.setattr(detectors.dist, "is_main", lambda: False)
+    monkeypatch.setattr(detectors.dist, "broadcast_object", lambda value: UserError("no such host"))
+    with pytest.raises(UserError, match="no such host"):
+        detectors.rank0_first(lambda: pytest.fail("rank 0 could not have it"))
+    monkeypatch.setattr(detectors.dist, "broadcast_object", lambda value: None)
+    assert detectors.rank0_first(lambda: 5) == 5
+
+
+def test_progress_passes_batches_on():
+    batches = [torch.zeros(1), torch.ones(1)]
+    assert list(statistics.with_progress(iter(batches), total=None)) == batches
