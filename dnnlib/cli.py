@@ -34,13 +34,21 @@ class UsageError(UserError):
 
 def command(**attrs: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """`click.command` with this project's habits: `-` and `_` are the same in option names, defaults are shown."""
-    settings = {
+    return click.command(context_settings=_settings(), **attrs)
+
+
+def group(**attrs: Any) -> Callable[[Callable[..., Any]], click.Group]:
+    """`click.group` for a script with subcommands, which are defined by its `command()` and take over its habits."""
+    return click.group(context_settings=_settings(), no_args_is_help=False, **attrs)
+
+
+def _settings() -> dict[str, Any]:
+    return {
         "token_normalize_func": lambda token: token.replace("_", "-"),
         "help_option_names": ["-h", "--help"],
         "max_content_width": 120,
         "show_default": True,
     }
-    return click.command(context_settings=settings, **attrs)
 
 
 def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
@@ -107,3 +115,18 @@ class IntList(click.ParamType):
             return parse_int_list(value)
         except ValueError:
             self.fail(f"'{value}' is not a list of whole numbers such as 0-63 or 1,2,5-10", param, ctx)
+
+
+class FloatList(click.ParamType):
+    """Comma-separated positive numbers, such as 20 or 10,10,20."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        try:
+            values = [float(part) for part in str(value).split(",")] if isinstance(value, str) else list(value)
+        except ValueError:
+            values = []
+        if not values or not all(0 < number < float("inf") for number in values):
+            self.fail(f"'{value}' is not a list of positive numbers such as 20 or 10,10,20", param, ctx)
+        return values

@@ -1,0 +1,579 @@
+"""The training loop: EDM's arithmetic, exactness, going on, and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from helpers import GOLDEN, golden, load_recipe, make_dataset, small_network
+from training import state
+from training.config import TrainConfig, check_batch, differences, next_run_number
+from training.loader import Batch, Loader, Order
+from training.network_files import load_network, save_network
+from training.training_loop import Trainer, cut_lines, ema_factor, learning_rate
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=12", "--tick=0.1", "--seed=5", "--lr=5e-4", "--warmup=0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "blobs.zip", count=40)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher of the published CIFAR networks' shape: augmentation labels, dropout, no gradients, EDM preconditioning."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pkl"
+    net = small_network(augment_dim=9, dropout=0.13, use_fp16=True)
+    load_recipe(net, 3)
+    save_network(path, net)
+    return path
+
+
+def run(*args):
+    """train.py in this process."""
+    return train.main([str(arg) for arg in args])
+
+
+def launch(processes, *args, **kwargs):
+    """train.py under torchrun, on one thread a process so that a small machine isn't swamped."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *map(str, args)], env=env, start_new_session=True, **kwargs
+    )
+
+
+def losses(run_dir):
+    return [line["Loss/loss"] for line in stats(run_dir)]
+
+
+def stats(run_dir):
+    return [json.loads(line) for line in Path(run_dir, "stats.jsonl").read_text().splitlines()]
+
+
+def timeless(run_dir):
+    """stats.jsonl without what measures time or memory."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith(("Timing/", "Resources/", "timestamp"))}
+        for line in stats(run_dir)
+    ]
+
+
+def assert_same_state(a, b):
+    """Bit for bit: weights, EMA, optimiser, statistics, position but for the time."""
+    a, b = state.load_state(a), state.load_state(b)
+    for part in ("net", "ema"):
+        assert a[part].keys() == b[part].keys()
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), (part, name)
+    for part in a["optimizer"]:
+        for name in a["optimizer"][part]:
+            assert torch.equal(a["optimizer"][part][name], b["optimizer"][part][name]), (part, name)
+    assert a["stats"] == b["stats"]
+    a["position"].pop("elapsed_sec"), b["position"].pop("elapsed_sec")
+    assert a["position"] == b["position"]
+
+
+# -- EDM's arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def config(**kwargs):
+    base = {"run_dir": "", "dataset_kwargs": {}, "network_kwargs": {}, "loss_kwargs": {}}
+    return TrainConfig(**{**base, **kwargs})
+
+
+def test_golden_learning_rate_and_ema_tables():
+    rows = json.loads((GOLDEN / "ema_lr.json").read_text())["rows"]
+    assert len(rows) > 5
+    for row in rows:
+        nimg = row["nimg"]
+        for batch, half, ratio in ((512, 500, 0.05), (512, 500, None), (4096, 50000, 0.05), (256, 250, 0.05)):
+            name = f"ema_b{batch}_hl{half}_" + ("norampup" if ratio is None else f"r{ratio}")
+            settings = config(batch_size=batch, ema_halflife_kimg=half, ema_rampup_ratio=ratio)
+            assert ema_factor(nimg, settings) == pytest.approx(row[name], rel=1e-12, abs=1e-300)
+        for ramp in (10000, 1, 0):
+            rate = learning_rate(nimg, config(lr=1.0, lr_rampup_kimg=ramp))
+            if not (ramp == 0 and nimg == 0):  # EDM computes 0 / 0+ = 0 there; without a ramp we start at full rate
+                assert rate == pytest.approx(row[f"lr_factor_rampup{ramp}"], rel=1e-12)
+        assert learning_rate(nimg, config(lr=1e-3)) == pytest.approx(row["lr_1e-3_rampup10000"], rel=1e-12)
+
+
+def test_decay_reaches_zero_at_the_end():
+    for decay, half in (("linear", 0.5), ("cosine", 0.5)):
+        settings = config(lr=1.0, lr_rampup_kimg=0, lr_decay=decay, total_kimg=10)
+        assert learning_rate(0, settings) == 1.0
+        assert learning_rate(5000, settings) == pytest.approx(half)
+        assert learning_rate(10000, settings) == pytest.approx(0, abs=1e-12)
+
+
+def test_golden_training_steps():
+    """Six steps of EDM's own loop: loss, learning rate, Adam, EMA."""
+    data = golden("train_steps.npz")
+    spec = json.loads(str(data["config_json"]))
+    dataset = SimpleNamespace(resolution=16, num_channels=3, label_dim=10, has_labels=True)
+    settings = config(
+        network_kwargs={"class_name": "EDMPrecond", **spec["network_kwargs"]},
+        loss_kwargs={"class_name": "EDMLoss"},
+        augment_kwargs={"p": spec["p"], **spec["aug"]},
+        batch_size=4,
+        lr=spec["lr"],
+        lr_rampup_kimg=spec["lr_rampup_kimg"],
+        ema_halflife_kimg=spec["ema_halflife_kimg"],
+        ema_rampup_ratio=spec["ema_rampup_ratio"],
+    )
+    trainer = Trainer(settings, dataset)
+    load_recipe(trainer.net, spec["weight_seed"])
+    trainer.ema.load_state_dict(trainer.net.state_dict())
+    inner, step, sums = trainer.loss_fn, 0, []
+
+    def loss_in_edms_order(net, images, labels, pipe, source):
+        torch.manual_seed(1000 + step)
+        value = inner(net, images, labels, pipe)
+        sums.append(float(value.detach().double().sum() / 4))
+        return value
+
+    trainer.loss_fn = loss_in_edms_order
+    for step in range(6):
+        assert learning_rate(trainer.nimg, settings) == pytest.approx(data["lr"][step], rel=1e-9, abs=1e-12)
+        assert ema_factor(trainer.nimg, settings) == pytest.approx(data["ema_beta"][step], rel=1e-9, abs=1e-12)
+        images, labels = torch.from_numpy(data["images_u8"][step]), torch.from_numpy(data["labels"][step])
+        trainer.step(iter([Batch(images, labels)]))
+        assert float(trainer.gradients.flat.double().norm()) == pytest.approx(data["grad_norm"][step], rel=1e-5)
+    np.testing.assert_allclose(sums, data["loss_sum_over_batch"], rtol=1e-5)
+    names = json.loads(str(data["param_names_json"]))
+    for kind, net in (("net", trainer.net), ("ema", trainer.ema)):
+        parameters = dict(net.named_parameters())
+        for index, name in enumerate(names):
+            if "qkv.bias" not in name:  # its key part has a true gradient of zero, and Adam magnifies the rounding
+                want = data[f"{kind}_param_l2"][index]
+                assert float(parameters[name].double().norm()) == pytest.approx(want, rel=2e-6), (kind, name)
+        for name in ("model.map_layer0.weight", "model.dec.16x16_aux_conv.weight", "model.map_augment.weight"):
+            want = data[f"{kind}/{name}"]
+            assert np.abs(parameters[name].detach().numpy() - want).max() <= 1e-6 * np.abs(want).max(), (kind, name)
+
+
+@pytest.mark.parametrize("case", sorted(json.loads((GOLDEN / "train_options.json").read_text())))
+def test_golden_options(case, tmp_path, capsys):
+    """EDM's options mean what they mean in EDM, down to the layout of training_options.json and the directory's name."""
+    spec = json.loads((GOLDEN / "train_options.json").read_text())[case]
+    out = tmp_path / "OUT"
+    (out / "00007-earlier").mkdir(parents=True)
+    (tmp_path / "foo.pkl").write_bytes(b"")
+    save_network(tmp_path / "foo.pkl", small_network(16, 3))
+    place = {"DIR": str(GOLDEN), "OUT": str(out), "foo.pkl": str(tmp_path / "foo.pkl")}
+
+    def local(text):
+        for word, path in place.items():
+            text = text.replace(word, path)
+        return text
+
+    status = run(*[local(arg) for arg in spec["args"]])
+    printed = capsys.readouterr()
+    if (
+        spec["exit_code"] != 0 or case == "batchgpu"
+    ):  # EDM notices a --batch-gpu that does not divide only when it trains
+        assert status in (1, 2) and len(printed.err.strip().splitlines()) == 1
+        return
+    assert status == 0, printed.err
+    text = printed.out.partition("Training options:\n")[2]
+    options, _ = json.JSONDecoder().raw_decode(text)
+    for key, value in spec["options"].items():
+        expected = json.loads(local(json.dumps(value)))
+        assert options[key] == expected, key
+    assert list(out.iterdir()) == [out / "00007-earlier"], "a dry run leaves nothing behind"
+
+
+# -- randomness and exactness ----------------------------------------------------------------------------------------------
+
+
+def test_order_is_addressable_and_visits_everything_once_an_epoch():
+    order = Order(10, seed=3)
+    positions = order.indices(0, 30)
+    assert order.indices(7, 23) == positions[7:23]
+    for epoch in range(3):
+        assert sorted(positions[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert positions[:10] != positions[10:20]
+    assert Order(10, seed=4).indices(0, 30) != positions
+
+
+def test_loader_gives_every_rank_its_slice_whatever_the_workers():
+    dataset = [(np.full([1, 2, 2], i, np.uint8), np.zeros(0, np.float32)) for i in range(10)]
+    whole = Loader(dataset, seed=1, batch_size=6, step=2, workers=1)
+    ranks = [Loader(dataset, seed=1, batch_size=6, rank=r, world_size=3, step=2, workers=3) for r in range(3)]
+    try:
+        for _ in range(3):
+            together = torch.cat([next(loader).images for loader in ranks])
+            assert torch.equal(together, next(whole).images)
+    finally:
+        for loader in (whole, *ranks):
+            loader.close()
+
+
+# Adam makes full-size steps of rounding noise: two runs drift apart at a pace set by the learning rate. At 5e-4 the losses
+# of 84 steps differ by less than 1e-6 between 1 and 2 processes, at 2e-3 by 3e-4; a wrong draw differs by 1e-1.
+
+
+def test_accumulation_changes_rounding_only(data, tmp_path):
+    args = [f"--data={data}", *SMALL, "--cond=1", "--nosubdir", "--duration=0.001", "--dropout=0"]
+    for name, extra in (("whole", []), ("rounds", ["--batch-gpu=3"])):
+        assert run(*args, f"--outdir={tmp_path / name}", "--tick=0.012", *extra) == 0
+    whole, rounds = losses(tmp_path / "whole"), losses(tmp_path / "rounds")
+    assert len(whole) > 50
+    for a, b in zip(whole, rounds, strict=True):
+        assert a["num"] == b["num"] and a["mean"] == pytest.approx(b["mean"], rel=1e-5)
+
+
+def test_two_and_three_processes_change_rounding_only_and_resume_exactly(data, tmp_path):
+    """84 steps under 1, 2 and 3 processes; the run with 3 is killed half-way, started again, and ends bit-identical."""
+    args = [f"--data={data}", *SMALL, "--nosubdir", "--duration=0.001", "--tick=0.012", "--dropout=0", "--dump=1000"]
+    assert run(*args, f"--outdir={tmp_path / 'p1'}") == 0
+    jobs = {n: launch(n, *args, f"--outdir={tmp_path / f'p{n}'}") for n in (2, 3)}
+    for n, job in jobs.items():
+        assert job.wait(timeout=240) == 0, n
+    for n in (2, 3):
+        for a, b in zip(losses(tmp_path / "p1"), losses(tmp_path / f"p{n}"), strict=True):
+            assert a["num"] == b["num"] and a["mean"] == pytest.approx(b["mean"], rel=1e-5)
+
+    broken = [*args, f"--outdir={tmp_path / 'broken'}", "--save-every=0"]
+    job = launch(3, *broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: any(newest_nimg(tmp_path / "broken") >= n for n in (400,)), job)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert newest_nimg(tmp_path / "broken") < 1000
+    assert launch(3, *broken).wait(timeout=240) == 0
+    assert_same_state(tmp_path / "p3" / "training-state-000001.pt", tmp_path / "broken" / "training-state-000001.pt")
+    assert timeless(tmp_path / "p3") == timeless(tmp_path / "broken")
+
+
+def newest_nimg(run_dir):
+    names = [path.name for path in state.list_states(run_dir)]
+    return max((int(name.split("-")[-1].split(".")[0]) for name in names if "rolling" in name), default=0)
+
+
+def wait_for(condition, job, seconds=200):
+    end = time.time() + seconds
+    while not condition():
+        assert job.poll() is None and time.time() < end, "the run ended or hung before it could be interrupted"
+        time.sleep(0.01)
+
+
+class Interrupted(Exception):
+    """Stands for a machine that goes away."""
+
+
+def interrupt_at(monkeypatch, step):
+    """Lets a run stop dead in the middle of the given step."""
+    original = Trainer.step
+
+    def dying_step(self, loader):
+        if self.step_count == step:
+            raise Interrupted
+        original(self, loader)
+
+    monkeypatch.setattr(Trainer, "step", dying_step)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--augment=0.2", "--dropout=0.2", "--cond=1", "--xflip=1"],
+        ["--precond=edm_distillation", "--num_steps=4", "--ratio=2"],
+    ],
+)
+def test_a_resumed_run_is_the_same_run(data, teacher, tmp_path, monkeypatch, extra):
+    """With dropout, augmentation and a tick in mid-flight: weights, EMA, optimiser and statistics, bit for bit."""
+    args = [f"--data={data}", "--batch=12", "--tick=0.1", "--seed=5", "--nosubdir", "--duration=0.001"]
+    args += [*extra, "--save-every=0"] + ([f"--transfer={teacher}"] if "--num_steps=4" in extra else SMALL[:3])
+    assert run(*args, f"--outdir={tmp_path / 'straight'}") == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 37)
+        assert run(*args, f"--outdir={tmp_path / 'broken'}") == 1
+    assert newest_nimg(tmp_path / "broken") == 37 * 12
+    with open(tmp_path / "broken" / "stats.jsonl", "a") as file:  # what a killed run may have written after its state
+        file.write('{"Loss/loss": "from a step that never was"}\n')
+    assert run(*args, f"--outdir={tmp_path / 'broken'}") == 0
+    assert_same_state(tmp_path / "straight/training-state-000001.pt", tmp_path / "broken/training-state-000001.pt")
+    assert timeless(tmp_path / "straight") == timeless(tmp_path / "broken")
+    snapshots = [load_network(tmp_path / name / "network-snapshot-000001.pkl").net for name in ("straight", "broken")]
+    assert all(torch.equal(a, b) for a, b in zip(snapshots[0].parameters(), snapshots[1].parameters(), strict=True))
+
+
+def test_going_on_again_does_nothing_and_a_changed_option_is_named(data, tmp_path, capsys):
+    args = [f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path / 'run'}", "--duration=0.001"]
+    assert run(*args) == 0
+    before = {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir() if path.suffix in (".pkl", ".pt")
+    }
+    capsys.readouterr()
+    assert run(*args) == 0
+    assert "done already" in capsys.readouterr().out
+    after = {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir() if path.suffix in (".pkl", ".pt")
+    }
+    assert before == after
+    assert run(*args, "--lr=1e-3", "--duration=0.002") == 1
+    error = capsys.readouterr().err
+    assert "lr (was" in error and "duration" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_resume_latest_finds_the_newest_run_of_the_same_options(data, tmp_path, capsys, monkeypatch):
+    args = [f"--data={data}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20)
+        assert run(*args) == 1
+        assert run(*args, "--lr=1e-3") == 1
+    capsys.readouterr()
+    assert run(*args, "--resume=latest") == 0
+    assert "Going on from" in capsys.readouterr().out
+    done = sorted(path.parent.name[:5] for path in tmp_path.glob("*/network-snapshot-000001.pkl"))
+    assert done == ["00000"]
+    assert run(*args, "--resume=latest", "--lr=3e-3") == 1
+    assert "no run of these options" in capsys.readouterr().err
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(data, tmp_path, capsys, monkeypatch):
+    args = [f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20)
+        assert run(*args) == 1
+    newest = state.list_states(tmp_path)[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    capsys.readouterr()
+    assert run(*args) == 0
+    output = capsys.readouterr().out
+    assert "Passing over" in output and "Going on from" in output and "0.228 kimg" in output
+
+
+def test_state_files_hold_no_code(data, tmp_path):
+    assert run(f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001") == 0
+    saved = torch.load(tmp_path / "training-state-000001.pt", weights_only=True)
+    assert saved["position"]["nimg"] == 1008 and saved["position"]["step"] == 84
+
+
+# -- numbers going wrong -----------------------------------------------------------------------------------------------------
+
+
+def test_steps_without_finite_gradients_are_skipped_counted_and_told(data, tmp_path, capsys, monkeypatch):
+    from training.loss import EDMLoss
+
+    original, calls = EDMLoss.__call__, 0
+
+    def sometimes_infinite(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return original(self, *args, **kwargs) * (float("inf") if calls % 10 == 5 else 1)
+
+    monkeypatch.setattr(EDMLoss, "__call__", sometimes_infinite)
+    assert run(f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001") == 0
+    assert "Skipped" in capsys.readouterr().out
+    saved = state.load_state(tmp_path / "training-state-000001.pt")
+    assert saved["position"]["skipped"] == 8
+    assert all(torch.isfinite(tensor).all() for tensor in saved["net"].values())
+    steps = {int(step) for step in saved["optimizer"]["step"].values()}
+    assert steps == {84 - 8}, "Adam must not count skipped steps"
+
+
+def test_a_tick_of_nothing_but_bad_steps_ends_the_run(data, tmp_path, capsys, monkeypatch):
+    from training.loss import EDMLoss
+
+    monkeypatch.setattr(EDMLoss, "__call__", lambda self, net, images, *_: net(images, torch.ones(1)) * float("nan"))
+    assert run(f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001") == 1
+    assert "finite gradients" in capsys.readouterr().err
+
+
+# -- distillation runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_and_the_next(data, teacher, tmp_path, capsys):
+    """4 Heun steps -> 2 -> 1, by train.py alone: grids nest, lineage grows, no teacher in any file or state."""
+    common = [
+        f"--data={data}",
+        "--precond=edm_distillation",
+        "--batch=12",
+        "--duration=0.001",
+        "--tick=0.5",
+        "--seed=0",
+    ]
+    first = [
+        *common,
+        "--nosubdir",
+        f"--outdir={tmp_path / 'a'}",
+        f"--transfer={teacher}",
+        "--num_steps=4",
+        "--targets=1",
+    ]
+    assert run(*first) == 0
+    student_path = tmp_path / "a/network-snapshot-000001.pkl"
+    student = load_network(student_path)
+    assert student.sampling.solver == "euler" and student.sampling.teacher_steps == 4
+    assert student.sampling.grid.levels[0] == 80 and student.sampling.grid.steps == 2
+    assert [entry["steps"] for entry in student.sampling.lineage] == [4]
+    assert student.sampling.lineage[0]["sha256"] == load_network(teacher).sha256
+    assert student.net.model.map_augment is not None and student.net.init_kwargs["dropout"] == 0
+    assert student_path.stat().st_size < 1.5 * teacher.stat().st_size, "the teacher is not in the student's file"
+    saved = state.load_state(tmp_path / "a/training-state-000001.pt")
+    assert saved["net"].keys() == student.net.state_dict().keys()
+    assert (tmp_path / "a/targets-000001.png").is_file() and (tmp_path / "a/samples-000001.png").is_file()
+    assert "4 heun steps -> 2" in capsys.readouterr().out
+
+    assert run(*common, "--nosubdir", f"--outdir={tmp_path / 'b'}", f"--transfer={student_path}") == 0
+    last = load_network(tmp_path / "b/network-snapshot-000001.pkl").sampling
+    assert last.grid.levels == (80.0, 0.0) and last.ratio == 2
+    assert [(entry["steps"], entry["solver"]) for entry in last.lineage] == [(4, "heun"), (2, "euler")]
+
+
+def test_the_student_starts_as_its_teacher(data, teacher, tmp_path):
+    """At a vanishing learning rate the student's weights stay the teacher's, and the EMA with them."""
+    args = [
+        f"--data={data}",
+        "--precond=edm_distillation",
+        "--batch=12",
+        "--duration=0.001",
+        "--num_steps=4",
+        "--lr=1e-30",
+    ]
+    assert run(*args, "--nosubdir", f"--outdir={tmp_path}", f"--transfer={teacher}", "--seed=1") == 0
+    student, original = load_network(tmp_path / "network-snapshot-000001.pkl").net, load_network(teacher).net
+    for (name, a), (_, b) in zip(student.named_parameters(), original.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_ema_lags_behind_the_weights(data, tmp_path):
+    assert run(f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001") == 0
+    saved = state.load_state(tmp_path / "training-state-000001.pt")
+    name = "model.dec.8x8_aux_conv.weight"
+    moved = (saved["net"][name] - saved["ema"][name]).abs().max()
+    assert 0 < moved < 0.1
+    snapshot = load_network(tmp_path / "network-snapshot-000001.pkl").net
+    assert torch.equal(snapshot.state_dict()[name], saved["ema"][name]), "a snapshot holds the EMA"
+
+
+def test_two_processes_distil_a_published_shape(data, teacher, tmp_path):
+    args = [f"--data={data}", "--precond=edm_distillation", "--batch=12", "--batch-gpu=3", "--duration=0.001"]
+    args += [
+        "--num_steps=4",
+        f"--transfer={teacher}",
+        "--cond=0",
+        "--arch=ddpmpp",
+        "--tick=0.012",
+        "--seed=5",
+        "--lr=1e-4",
+    ]
+    assert run(*args, f"--outdir={tmp_path / 'one'}", "--nosubdir") == 0
+    assert launch(2, *args, f"--outdir={tmp_path / 'two'}").wait(timeout=240) == 0
+    (two,) = (tmp_path / "two").iterdir()
+    assert two.name == "00000-blobs-uncond-ddpmpp-edm_distillation-gpus2-batch12-fp32"
+    for a, b in zip(losses(tmp_path / "one"), losses(two), strict=True):
+        assert a["mean"] == pytest.approx(b["mean"], rel=1e-5)
+
+
+def test_conditional_teacher(data, tmp_path, capsys):
+    path = tmp_path / "teacher.pkl"
+    save_network(path, small_network(label_dim=4))
+    args = ["--precond=edm_distillation", "--batch=12", "--duration=0.001", "--num_steps=2", f"--transfer={path}"]
+    assert run(*args, f"--data={data}", f"--outdir={tmp_path / 'run'}", "--nosubdir") == 0
+    assert load_network(tmp_path / "run/network-snapshot-000001.pkl").net.label_dim == 4
+    for other, extra, words in (
+        (make_dataset(tmp_path / "three.zip", classes=3), [], "4 classes"),
+        (make_dataset(tmp_path / "none.zip", classes=None), [], "labels"),
+        (data, ["--cond=0"], "4 classes"),
+    ):
+        capsys.readouterr()
+        assert run(*args, f"--data={other}", f"--outdir={tmp_path / 'bad'}", *extra) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_options_are_answered_in_one_line(data, teacher, tmp_path, capsys):
+    student = tmp_path / "student.pkl"
+    net = load_network(teacher)
+    from training.stage import plan_stage
+
+    save_network(student, net.net, sampling=plan_stage(net, 8, 2).sampling)
+    (tmp_path / "text.pkl").write_text("hello")
+    rgb = make_dataset(tmp_path / "rgb.zip", channels=3)
+    big = make_dataset(tmp_path / "big.zip", size=16)
+    odd = make_dataset(tmp_path / "odd.zip", size=9)
+    (tmp_path / "empty.zip").write_bytes(b"")
+    distil = ["--precond=edm_distillation", "--batch=12"]
+    given = [f"--data={data}", *distil, f"--transfer={teacher}"]
+    cases = [
+        (2, "num_steps=0", [*given, "--num_steps=0"]),
+        (2, "ratios that work: 3, 9", [*given, "--num_steps=9"]),
+        (2, "--num_steps is needed", given),
+        (2, "--num_steps=4 or leave it out", [f"--data={data}", *distil, f"--transfer={student}", "--num_steps=8"]),
+        (2, "use euler", [f"--data={data}", *distil, f"--transfer={student}", "--teacher-solver=heun"]),
+        (2, "needs a teacher", [f"--data={data}", *distil, "--num_steps=4"]),
+        (2, "ratio", [*given, "--num_steps=4", "--ratio=1"]),
+        (2, "--cbase=128", [*given, "--num_steps=4", "--cbase=128"]),
+        (2, "--arch=adm", [*given, "--num_steps=4", "--arch=adm"]),
+        (1, "nothing.pkl", [f"--data={data}", *distil, "--num_steps=4", f"--transfer={tmp_path / 'nothing.pkl'}"]),
+        (1, "text.pkl", [f"--data={data}", *distil, "--num_steps=4", f"--transfer={tmp_path / 'text.pkl'}"]),
+        (1, "16x16", [f"--data={big}", *distil, f"--transfer={teacher}", "--num_steps=4"]),
+        (1, "3", [f"--data={rgb}", *distil, f"--transfer={teacher}", "--num_steps=4"]),
+        (1, "nowhere.zip", ["--data=nowhere.zip", *SMALL]),
+        (1, "empty.zip", [f"--data={tmp_path / 'empty.zip'}", *SMALL]),
+        (1, "halved", [f"--data={odd}", *SMALL]),
+        (2, "batch", [f"--data={data}", *SMALL, "--batch-gpu=5"]),
+        (2, "No such option", [f"--data={data}", "--num-step=4"]),
+        (2, "precond", [f"--data={data}", "--precond=foo"]),
+        (1, "training state", [f"--data={data}", *SMALL, "--resume=no.pt"]),
+        (2, "contradicts", [f"--data={data}", *SMALL, "--fp16=1", "--precision=bf16"]),
+    ]
+    for status, words, args in cases:
+        capsys.readouterr()
+        assert run(*args, f"--outdir={tmp_path / 'out'}", "-n") == status, words
+        error = capsys.readouterr().err.strip()
+        assert words in error and len(error.splitlines()) == 1, (words, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_batch():
+    assert check_batch(512, 128, 2) == (128, 2)
+    assert check_batch(100, None, 1) == (100, 1)
+    assert check_batch(12, 50, 2) == (6, 1)
+    with pytest.raises(Exception, match="25, 50"):
+        check_batch(100, 33, 1)
+    with pytest.raises(Exception, match="multiple of 3"):
+        check_batch(100, None, 3)
+
+
+def test_differences_ignore_tuples_and_lists():
+    assert differences({"a": [1, 2], "b": 1}, {"a": (1, 2), "b": 1}) == []
+    assert differences({"a": 1}, {"a": 2}) == ["a (was 1, now 2)"]
+
+
+def test_run_numbers(tmp_path):
+    assert next_run_number(str(tmp_path / "new")) == 0
+    for name in ("00003-x", "00012", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "00099-a-file").write_text("")
+    assert next_run_number(str(tmp_path)) == 13
+
+
+def test_cut_lines(tmp_path):
+    path = tmp_path / "stats.jsonl"
+    path.write_text("1\n2\n3\n")
+    cut_lines(path, 2)
+    assert path.read_text() == "1\n2\n"
+
+
+def test_dry_run_tells_the_cost(data, capsys):
+    assert run(f"--data={data}", *SMALL, "--outdir=out", "-n") == 0
+    output = capsys.readouterr().out
+    assert "Parameters:" in output and "FLOPs of the run" in output and "Disk:" in output
+    assert not Path("out").exists()

@@ -1,0 +1,165 @@
+"""Trains a diffusion model (VP, VE, EDM), or distils one into half its steps (edm_distillation)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from dnnlib import cli
+
+NAMES = click.Choice
+
+
+@cli.command(name="train")
+# Main options.
+@click.option("--outdir", help="Where to save the results", metavar="DIR", required=True)
+@click.option("--data", help="Path to the dataset", metavar="ZIP|DIR", required=True)
+@click.option("--cond", help="Class-conditional: default 0, or as the teacher", metavar="BOOL", type=bool, default=None)
+@click.option(
+    "--arch", help="Network architecture: default ddpmpp, or the teacher's", type=NAMES(["ddpmpp", "ncsnpp", "adm"])
+)
+@click.option(
+    "--precond",
+    help="Preconditioning and loss; edm_distillation runs one stage of progressive distillation",
+    type=NAMES(["vp", "ve", "edm", "edm_distillation"]),
+    default="edm",
+)
+# Distillation.
+@click.option("--num_steps", help="Teacher's sampling steps; the student gets N / ratio", metavar="N", type=int)
+@click.option("--ratio", help="Teacher steps per student step", metavar="INT", type=click.IntRange(min=1), default=2)
+@click.option(
+    "--teacher-solver",
+    help="How the teacher steps: default heun for an undistilled teacher, euler for a student",
+    type=NAMES(["heun", "euler"]),
+)
+@click.option(
+    "--weighting",
+    help="Distillation: weight of noise levels in the loss",
+    type=NAMES(["edm", "snr-trunc", "snr+1", "jump"]),
+    default="snr-trunc",
+)
+@click.option(
+    "--targets", help="Distillation: how often to save targets-KKKKKK.png", metavar="TICKS", type=click.IntRange(min=1)
+)
+# Hyperparameters.
+@click.option(
+    "--duration",
+    help="Training duration: default 200, distillation 20",
+    metavar="MIMG",
+    type=click.FloatRange(min=0, min_open=True),
+)
+@click.option("--batch", help="Total batch size", metavar="INT", type=click.IntRange(min=1), default=512)
+@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=click.IntRange(min=1))
+@click.option("--cbase", help="Channel multiplier  [default: varies]", metavar="INT", type=click.IntRange(min=1))
+@click.option("--cres", help="Channels per resolution  [default: varies]", metavar="LIST", type=cli.IntList())
+@click.option(
+    "--blocks", help="Residual blocks per resolution  [default: varies]", metavar="INT", type=click.IntRange(min=1)
+)
+@click.option("--lr", help="Learning rate", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=10e-4)
+@click.option(
+    "--lr-decay",
+    help="Decay to 0 at the end: default none, distillation linear",
+    type=NAMES(["none", "linear", "cosine"]),
+)
+@click.option(
+    "--warmup", help="Learning-rate ramp: default 10, distillation 0", metavar="MIMG", type=click.FloatRange(min=0)
+)
+@click.option("--ema", help="EMA half-life", metavar="MIMG", type=click.FloatRange(min=0), default=0.5)
+@click.option(
+    "--dropout", help="Dropout probability: default 0.13, distillation 0", metavar="FLOAT", type=click.FloatRange(0, 1)
+)
+@click.option(
+    "--augment", help="Augment probability: default 0.12, distillation 0", metavar="FLOAT", type=click.FloatRange(0, 1)
+)
+@click.option("--xflip", help="Enable dataset x-flips", metavar="BOOL", type=bool, default=False)
+@click.option(
+    "--sigma-data",
+    help="Data deviation (edm)  [default: 0.5]",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+)
+@click.option("--p-mean", help="Mean of ln(sigma) (edm)  [default: -1.2]", metavar="FLOAT", type=float)
+@click.option(
+    "--p-std",
+    help="Deviation of ln(sigma) (edm)  [default: 1.2]",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+)
+# Performance.
+@click.option("--device", help="Where to compute", type=NAMES(["auto", "cuda", "cpu"]), default="auto")
+@click.option(
+    "--precision", help="Arithmetic of the trained network: default fp32", type=NAMES(["fp32", "tf32", "bf16", "fp16"])
+)
+@click.option("--fp16", help="Same as --precision=fp16", metavar="BOOL", type=bool, default=False)
+@click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=bool, default=False)
+@click.option("--ls", help="Loss scaling", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=1)
+@click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=bool, default=True)
+@click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=bool, default=True)
+@click.option("--workers", help="Threads that read images", metavar="INT", type=click.IntRange(min=1), default=1)
+@click.option("--deterministic", help="CUDA: deterministic kernels, for exact resuming", is_flag=True)
+# I/O.
+@click.option("--desc", help="String to include in result dir name", metavar="STR")
+@click.option("--nosubdir", help="Use --outdir itself; the same command goes on where it was", is_flag=True)
+@click.option(
+    "--tick",
+    help="How often to print progress",
+    metavar="KIMG",
+    type=click.FloatRange(min=0, min_open=True),
+    default=50,
+)
+@click.option("--snap", help="How often to save snapshots", metavar="TICKS", type=click.IntRange(min=1), default=50)
+@click.option("--dump", help="How often to dump state", metavar="TICKS", type=click.IntRange(min=1), default=500)
+@click.option("--save-every", help="Rolling training state", metavar="MIN", type=click.FloatRange(min=0), default=10)
+@click.option("--seed", help="Random seed  [default: random]", metavar="INT", type=click.IntRange(min=0))
+@click.option("--transfer", help="Teacher, or weights to start from", metavar="PKL|URL")
+@click.option("--resume", help="Go on from a training state", metavar="PT|latest")
+@click.option("--tensorboard", help="Also write TensorBoard events", is_flag=True)
+@click.option("--trust-network-code", help="Run the code inside a --transfer file of an unknown class", is_flag=True)
+@click.option("-n", "--dry-run", help="Print training options and costs, then exit", is_flag=True)
+def command(device: str, dry_run: bool, **values: Any) -> None:
+    """Train a diffusion model, or distil one into fewer steps.
+
+    \b
+    Train a class-conditional EDM model on 8 GPUs:
+      torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs \\
+          --data=datasets/cifar10-32x32.zip --cond=1 --arch=ddpmpp
+
+    \b
+    Distil 32 Heun steps of a teacher into 16:
+      torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs \\
+          --data=datasets/cifar10-32x32.zip --precond=edm_distillation --num_steps=32 --transfer=teacher.pkl
+    """
+    from torch_utils import distributed as dist
+
+    dist.init(device)
+    try:
+        from training import setup
+
+        options = setup.Options(**values)
+        run = setup.prepare(options)
+        dist.print0()
+        dist.print0("Training options:")
+        dist.print0(json.dumps(run.config.to_options(), indent=2))
+        dist.print0()
+        run.announce()
+        if dry_run:
+            for line in setup.describe_cost(run):
+                dist.print0(line)
+            dist.print0("Dry run; exiting.")
+            return
+        setup.train(options, run)
+    finally:
+        dist.shutdown()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    return cli.run(command, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""What a run is made of: one typed value from the command line to the training loop, and its two written forms."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dnnlib.cli import UsageError, UserError
+
+Kwargs = dict[str, Any]
+
+ARCHITECTURES: dict[str, Kwargs] = {
+    "ddpmpp": {
+        "model_type": "SongUNet",
+        "embedding_type": "positional",
+        "encoder_type": "standard",
+        "decoder_type": "standard",
+        "channel_mult_noise": 1,
+        "resample_filter": [1, 1],
+        "model_channels": 128,
+        "channel_mult": [2, 2, 2],
+    },
+    "ncsnpp": {
+        "model_type": "SongUNet",
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "decoder_type": "standard",
+        "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1],
+        "model_channels": 128,
+        "channel_mult": [2, 2, 2],
+    },
+    "adm": {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
+}
+PRECONDS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
+AUGMENTATION: Kwargs = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1, "translate_frac": 1}
+
+
+@dataclass
+class TrainConfig:
+    """All that a training run needs. Units: kimg = 1000 images; rates per step; sizes in images."""
+
+    run_dir: str
+    dataset_kwargs: Kwargs  # path, use_labels, xflip, cache, resolution, max_size
+    network_kwargs: Kwargs  # class_name and constructor arguments, without the interface that the data dictates
+    loss_kwargs: Kwargs  # class_name and constructor arguments (a distillation's grid comes from the teacher)
+    augment_kwargs: Kwargs | None = None
+    seed: int = 0
+    total_kimg: int = 200000
+    batch_size: int = 512
+    batch_gpu: int | None = None
+    lr: float = 10e-4
+    lr_rampup_kimg: float = 10000
+    lr_decay: str = "none"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    loss_scaling: float = 1.0
+    ema_halflife_kimg: float = 500
+    ema_rampup_ratio: float | None = 0.05
+    precision: str = "fp32"
+    compile: bool = False
+    cudnn_benchmark: bool = True
+    deterministic: bool = False
+    workers: int = 1
+    kimg_per_tick: float = 50
+    snapshot_ticks: int | None = 50
+    state_dump_ticks: int | None = 500
+    targets_ticks: int | None = None
+    save_every_min: float = 10
+    tensorboard: bool = False
+    transfer: str | None = None
+    transfer_sha256: str | None = None
+    distillation: Kwargs | None = None  # num_steps, ratio, teacher_solver, levels (of the teacher), lineage
+    trust_network_code: bool = False
+    extras: Kwargs = field(default_factory=dict)  # written to training_options.json as they are
+
+    @property
+    def total_nimg(self) -> int:
+        """Images after which the run is done."""
+        return self.total_kimg * 1000
+
+    def to_options(self) -> Kwargs:
+        """The run as `training_options.json` tells it: EDM's keys, then this program's own."""
+        options: Kwargs = {
+            "dataset_kwargs": {"class_name": "training.dataset.ImageFolderDataset", **self.dataset_kwargs},
+            "data_loader_kwargs": {"pin_memory": True, "num_workers": self.workers, "prefetch_factor": 2},
+            "network_kwargs": self.network_kwargs,
+            "loss_kwargs": self.loss_kwargs,
+            "optimizer_kwargs": {
+                "class_name": "torch.optim.Adam",
+                "lr": self.lr,
+                "betas": list(self.betas),
+                "eps": self.eps,
+            },
+        }
+        if self.augment_kwargs is not None:
+            options["augment_kwargs"] = {"class_name": "training.augment.AugmentPipe", **self.augment_kwargs}
+        options |= {
+            "total_kimg": self.total_kimg,
+            "ema_halflife_kimg": self.ema_halflife_kimg,
+            "batch_size": self.batch_size,
+            "batch_gpu": self.batch_gpu,
+            "loss_scaling": self.loss_scaling,
+            "cudnn_benchmark": self.cudnn_benchmark,
+            "kimg_per_tick": self.kimg_per_tick,
+            "snapshot_ticks": self.snapshot_ticks,
+            "state_dump_ticks": self.state_dump_ticks,
+            "seed": self.seed,
+        }
+        if self.transfer is not None:
+            options |= {"resume_pkl": self.transfer}
+        if self.transfer is not None or self.distillation is not None:
+            options |= {"ema_rampup_ratio": self.ema_rampup_ratio}
+        options["run_dir"] = self.run_dir
+        known = {"total_kimg", "batch_size", "batch_gpu", "seed", "run_dir", "ema_rampup_ratio", "transfer", "extras"}
+        known |= set(options) | {"lr", "betas", "eps", "workers"}
+        options |= {name: value for name, value in asdict(self).items() if name not in known}
+        return options | self.extras
+
+    def identity(self) -> Kwargs:
+        """Everything that alters the result, for going on with a run: what differs here is a different run.
+
+        Left out: paths, the partition of a batch (batch_gpu), workers, ticks, and what only saves or shows. The length
+        of a run belongs here when the learning rate decays towards its end, and only then.
+        """
+        length = self.total_nimg if self.lr_decay != "none" else None
+        return {
+            "data": [self.extras.get("data_fingerprint")]
+            + [self.dataset_kwargs.get(name) for name in ("use_labels", "xflip", "resolution", "max_size")],
+            "network": self.network_kwargs,
+            "loss": self.loss_kwargs,
+            "augment": self.augment_kwargs,
+            "seed": self.seed,
+            "batch": self.batch_size,
+            "lr": [self.lr, list(self.betas), self.eps],
+            "warmup": self.lr_rampup_kimg,
+            "lr-decay": self.lr_decay,
+            "duration": length,
+            "ls": self.loss_scaling,
+            "ema": [self.ema_halflife_kimg, self.ema_rampup_ratio],
+            "precision": self.precision,
+            "transfer": self.transfer_sha256,
+            "distillation": self.distillation and {k: v for k, v in self.distillation.items() if k != "lineage"},
+        }
+
+
+def differences(old: Kwargs, new: Kwargs) -> list[str]:
+    """Names (with both values) of what differs between two identities, in words a user can act on."""
+    return [
+        f"{name} (was {_short(old.get(name))}, now {_short(new.get(name))})"
+        for name in new
+        if _plain(old.get(name)) != _plain(new.get(name))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directories
+
+
+def next_run_number(outdir: str) -> int:
+    """EDM's rule: one more than the largest number that a folder of `outdir` begins with, or 0."""
+    folder = Path(outdir)
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    numbers = [int(match[0]) for name in names if (match := re.match(r"\d+", name))]
+    return max(numbers, default=-1) + 1
+
+
+def describe_run(dataset_name: str, cond: bool, arch: str, precond: str, gpus: int, batch: int, precision: str) -> str:
+    """EDM's description of a run: data, conditioning, architecture, preconditioning, processes, batch, precision."""
+    labels = "cond" if cond else "uncond"
+    return f"{dataset_name}-{labels}-{arch}-{precond}-gpus{gpus}-batch{batch}-{precision}"
+
+
+def check_batch(batch_size: int, batch_gpu: int | None, world_size: int) -> tuple[int, int]:
+    """(images per process and round, rounds). Raises UsageError for a batch that cannot be divided so."""
+    if batch_size < 1 or batch_size % world_size:
+        raise UsageError(
+            f"--batch={batch_size} cannot be shared by {world_size} processes; use a multiple of {world_size}"
+        )
+    share = batch_size // world_size
+    size = share if batch_gpu is None or batch_gpu > share else batch_gpu
+    if size < 1 or share % size:
+        works = [n for n in range(1, share + 1) if share % n == 0]
+        near = sorted(sorted(works, key=lambda n: abs(n - size))[:4])
+        raise UsageError(
+            f"--batch-gpu={batch_gpu} does not divide the {share} images of each process "
+            f"(--batch={batch_size}, {world_size} processes); {', '.join(map(str, near))} would"
+        )
+    return size, share // size
+
+
+def check_run_dir(run_dir: str) -> None:
+    """Raises UserError for a run directory that cannot be made."""
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise UserError(f"{run_dir}: cannot be made ({exc.strerror}); choose another --outdir") from exc

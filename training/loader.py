@@ -1,0 +1,98 @@
+"""Batches by position: image number g of a run is a function of the seed and g alone.
+
+So a resumed run reads what an uninterrupted one would have read, whatever the number of processes, of accumulation
+rounds or of workers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .draws import key
+
+_CHUNK = 32  # images decoded by one task
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch, on the CPU: uint8 [n, C, H, W] and float32 [n, label_dim]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Order:
+    """The endless order of a data set: every epoch is a permutation of its own, keyed by (seed, epoch)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        if size < 1:
+            raise ValueError("a data set without images has no order")
+        self.size, self.seed = size, seed
+        self._epoch = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.Philox(key(self.seed, epoch, "order")))
+        return generator.permutation(self.size)
+
+    def indices(self, start: int, stop: int) -> list[int]:
+        """Indices of the images at global positions start ... stop - 1."""
+        return [int(self._epoch(g // self.size)[g % self.size]) for g in range(start, stop)]
+
+
+class Loader:
+    """Yields this process's batches from step `step` on, read ahead by `workers` threads.
+
+    dataset     `dataset[i]` gives (uint8 [C, H, W], float32 [label_dim]); must allow reading from several threads
+    batch_size  images of a step over all processes, a multiple of `world_size`
+    Whatever goes wrong while reading is raised by `next`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        step: int = 0,
+        workers: int = 1,
+        ahead: int = 3,
+    ) -> None:
+        self.dataset, self.order = dataset, Order(len(dataset), seed)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.step, self.ahead = step, ahead
+        self.pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="loader")
+        self.waiting: deque[list[Future[list[tuple[np.ndarray, np.ndarray]]]]] = deque()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while len(self.waiting) < self.ahead:
+            self.waiting.append(self._submit(self.step + len(self.waiting)))
+        items = [item for future in self.waiting.popleft() for item in future.result()]
+        self.step += 1
+        images = torch.from_numpy(np.stack([image for image, _ in items]))
+        return Batch(images, torch.from_numpy(np.stack([label for _, label in items])))
+
+    def _submit(self, step: int) -> list[Future[list[tuple[np.ndarray, np.ndarray]]]]:
+        share = self.batch_size // self.world_size
+        start = step * self.batch_size + self.rank * share
+        indices = self.order.indices(start, start + share)
+        return [self.pool.submit(self._read, indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
+
+    def _read(self, indices: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self.dataset[index] for index in indices]
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.waiting.clear()

@@ -1,0 +1,69 @@
+"""Pictures for people: grids of images and sheets of distillation targets."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dnnlib.atomic import atomic_write
+
+SMALLEST_SIDE = 64  # pixels: smaller images are enlarged by a whole factor, or nobody could see them
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255 as EDM writes it: 127.5 x + 128, clipped, fraction dropped."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def tile(images: Tensor, columns: int, scale: int | None = None, gap: int = 0) -> Image.Image:
+    """Lays out uint8 images [N, C, H, W] (C = 1 or 3) row by row, enlarged `scale` times without smoothing."""
+    count, _, height, width = images.shape
+    scale = scale or max(1, -(-SMALLEST_SIDE // max(height, width)))
+    rows = -(-count // columns)
+    pixels = images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    high, wide = height * scale + gap, width * scale + gap
+    sheet = np.full([rows * high - gap, columns * wide - gap, 3], 255, dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        top, left = index // columns * high, index % columns * wide
+        sheet[top : top + height * scale, left : left + width * scale] = image
+    return Image.fromarray(sheet)
+
+
+def save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """Writes a PNG in one piece."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
+
+
+def labelled_rows(
+    rows: Sequence[Tensor], labels: Sequence[str], title: str = "", scale: int | None = None
+) -> Image.Image:
+    """Rows of uint8 images [n, C, H, W], each with a few words to its left, under a title."""
+    strips = [tile(row, columns=len(row), scale=scale, gap=2) for row in rows]
+    font_size = 15
+    margin = 12 + max(int(_text_width(label, font_size)) for label in labels)
+    top = 30 if title else 6
+    sheet = Image.new(
+        "RGB", (margin + max(s.width for s in strips) + 6, top + sum(s.height + 6 for s in strips)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((6, 7), title, fill="black", font_size=font_size)
+    for strip, label in zip(strips, labels, strict=True):
+        draw.text((6, top + strip.height // 2 - font_size // 2 - 2), label, fill="black", font_size=font_size)
+        sheet.paste(strip, (margin, top))
+        top += strip.height + 6
+    return sheet
+
+
+def _text_width(text: str, font_size: int) -> float:
+    return ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text, font_size=font_size)

@@ -1,0 +1,482 @@
+"""From the command line's values to a run: checks, defaults, run directory, the state to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.atomic import write_text
+from dnnlib.cli import UsageError, UserError
+from torch_utils import distributed as dist
+
+from . import state
+from .config import (
+    ARCHITECTURES,
+    AUGMENTATION,
+    PRECONDS,
+    Kwargs,
+    TrainConfig,
+    check_batch,
+    check_run_dir,
+    describe_run,
+    differences,
+    next_run_number,
+)
+from .dataset import ImageFolderDataset
+from .network_files import NetworkFile, load_network
+from .stage import Stage, check_compatible, check_steps, plan_stage
+from .training_loop import Trainer, build_network
+
+INTERFACE = ("img_resolution", "img_channels", "label_dim")  # network arguments that the data dictates
+
+
+@dataclass
+class Options:
+    """The values of `train.py`'s options; None where the default depends on other options."""
+
+    outdir: str
+    data: str
+    precond: str = "edm"
+    cond: bool | None = None
+    arch: str | None = None
+    cbase: int | None = None
+    cres: list[int] | None = None
+    blocks: int | None = None
+    sigma_data: float | None = None
+    p_mean: float | None = None
+    p_std: float | None = None
+    num_steps: int | None = None
+    ratio: int = 2
+    teacher_solver: str | None = None
+    weighting: str = "snr-trunc"
+    duration: float | None = None  # Mimg
+    batch: int = 512
+    batch_gpu: int | None = None
+    lr: float = 10e-4
+    lr_decay: str | None = None
+    warmup: float | None = None  # Mimg
+    ema: float = 0.5  # Mimg
+    dropout: float | None = None
+    augment: float | None = None
+    xflip: bool = False
+    precision: str | None = None
+    fp16: bool = False
+    compile: bool = False
+    ls: float = 1.0
+    bench: bool = True
+    cache: bool = True
+    workers: int = 1
+    deterministic: bool = False
+    desc: str | None = None
+    nosubdir: bool = False
+    tick: float = 50  # kimg
+    snap: int | None = 50
+    dump: int | None = 500
+    targets: int | None = None
+    save_every: float = 10  # minutes
+    seed: int | None = None
+    transfer: str | None = None
+    resume: str | None = None
+    tensorboard: bool = False
+    trust_network_code: bool = False
+
+    @property
+    def distils(self) -> bool:
+        return self.precond == "edm_distillation"
+
+
+@dataclass
+class Run:
+    """Everything that a Trainer needs, and the words that announce it."""
+
+    config: TrainConfig
+    dataset: ImageFolderDataset
+    stage: Stage | None
+    transfer: NetworkFile | None
+    arch: str
+    precond: str
+
+    def announce(self, say: Callable[[str], None] = dist.print0) -> None:
+        """What will happen, in a few lines."""
+        config, dataset = self.config, self.dataset
+        say(f"Output directory:        {config.run_dir}")
+        say(f"Dataset:                 {config.dataset_kwargs['path']}, {len(dataset)} images {dataset.image_shape}")
+        say(f"Class-conditional:       {dataset.has_labels}")
+        say(f"Network architecture:    {self.arch}, preconditioning {config.network_kwargs['class_name']}")
+        if self.stage is not None:
+            teacher = self.stage.teacher
+            say(f"Teacher:                 {teacher.source} (sha256 {teacher.sha256[:16]})")
+            say(f"Distillation:            {self.stage.describe()}")
+            say(
+                f"Distillation's settings: weighting {config.loss_kwargs['weighting']}, lr {config.lr:g}, decay "
+                f"{config.lr_decay}, dropout {config.network_kwargs['dropout']:g}, augmentation "
+                f"{(config.augment_kwargs or {}).get('p', 0):g}"
+            )
+        say(f"Processes:               {dist.get_world_size()} on {dist.device().type}")
+        say(f"Batch size:              {config.batch_size}, for {config.total_nimg / 1000:g} kimg")
+        say(f"Precision:               {config.precision}")
+        say("")
+
+
+def prepare(options: Options) -> Run:
+    """Checks the options against each other, the data and the teacher, and works out every default.
+
+    Raises UsageError or UserError with one helpful line; nothing has been written by then.
+    """
+    _check(options)
+    teacher = load_everywhere(options.transfer, options.trust_network_code) if options.transfer else None
+    stage = None
+    if options.distils:
+        assert teacher is not None
+        stage = plan_stage(teacher, options.num_steps, options.ratio, options.teacher_solver)
+    elif teacher is not None and teacher.sampling is not None:
+        raise UsageError(
+            f"--transfer={options.transfer} is a distilled network; only --precond=edm_distillation takes those"
+        )
+    cond = bool(options.cond) if options.cond is not None or stage is None else stage.teacher.net.label_dim > 0
+    dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
+    if cond and not dataset.has_labels:
+        raise UserError(
+            f"--cond=1, but {options.data} has no labels: make it with dataset_tool.py from labelled images, or use --cond=0"
+        )
+    if stage is not None:
+        check_compatible(
+            stage.teacher.net, dataset.resolution, dataset.num_channels, dataset.label_dim, str(options.transfer)
+        )
+        _check_architecture(options, stage.teacher.net)
+    config = _config(options, dataset, stage, teacher)
+    arch = _arch_name(config.network_kwargs)
+    name = describe_run(
+        dataset.name, cond, arch, options.precond, dist.get_world_size(), config.batch_size, config.precision
+    )
+    config.run_dir = options.outdir if options.nosubdir else _numbered(options.outdir, name, options.desc)
+    config.seed = _seed(options, config.run_dir)
+    return Run(config, dataset, stage, teacher, arch, options.precond)
+
+
+def _check(options: Options) -> None:
+    check_batch(options.batch, options.batch_gpu, dist.get_world_size())
+    if options.resume not in (None, "latest") and not Path(options.resume).is_file():
+        raise UserError(f"--resume={options.resume}: there is no such training state (training-state-*.pt, or latest)")
+    if options.fp16 and options.precision not in (None, "fp16"):
+        raise UsageError(f"--fp16=1 contradicts --precision={options.precision}")
+    if options.distils:
+        if options.transfer is None:
+            raise UsageError("--precond=edm_distillation needs a teacher: --transfer=FILE or URL of a network .pkl")
+        check_steps(options.num_steps, options.ratio)
+        for name in ("p_mean", "p_std", "sigma_data"):
+            if getattr(options, name) is not None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} has no meaning in distillation, whose noise levels are the teacher's"
+                )
+    elif options.num_steps is not None or options.teacher_solver is not None or options.targets is not None:
+        raise UsageError("--num_steps, --teacher-solver and --targets belong to --precond=edm_distillation")
+    elif options.precond != "edm" and (options.p_mean is not None or options.p_std is not None or options.sigma_data):
+        raise UsageError("--p-mean, --p-std and --sigma-data belong to --precond=edm")
+
+
+def load_everywhere(source: str, trust: bool = False) -> NetworkFile:
+    """Rank 0 first, so that a download happens once."""
+    if dist.is_main():
+        network = load_network(source, trust_network_code=trust)
+    dist.barrier()
+    return network if dist.is_main() else load_network(source, trust_network_code=trust)
+
+
+def _config(
+    options: Options, dataset: ImageFolderDataset, stage: Stage | None, transfer: NetworkFile | None
+) -> TrainConfig:
+    distils = stage is not None
+    precision = "fp16" if options.fp16 else options.precision or "fp32"
+    augment = options.augment if options.augment is not None else (0.0 if distils else 0.12)
+    dropout = options.dropout if options.dropout is not None else (0.0 if distils else 0.13)
+    duration = options.duration if options.duration is not None else (20.0 if distils else 200.0)
+    warmup = options.warmup if options.warmup is not None else (0.0 if distils else 10.0)
+    if stage is not None:
+        network_kwargs, loss_kwargs = _student_kwargs(stage, dropout, precision, options)
+        if augment and not network_kwargs.get("augment_dim"):
+            raise UsageError(
+                "--augment: this teacher takes no augmentation labels, so its student can't be told what was done"
+            )
+    else:
+        network_kwargs, loss_kwargs = _fresh_kwargs(options, dropout, augment > 0, precision)
+    total_kimg = max(int(duration * 1000), 1)
+    return TrainConfig(
+        run_dir=options.outdir,
+        dataset_kwargs={
+            "path": options.data,
+            "use_labels": dataset.has_labels,
+            "xflip": options.xflip,
+            "cache": options.cache,
+            "resolution": dataset.resolution,
+            "max_size": len(dataset),
+        },
+        network_kwargs=network_kwargs,
+        loss_kwargs=loss_kwargs,
+        augment_kwargs={"p": augment, **AUGMENTATION} if augment > 0 else None,
+        total_kimg=total_kimg,
+        batch_size=options.batch,
+        batch_gpu=options.batch_gpu,
+        lr=options.lr,
+        lr_rampup_kimg=warmup * 1000,
+        lr_decay=options.lr_decay or ("linear" if distils else "none"),
+        loss_scaling=options.ls,
+        ema_halflife_kimg=int(options.ema * 1000)
+        if options.ema * 1000 == int(options.ema * 1000)
+        else options.ema * 1000,
+        ema_rampup_ratio=None if options.transfer and not distils else 0.05,
+        precision=precision,
+        compile=options.compile,
+        cudnn_benchmark=options.bench,
+        deterministic=options.deterministic,
+        workers=options.workers,
+        kimg_per_tick=options.tick,
+        snapshot_ticks=options.snap,
+        state_dump_ticks=options.dump,
+        targets_ticks=options.targets,
+        save_every_min=options.save_every,
+        tensorboard=options.tensorboard,
+        transfer=options.transfer,
+        transfer_sha256=transfer.sha256 if transfer else None,
+        distillation=_distillation(stage) if stage else None,
+        trust_network_code=options.trust_network_code,
+        extras={"data_fingerprint": fingerprint(options.data)},
+    )
+
+
+def _distillation(stage: Stage) -> Kwargs:
+    return {
+        "num_steps": stage.grid.steps,
+        "ratio": stage.ratio,
+        "teacher_solver": stage.solver,
+        "teacher_levels": list(stage.grid.levels),
+        "lineage": [dict(entry) for entry in stage.sampling.lineage],
+    }
+
+
+def _fresh_kwargs(options: Options, dropout: float, augment: bool, precision: str) -> tuple[Kwargs, Kwargs]:
+    precond, loss = PRECONDS[options.precond]
+    network: Kwargs = dict(ARCHITECTURES[options.arch or "ddpmpp"])
+    network["class_name"] = f"training.networks.{precond}"
+    if options.cbase is not None:
+        network["model_channels"] = options.cbase
+    if options.cres is not None:
+        network["channel_mult"] = list(options.cres)
+    if options.blocks is not None:
+        network["num_blocks"] = options.blocks
+    if augment:
+        network["augment_dim"] = 9
+    network |= {"dropout": dropout, "use_fp16": precision == "fp16"}
+    loss_kwargs: Kwargs = {"class_name": f"training.loss.{loss}"}
+    if options.sigma_data is not None:
+        network["sigma_data"] = loss_kwargs["sigma_data"] = options.sigma_data
+    loss_kwargs |= {"P_mean": options.p_mean} if options.p_mean is not None else {}
+    loss_kwargs |= {"P_std": options.p_std} if options.p_std is not None else {}
+    return network, loss_kwargs
+
+
+def _student_kwargs(stage: Stage, dropout: float, precision: str, options: Options) -> tuple[Kwargs, Kwargs]:
+    net = stage.teacher.net
+    network = {name: value for name, value in dict(net.init_kwargs).items() if name not in INTERFACE}
+    network |= {
+        "class_name": f"training.networks.{type(net).__name__}",
+        "dropout": dropout,
+        "use_fp16": precision == "fp16",
+    }
+    loss_kwargs = {
+        "class_name": "training.loss.EDMDistillationLoss",
+        "num_steps": stage.grid.steps,
+        "ratio": stage.ratio,
+        "teacher_solver": stage.solver,
+        "weighting": options.weighting,
+    }
+    return network, loss_kwargs
+
+
+def _arch_name(network_kwargs: Kwargs) -> str:
+    if network_kwargs.get("model_type") == "DhariwalUNet":
+        return "adm"
+    return "ncsnpp" if network_kwargs.get("embedding_type") == "fourier" else "ddpmpp"
+
+
+def _check_architecture(options: Options, net: Any) -> None:
+    """The student has its teacher's architecture; an option that says otherwise is an error."""
+    given = dict(net.init_kwargs)
+    arch = _arch_name(given)
+    defaults = ARCHITECTURES[arch]
+    wrong = []
+    if options.arch not in (None, arch):
+        wrong.append(f"--arch={options.arch} (the teacher's is {arch})")
+    channels = given.get("model_channels", defaults["model_channels"])
+    if options.cbase not in (None, channels):
+        wrong.append(f"--cbase={options.cbase} (the teacher's is {channels})")
+    mult = given.get("channel_mult", [1, 2, 2, 2] if arch != "adm" else [1, 2, 3, 4])
+    if options.cres is not None and list(options.cres) != list(mult):
+        wrong.append(f"--cres={','.join(map(str, options.cres))} (the teacher's is {','.join(map(str, mult))})")
+    blocks = given.get("num_blocks", 3 if arch == "adm" else 4)
+    if options.blocks not in (None, blocks):
+        wrong.append(f"--blocks={options.blocks} (the teacher's is {blocks})")
+    if wrong:
+        raise UsageError(
+            f"a student has its teacher's architecture, which contradicts {', '.join(wrong)}; leave it out"
+        )
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 over the names, sizes and (in a zip) checksums of a data set's files: tells data sets apart, quickly."""
+    digest = hashlib.sha256()
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        rows = [(file.relative_to(path).as_posix(), file.stat().st_size, 0) for file in files]
+    else:
+        with zipfile.ZipFile(path) as archive:
+            rows = sorted((entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist())
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directory, seed, going on
+
+
+def _numbered(outdir: str, name: str, desc: str | None) -> str:
+    name = f"{name}-{desc}" if desc else name
+    return str(Path(outdir, f"{dist.broadcast_object(next_run_number(outdir)):05d}-{name}"))
+
+
+def _seed(options: Options, run_dir: str) -> int:
+    """The seed asked for, or the one of the run to go on with, or a random one (the same on every process)."""
+    if options.seed is not None:
+        return options.seed
+    seed = int(torch.seed() % 2**31)
+    if options.nosubdir:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no run to go on with
+            seed = int(json.loads(Path(run_dir, "training_options.json").read_text(encoding="utf-8"))["seed"])
+    return int(dist.broadcast_object(seed))
+
+
+def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
+    """The state to go on from, by `--resume` and `--nosubdir`; None for a fresh start.
+
+    `--resume=latest` without `--nosubdir` looks for the newest numbered run of the same options and takes its directory.
+    """
+    config = run.config
+    if options.resume not in (None, "latest"):
+        path = Path(str(options.resume))
+        if options.seed is None:
+            saved = state.load_state(path)
+            config.seed = saved["options"]["seed"]
+            return path, saved
+        return path, state.load_state(path)
+    if options.nosubdir:
+        return state.load_newest(config.run_dir, dist.print0)
+    if options.resume is None:
+        return None
+    suffix = Path(config.run_dir).name.partition("-")[2]
+    folder = Path(options.outdir)
+    runs = [path for path in folder.iterdir() if re.fullmatch(r"\d+-.*", path.name)] if folder.is_dir() else []
+    for path in sorted(runs, key=lambda p: int(p.name.partition("-")[0]), reverse=True):
+        found = state.load_newest(path, dist.print0) if path.name.partition("-")[2] == suffix else None
+        if found is None:
+            continue
+        seed = config.seed
+        config.seed = found[1]["options"]["seed"] if options.seed is None else seed
+        if not differences(found[1]["options"], json.loads(json.dumps(config.identity()))):
+            config.run_dir = str(path)
+            return found
+        config.seed = seed
+    raise UserError(f"--resume=latest: {options.outdir} has no run of these options with a state; start without it")
+
+
+def train(options: Options, run: Run) -> Path:
+    """Runs what `prepare` returned, going on where there is a state, and returns the path of the final snapshot."""
+    found = find_state(options, run)
+    config = run.config
+    if found is not None and found[1]["position"]["nimg"] >= config.total_nimg:
+        trainer = Trainer(config, run.dataset, run.stage, run.transfer)
+        trainer.load_state(*found)
+        if trainer.snapshot_path().is_file():
+            dist.print0(f"This run is done already: {trainer.snapshot_path()}")
+            return trainer.snapshot_path()
+    if dist.is_main():
+        check_run_dir(config.run_dir)
+        if found is None:
+            Path(config.run_dir, "stats.jsonl").unlink(missing_ok=True)
+        write_text(Path(config.run_dir, "training_options.json"), json.dumps(config.to_options(), indent=2) + "\n")
+    dist.barrier()
+    trainer = Trainer(config, run.dataset, run.stage, run.transfer)
+    if found is not None:
+        trainer.load_state(*found)
+    return trainer.run()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run will cost
+
+
+@dataclass
+class Cost:
+    """Parameters; FLOPs of one network call for one image (a multiply-add is 2); bytes kept for the backward pass."""
+
+    parameters: int
+    flops: int
+    activation_bytes: int
+
+
+def network_cost(config: TrainConfig, dataset: ImageFolderDataset) -> Cost:
+    """Counted on torch's meta device: nothing is computed or allocated."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    kept = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size() if not isinstance(tensor, torch.nn.Parameter) else 0
+        return tensor
+
+    own = ("sigma_data", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2")
+    model = {name: value for name, value in config.network_kwargs.items() if name not in own}
+    model["class_name"] = "EDMPrecond"  # the others compute numbers when they are made, which the meta device can't
+    with torch.device("meta"):
+        net = build_network(model, dataset.resolution, dataset.num_channels, dataset.label_dim)
+        images = torch.zeros(1, *dataset.image_shape)
+        labels = torch.zeros(1, dataset.label_dim) if dataset.label_dim else None
+        counter = FlopCounterMode(display=False)
+        with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(images, torch.ones(1), labels)
+    return Cost(sum(p.numel() for p in net.parameters()), counter.get_total_flops(), kept)
+
+
+def describe_cost(run: Run) -> list[str]:
+    """Lines for `--dry-run`: parameters, FLOPs per image and of the run, memory and disk."""
+    config, cost = run.config, network_cost(run.config, run.dataset)
+    calls = 3.0  # forward and backward of what is trained
+    if run.stage is not None:
+        calls += run.stage.ratio * (2 if run.stage.solver == "heun" else 1)
+    per_image = calls * cost.flops
+    size, _ = check_batch(config.batch_size, config.batch_gpu, dist.get_world_size())
+    weights = 4 * cost.parameters
+    memory = weights * (5 + (run.stage is not None)) + cost.activation_bytes * size
+    ticks = config.total_kimg / config.kimg_per_tick
+    snapshots = int(ticks // config.snapshot_ticks) + 2 if config.snapshot_ticks else 0
+    dumps = int(ticks // config.state_dump_ticks) + 1 if config.state_dump_ticks else 0
+    return [
+        f"Parameters:              {cost.parameters / 1e6:.2f} M",
+        f"FLOPs per network call:  {cost.flops / 1e9:.4g} GFLOP an image",
+        f"FLOPs per image trained: {per_image / 1e9:.4g} GFLOP ({calls:g} calls' worth)",
+        f"FLOPs of the run:        {per_image * config.total_nimg:.3g}",
+        f"Memory per process:      about {memory / 2**30:.2f} GiB (weights, gradients, EMA, Adam"
+        f"{', teacher' if run.stage else ''}, activations of {size} images at fp32)",
+        f"Disk:                    about {(snapshots * weights + (dumps + 2) * 4 * weights) / 2**30:.2f} GiB "
+        f"({snapshots} snapshots, {dumps} states, 2 rolling states)",
+    ]

@@ -1,0 +1,98 @@
+"""Exact training state: what a run needs to go on as if it had never stopped, as plain tensors and numbers.
+
+A state is a dict for `torch.save`, read back with `weights_only=True`, so that it can hold no code:
+
+    format      1
+    position    nimg, step, tick, tick_start_nimg, tick_start_step, skipped, stats_lines (whole numbers), elapsed_sec
+    net, ema    name -> tensor (parameters and buffers)
+    optimizer   exp_avg, exp_avg_sq, step: name of the parameter -> tensor
+    scaler      loss scale and growth count under fp16
+    stats       name -> [count, sum, sum of squares] since the last tick
+    options     what the run was started with, as far as it alters the result
+    world_size, device
+
+Random numbers need no state: they are keyed by seed and step (training.draws), as is the order of the data.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.atomic import atomic_write
+from dnnlib.cli import UserError
+
+FORMAT = 1
+_NAME = re.compile(r"training-state-(rolling-)?(\d+)\.pt")
+
+
+def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Writes a state in one piece: the file is whole or it isn't there."""
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a state (tensors on the CPU) without running anything from it. Raises UserError for what isn't one."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such training state") from None
+    except Exception as exc:
+        first_line = (str(exc).splitlines() or [""])[0][:120]
+        raise UserError(
+            f"{path}: not a training state of this program, or a damaged one ({type(exc).__name__}: {first_line}); "
+            "states of EDM's own train.py hold whole objects and cannot be read safely: use --transfer with its .pkl"
+        ) from exc
+    if not isinstance(state, dict) or "position" not in state or "optimizer" not in state:
+        raise UserError(f"{path}: not a training state of this program")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path}: training state of format {state.get('format')}; this program reads format {FORMAT}")
+    return state
+
+
+def rolling_name(nimg: int) -> str:
+    """File name of the rolling state after `nimg` images."""
+    return f"training-state-rolling-{nimg:010d}.pt"
+
+
+def list_states(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """All states of a run, newest first (by images seen; a rolling state is exact, a dump's name is cut to kimg)."""
+
+    def images_seen(path: Path) -> tuple[int, bool]:
+        match = _NAME.fullmatch(path.name)
+        assert match is not None
+        return (int(match[2]) if match[1] else int(match[2]) * 1000, bool(match[1]))
+
+    folder = Path(run_dir)
+    states = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(states, key=images_seen, reverse=True)
+
+
+def load_newest(run_dir: str | os.PathLike[str], say: Any = print) -> tuple[Path, dict[str, Any]] | None:
+    """The state with most images seen that can be read, or None where there is no state at all.
+
+    A damaged newest one is named, and the one before is taken. Raises UserError when none of them can be read.
+    """
+    found = list_states(run_dir)
+    readable: list[tuple[Path, dict[str, Any]]] = []
+    for path in found:
+        try:
+            readable.append((path, load_state(path)))
+        except UserError as exc:
+            say(f"Passing over a training state that cannot be read: {exc}")
+        if len(readable) == 2:  # a dump's name is less exact than a rolling state's: look inside the two newest
+            break
+    if found and not readable:
+        raise UserError(f"{run_dir}: none of its {len(found)} training states can be read")
+    return max(readable, key=lambda item: item[1]["position"]["nimg"]) if readable else None
+
+
+def remove_old_rolling(run_dir: str | os.PathLike[str], keep: int = 2) -> None:
+    """Leaves the `keep` newest rolling states."""
+    for path in [path for path in list_states(run_dir) if "rolling" in path.name][keep:]:
+        path.unlink(missing_ok=True)

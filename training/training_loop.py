@@ -1,0 +1,575 @@
+"""The training loop, for training from scratch and for distillation alike. `Trainer.step` is the method on one screen.
+
+data set -> batch on device -> (teacher -> target) -> loss -> gradient -> optimiser -> EMA
+every tick: statistics, pictures, files
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from dnnlib.atomic import write_text
+from dnnlib.cli import UserError
+from dnnlib.util import format_time
+from torch_utils import distributed as dist
+from torch_utils import training_stats
+
+from . import loss as losses
+from . import networks, pictures, state
+from .augment import AugmentPipe
+from .config import TrainConfig, check_batch, differences
+from .dataset import ImageFolderDataset
+from .draws import StepDraws, key
+from .loader import Batch, Loader
+from .network_files import save_network
+from .samplers import edm_sampler, grid_sampler
+from .stage import Stage
+
+NETWORKS = {name: getattr(networks, name) for name in ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")}
+LOSSES = {name: getattr(losses, name) for name in ("EDMLoss", "VPLoss", "VELoss")}
+
+
+def build_network(network_kwargs: dict[str, Any], resolution: int, channels: int, label_dim: int) -> Any:
+    """A freshly initialised network in training mode. Raises UserError for a size that it cannot have."""
+    kwargs = dict(network_kwargs)
+    make = NETWORKS[kwargs.pop("class_name").rpartition(".")[2]]
+    try:
+        return make(img_resolution=resolution, img_channels=channels, label_dim=label_dim, **kwargs)
+    except ValueError as exc:
+        raise UserError(str(exc)) from exc
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of a step, each with its formula
+
+
+def learning_rate(nimg: int, config: TrainConfig) -> float:
+    """Rate for the step that starts after `nimg` images: EDM's linear ramp, then an optional decay to 0 at the end."""
+    ramp = min(nimg / (config.lr_rampup_kimg * 1000), 1) if config.lr_rampup_kimg else 1
+    progress = min(nimg / max(config.total_nimg, 1), 1)
+    decay = {"none": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return config.lr * ramp * decay[config.lr_decay]
+
+
+def ema_factor(nimg: int, config: TrainConfig) -> float:
+    """How much of the old average stays: 0.5^(batch / half-life), the half-life ramped up with the images seen."""
+    halflife = config.ema_halflife_kimg * 1000
+    if config.ema_rampup_ratio is not None:
+        halflife = min(halflife, nimg * config.ema_rampup_ratio)
+    return float(0.5 ** (config.batch_size / max(halflife, 1e-8)))
+
+
+class Gradients:
+    """All gradients in one flat float32 buffer whose layout never changes.
+
+    Processes sum it in one exchange, so the order of additions is the same in every step and after every resume.
+    (torch's DistributedDataParallel regroups its buckets after the first step; with three processes or more that alters
+    the last bits of a resumed run.)
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        offset = 0
+        for parameter in parameters:
+            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+    def zero(self) -> None:
+        """Before the first round of a step."""
+        self.flat.zero_()
+
+    def sum_over_processes(self) -> None:
+        """After the last round of a step."""
+        dist.all_reduce_sum([self.flat])
+
+
+class LossScale:
+    """Dynamic loss scale for fp16 gradients (torch.amp's rule), 1 and inert for every other precision."""
+
+    def __init__(self, active: bool, device: torch.device) -> None:
+        self.active = active
+        self.scale = torch.tensor(2.0**16 if active else 1.0, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    def unscale(self, gradients: Tensor) -> None:
+        """Divides the scale out again."""
+        if self.active:
+            gradients.div_(self.scale)
+
+    def update(self, found_inf: Tensor) -> None:
+        """Halves the scale after an overflow, doubles it after 2000 steps without one."""
+        if self.active:
+            torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, 2000)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale.item(), "growth": int(self.growth.item())}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        self.scale.fill_(values["scale"])
+        self.growth.fill_(values["growth"])
+
+
+class Log:
+    """What a person reads: printed by rank 0 and kept in `log.txt`."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path if dist.is_main() else None
+
+    def __call__(self, text: str = "") -> None:
+        dist.print0(text)
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """One run: builds everything from a TrainConfig, goes on from a state, trains, and writes what it promises.
+
+    stage: the distillation stage, or None for training from data alone.
+    transfer: network to take matching weights from at the start (training from data alone).
+    """
+
+    def __init__(
+        self, config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None, transfer: Any = None
+    ) -> None:
+        self.config, self.dataset, self.stage = config, dataset, stage
+        self.device = dist.device()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.batch_gpu, self.rounds = check_batch(config.batch_size, config.batch_gpu, self.world_size)
+        self.run_dir = Path(config.run_dir)
+        self.say = Log(self.run_dir / "log.txt")
+        set_precision(config)
+        training_stats.clear()
+
+        torch.manual_seed(key(config.seed, 0, "init"))
+        self.net = build_network(config.network_kwargs, dataset.resolution, dataset.num_channels, dataset.label_dim)
+        self.loss_fn = self._make_loss()
+        if stage is not None:
+            self.net.load_state_dict(stage.teacher.net.state_dict())
+        elif transfer is not None:
+            self.say(f"Taking weights from {transfer.source}: {copy_matching(transfer.net, self.net)}")
+        self.net.train().requires_grad_(True).to(self.device)
+        self.net.compute_dtype = compute_dtype(config.precision, self.device)
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.forward = maybe_compile(self.net, config.compile, self.say)
+        self.augment_pipe = AugmentPipe(**config.augment_kwargs) if config.augment_kwargs is not None else None
+
+        self.parameters = list(self.net.parameters())
+        self.gradients = Gradients(self.parameters)
+        self.scale = LossScale(config.precision == "fp16" and self.device.type == "cuda", self.device)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.skipped = torch.zeros((), device=self.device)
+        self.collector = training_stats.Collector()
+
+        self.nimg = self.step_count = self.tick = self.tick_start_nimg = self.tick_start_step = 0
+        self.skipped_before_tick = self.stats_lines = 0
+        self.elapsed_before = 0.0
+        self.tensorboard: Any = None
+
+    def _make_loss(self) -> Callable[..., Tensor]:
+        kwargs = dict(self.config.loss_kwargs)
+        name = kwargs.pop("class_name").rpartition(".")[2]
+        if self.stage is None:
+            loss: Callable[..., Tensor] = LOSSES[name](**kwargs)
+            return loss
+        teacher = self.stage.teacher.net.eval().requires_grad_(False).to(self.device)
+        teacher.compute_dtype = torch.float32  # targets amplify the teacher's rounding errors by t / (t - s)
+        teacher = maybe_compile(teacher, self.config.compile, self.say)
+        return losses.EDMDistillationLoss(
+            teacher, self.stage.grid, self.stage.ratio, self.stage.solver, weighting=kwargs["weighting"]
+        )
+
+    # -- the method ------------------------------------------------------------------------------------------------
+
+    def step(self, loader: Loader) -> None:
+        """One optimisation step over `batch_size` images."""
+        batch = next(loader)
+        draws = StepDraws(self.config.seed, self.step_count, self.config.batch_size, self.device)
+        torch.manual_seed(key(self.config.seed, self.step_count, "dropout", self.rank))
+        self.gradients.zero()
+        for images, labels, source in self.slices(batch, draws):
+            loss = self.loss_fn(self.forward, images, labels, self.augment_pipe, source)
+            training_stats.report("Loss/loss", loss)
+            (loss.sum() * (self.config.loss_scaling / self.config.batch_size) * self.scale.scale).backward()
+        self.gradients.sum_over_processes()
+        self.apply_gradients()
+        self.update_ema()
+        self.collector.update()
+        self.nimg += self.config.batch_size
+        self.step_count += 1
+
+    def slices(self, batch: Batch, draws: StepDraws) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
+        """This process's images in rounds of `batch_gpu`: float32 in [-1, 1], labels, and their random numbers."""
+        first = self.rank * len(batch.images)
+        for start in range(0, len(batch.images), self.batch_gpu):
+            stop = start + self.batch_gpu
+            images = batch.images[start:stop].to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
+            labels = batch.labels[start:stop].to(self.device, non_blocking=True) if self.dataset.has_labels else None
+            yield images, labels, draws.part(first + start, first + stop)
+
+    def apply_gradients(self) -> None:
+        """Adam, unless a gradient is not finite: then nothing moves and the step is counted. No wait for the device."""
+        self.scale.unscale(self.gradients.flat)
+        found_inf = (~torch.isfinite(torch.linalg.vector_norm(self.gradients.flat, math.inf))).float()
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused Adam looks at it on the device
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.nimg, self.config)
+        self.optimizer.step()
+        self.skipped += found_inf * (self.scale.scale <= 1)  # lowering the scale of fp16 is no bad step
+        self.scale.update(found_inf)
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """ema <- factor * ema + (1 - factor) * weights; buffers are constants and were copied at the start."""
+        factor = ema_factor(self.nimg, self.config)
+        torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1 - factor)
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Trains to the end and returns the path of the last snapshot."""
+        config = self.config
+        loader = Loader(
+            self.dataset,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            step=self.step_count,
+            workers=config.workers,
+        )
+        start = tick_start = time.time()
+        last_save = start
+        maintenance = 0.0
+        self.say(f"Training for {config.total_nimg / 1000:g} kimg...")
+        self.say()
+        try:
+            while self.nimg < config.total_nimg:
+                self.step(loader)
+                done = self.nimg >= config.total_nimg
+                if done or self.tick == 0 or self.nimg >= self.tick_start_nimg + config.kimg_per_tick * 1000:
+                    tick_end = time.time()
+                    self.maintain(done, self.elapsed_before + tick_end - start, tick_end - tick_start, maintenance)
+                    self.tick += 1
+                    self.tick_start_nimg, self.tick_start_step = self.nimg, self.step_count
+                    tick_start = time.time()
+                    maintenance = tick_start - tick_end
+                    if self.should_dump(done):
+                        elapsed = self.elapsed_before + tick_start - start
+                        self.save_state(f"training-state-{self.nimg // 1000:06d}.pt", elapsed)
+                        last_save = time.time()
+                if not done and time.time() - last_save >= config.save_every_min * 60:
+                    self.save_state(state.rolling_name(self.nimg), self.elapsed_before + time.time() - start)
+                    last_save = time.time()
+        finally:
+            loader.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        dist.barrier()
+        self.say()
+        self.say(f"Done: {self.snapshot_path()}")
+        return self.snapshot_path()
+
+    def snapshot_path(self) -> Path:
+        """The network after the images seen so far."""
+        return self.run_dir / f"network-snapshot-{self.nimg // 1000:06d}.pkl"
+
+    def should_dump(self, done: bool) -> bool:
+        """EDM's rule for `--dump`, asked after the tick's number has moved on."""
+        ticks = self.config.state_dump_ticks
+        return ticks is not None and self.tick > 1 and (done or (self.tick - 1) % ticks == 0)
+
+    def maintain(self, done: bool, elapsed: float, tick_seconds: float, maintenance: float) -> None:
+        """The end of a tick: status line, snapshot, pictures, statistics."""
+        config = self.config
+        self.report_progress(elapsed, tick_seconds, maintenance)
+        self.check_numbers()
+        if config.snapshot_ticks is not None and (done or self.tick % config.snapshot_ticks == 0):
+            check_same_weights(self.ema)
+            if dist.is_main():
+                self.save_snapshot()
+                self.save_samples()
+            dist.barrier()
+        if config.targets_ticks and self.stage is not None and (done or self.tick % config.targets_ticks == 0):
+            self.save_targets()
+        self.write_stats()
+
+    def report_progress(self, elapsed: float, tick_seconds: float, maintenance: float) -> None:
+        """EDM's status line, and the same figures as statistics."""
+        images = self.nimg - self.tick_start_nimg
+        gpu = self.device.type == "cuda"
+        figures = {
+            "Progress/tick": self.tick,
+            "Progress/kimg": self.nimg / 1e3,
+            "Timing/total_sec": elapsed,
+            "Timing/sec_per_tick": tick_seconds,
+            "Timing/sec_per_kimg": tick_seconds / max(images, 1) * 1e3,
+            "Timing/maintenance_sec": maintenance,
+            "Resources/cpu_mem_gb": psutil.Process(os.getpid()).memory_info().rss / 2**30,
+            "Resources/peak_gpu_mem_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if gpu else 0.0,
+            "Resources/peak_gpu_mem_reserved_gb": torch.cuda.max_memory_reserved(self.device) / 2**30 if gpu else 0.0,
+            "Progress/skipped_steps": float(self.skipped),
+            "Progress/learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        for name, value in figures.items():
+            training_stats.report0(name, value)
+        self.collector.update()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.say(
+            f"tick {self.tick:<5d} kimg {self.nimg / 1e3:<9.1f} time {format_time(elapsed):<12s} "
+            f"sec/tick {tick_seconds:<7.1f} sec/kimg {figures['Timing/sec_per_kimg']:<7.2f} "
+            f"maintenance {maintenance:<6.1f} cpumem {figures['Resources/cpu_mem_gb']:<6.2f} "
+            f"gpumem {figures['Resources/peak_gpu_mem_gb']:<6.2f} "
+            f"reserved {figures['Resources/peak_gpu_mem_reserved_gb']:<6.2f} loss {self.collector['Loss/loss']:<.5g}"
+        )
+
+    def check_numbers(self) -> None:
+        """Speaks of skipped steps, and gives up when a whole tick brought nothing but those."""
+        skipped = int(self.skipped)
+        new, steps = skipped - self.skipped_before_tick, self.step_count - self.tick_start_step
+        self.skipped_before_tick = skipped
+        if new:
+            self.say(
+                f"Skipped {new} of {steps} steps since the last tick: gradients were not finite ({skipped} in all)"
+            )
+        if new == steps and steps > 1:
+            raise UserError(
+                f"none of the last {steps} steps (up to step {self.step_count}) had finite gradients; what was saved before "
+                "is intact. Try a lower --lr, --precision=fp32, or look at the data"
+            )
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save_snapshot(self) -> None:
+        """The EMA network in EDM's format, with its noise grid when it is a student."""
+        save_network(
+            self.snapshot_path(),
+            self.ema,
+            sampling=self.stage.sampling if self.stage else None,
+            loss_fn=dict(self.config.loss_kwargs),
+            augment_pipe=self.config.augment_kwargs,
+            dataset_kwargs={"class_name": "training.dataset.ImageFolderDataset", **self.config.dataset_kwargs},
+        )
+
+    @torch.no_grad()
+    def save_samples(self) -> None:
+        """`samples-KKKKKK.png`: the same latents and labels in every picture of a run."""
+        count = 64 if self.device.type == "cuda" else 16
+        generator = torch.Generator().manual_seed(key(self.config.seed, 0, "samples"))
+        shape = [count, self.ema.img_channels, self.ema.img_resolution, self.ema.img_resolution]
+        latents = torch.randn(shape, generator=generator).to(self.device)
+        labels = None
+        if self.ema.label_dim:
+            labels = torch.eye(self.ema.label_dim, device=self.device)[torch.arange(count) % self.ema.label_dim]
+        if self.stage is not None:
+            images = grid_sampler(self.ema, latents, self.stage.sampling.grid, class_labels=labels)
+        else:
+            images = edm_sampler(self.ema, latents, labels)
+        picture = pictures.tile(pictures.to_uint8(images), columns=math.isqrt(count))
+        pictures.save_png(self.run_dir / f"samples-{self.nimg // 1000:06d}.png", picture)
+
+    @torch.no_grad()
+    def save_targets(self) -> None:
+        """`targets-KKKKKK.png`: noisy input, the teacher's target and the student's answer, for each student step."""
+        if not dist.is_main():
+            return
+        assert isinstance(self.loss_fn, losses.EDMDistillationLoss)
+        grid, count = self.loss_fn.student_grid, 4
+        items = [self.dataset[i % len(self.dataset)] for i in range(count)]
+        clean = torch.from_numpy(np.stack([image for image, _ in items])).to(self.device).float() / 127.5 - 1
+        labels = None
+        if self.dataset.has_labels:
+            labels = torch.from_numpy(np.stack([label for _, label in items])).to(self.device)
+        generator = torch.Generator().manual_seed(key(self.config.seed, 0, "targets"))
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        rows, names = [], []
+        for step, (t, s) in enumerate(zip(grid.levels, grid.levels[1:], strict=False)):
+            interval = torch.full([count], step, device=self.device)
+            jump = self.loss_fn.jumps(clean, interval, noise, labels)
+            answer = self.ema(jump.x, jump.t.flatten(), labels)
+            shown = jump.x / (1 + jump.t**2).sqrt()  # the noisy image at a scale that can be looked at
+            rows.append(torch.cat([pictures.to_uint8(x) for x in (shown, jump.target, answer)]))
+            names.append(f"{t:.4g} -> {s:.4g}")
+        title = f"noise level: {count} noisy inputs (scaled), teacher's targets, student's answers"
+        sheet = pictures.labelled_rows(rows, names, title)
+        pictures.save_png(self.run_dir / f"targets-{self.nimg // 1000:06d}.png", sheet)
+
+    def write_stats(self) -> None:
+        """One line of `stats.jsonl` (and TensorBoard), then the statistics start afresh."""
+        values = self.collector.as_dict()
+        self.collector.reset()
+        self.stats_lines += 1
+        if not dist.is_main():
+            return
+        with open(self.run_dir / "stats.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({**values, "timestamp": time.time()}) + "\n")
+        if self.config.tensorboard:
+            self._write_tensorboard(values)
+
+    def _write_tensorboard(self, values: dict[str, dict[str, float]]) -> None:
+        if self.tensorboard is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+            self.tensorboard = SummaryWriter(str(self.run_dir))
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value["mean"], global_step=self.nimg)
+        self.tensorboard.flush()
+
+    # -- going on --------------------------------------------------------------------------------------------------
+
+    def save_state(self, name: str, elapsed: float) -> None:
+        """Writes the exact state; every process holds the same one, rank 0 writes."""
+        if not dist.is_main():
+            return
+        path = self.run_dir / name
+        state.save_state(path, self.state_dict(elapsed))
+        state.remove_old_rolling(self.run_dir)
+
+    def state_dict(self, elapsed: float) -> dict[str, Any]:
+        """See training.state for the layout."""
+        names = [name for name, _ in self.net.named_parameters()]
+        per_parameter = [self.optimizer.state[p] for p in self.parameters]
+        return {
+            "position": {
+                "nimg": self.nimg,
+                "step": self.step_count,
+                "tick": self.tick,
+                "tick_start_nimg": self.tick_start_nimg,
+                "tick_start_step": self.tick_start_step,
+                "skipped": int(self.skipped),
+                "skipped_before_tick": self.skipped_before_tick,
+                "stats_lines": self.stats_lines,
+                "elapsed_sec": elapsed,
+            },
+            "net": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": {
+                field: {name: values[field] for name, values in zip(names, per_parameter, strict=True)}
+                for field in ("exp_avg", "exp_avg_sq", "step")
+            },
+            "scaler": self.scale.state_dict(),
+            "stats": self.collector.state_dict(),
+            "options": json.loads(json.dumps(self.config.identity())),
+            "world_size": self.world_size,
+            "device": self.device.type,
+        }
+
+    def load_state(self, path: Path, saved: dict[str, Any]) -> None:
+        """Goes on from a state. Raises UserError naming every option that differs from the run's own."""
+        wrong = differences(saved["options"], json.loads(json.dumps(self.config.identity())))
+        if wrong:
+            raise UserError(
+                f"{path} belongs to a run with other options: {'; '.join(wrong)}. Use those, or another --outdir"
+            )
+        try:
+            self.net.load_state_dict(saved["net"])
+            self.ema.load_state_dict(saved["ema"])
+            optimizer = saved["optimizer"]
+            for name, parameter in self.net.named_parameters():
+                self.optimizer.state[parameter] = {
+                    field: optimizer[field][name].clone().to(self.device) for field in ("step", "exp_avg", "exp_avg_sq")
+                }
+            position = saved["position"]
+            self.scale.load_state_dict(saved["scaler"])
+            self.collector.load_state_dict(saved["stats"])
+            self.nimg, self.step_count, self.tick = position["nimg"], position["step"], position["tick"]
+            self.tick_start_nimg, self.tick_start_step = position["tick_start_nimg"], position["tick_start_step"]
+            self.skipped.fill_(position["skipped"])
+            self.skipped_before_tick = position["skipped_before_tick"]
+            self.elapsed_before = position["elapsed_sec"]
+        except (KeyError, RuntimeError, AttributeError, TypeError) as exc:
+            raise UserError(f"{path}: the training state does not fit this network ({exc})") from exc
+        same_place = path.resolve().parent == self.run_dir.resolve()
+        self.stats_lines = position["stats_lines"] if same_place else 0
+        if dist.is_main():
+            cut_lines(self.run_dir / "stats.jsonl", self.stats_lines)
+        if (saved["world_size"], saved["device"]) != (self.world_size, self.device.type):
+            self.say(
+                f"Note: this run was on {saved['world_size']} x {saved['device']} and goes on with {self.world_size} x "
+                f"{self.device.type}: the same images and noise, but sums may round differently"
+            )
+        self.say(f"Going on from {path} at {self.nimg / 1000:g} kimg")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def set_precision(config: TrainConfig) -> None:
+    """Process-wide switches. fp32 means fp32: no TF32 in products or convolutions, unless a lesser one is asked for."""
+    tf32 = config.precision != "fp32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the network computes in. fp16 is for CUDA alone, as in EDM: elsewhere it means fp32."""
+    if precision == "fp16":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def maybe_compile(net: Any, wanted: bool, say: Callable[[str], None]) -> Any:
+    """`torch.compile(net)` where it was asked for and a C++ compiler can be found; otherwise `net`, with one line."""
+    if not wanted:
+        return net
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as exc:
+        say(f"Running without --compile: no working C++ compiler ({type(exc).__name__})")
+        return net
+    return torch.compile(net)
+
+
+def copy_matching(source: torch.nn.Module, target: torch.nn.Module) -> str:
+    """Copies tensors that agree in name and shape, and says in words how many did. Raises UserError when none do."""
+    have, want = source.state_dict(), target.state_dict()
+    fits = {name: tensor for name, tensor in have.items() if name in want and want[name].shape == tensor.shape}
+    if not fits:
+        raise UserError(
+            "--transfer: no tensor of that network fits this one in name and shape; check --arch and --cbase"
+        )
+    target.load_state_dict(fits, strict=False)
+    return f"{len(fits)} of {len(want)} tensors match"
+
+
+@torch.no_grad()
+def check_same_weights(net: torch.nn.Module) -> None:
+    """Raises RuntimeError when processes hold different weights (a fault of the machine or of this program)."""
+    if dist.get_world_size() == 1:
+        return
+    sums = [float(torch.stack([p.double().sum() for p in net.parameters()]).sum())]
+    if len({repr(value) for value in dist.gather_objects(sums)}) > 1:
+        raise RuntimeError("the processes hold different weights; the last state on disk is from before this was seen")
+
+
+def cut_lines(path: Path, count: int) -> None:
+    """Keeps the first `count` lines of a text file, if it is there."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if len(lines) > count:
+            write_text(path, "".join(lines[:count]))
