@@ -85,7 +85,9 @@ def gaussian(channels: int = 2, size: int = 4, seed: int = 0) -> GaussianDenoise
     return GaussianDenoiser(mean, 0.05 + torch.rand(shape, generator=rng, dtype=torch.float64))
 
 
-def small_network(resolution: int = 8, channels: int = 1, label_dim: int = 0, cls: str = "EDMPrecond", **kwargs: Any) -> Any:
+def small_network(
+    resolution: int = 8, channels: int = 1, label_dim: int = 0, cls: str = "EDMPrecond", **kwargs: Any
+) -> Any:
     """A SongUNet of a few thousand weights, freshly initialised with a fixed seed."""
     from training import networks
 

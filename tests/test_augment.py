@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN
 
+from helpers import GOLDEN
 from training import augment
 from training.augment import AugmentPipe, mirror, resample
 from training.draws import StepDraws

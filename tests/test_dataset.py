@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import GOLDEN
 from PIL import Image
 
 from dnnlib.cli import UserError
+from helpers import GOLDEN
 from training import dataset
 from training.dataset import ImageFolderDataset, PackedFiles, dataset_options, decode_image, image_formats
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import GOLDEN
 from PIL import Image
 
 import dataset_tool
+from helpers import GOLDEN
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).parent.parent

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_dataset, small_network
 from PIL import Image
 
 import fid
+from helpers import make_dataset, small_network
 from metrics import detectors
 from metrics.classifier import train_detector
 from metrics.statistics import Stats

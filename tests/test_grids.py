@@ -31,7 +31,9 @@ def test_strided_grid_is_not_a_fresh_one():
     assert network_grid(gaussian(), 32).every(2).levels[1] != network_grid(gaussian(), 16).levels[1]
 
 
-@pytest.mark.parametrize("levels", [(1.0,), (1.0, 0.5), (1.0, 1.0, 0.0), (0.5, 1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0)])
+@pytest.mark.parametrize(
+    "levels", [(1.0,), (1.0, 0.5), (1.0, 1.0, 0.0), (0.5, 1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0)]
+)
 def test_bad_grids_are_refused(levels):
     with pytest.raises(ValueError):
         NoiseGrid(levels)
@@ -59,9 +61,16 @@ def test_grid_is_clamped_and_rounded():
 
 
 def test_sampling_survives_a_dict():
-    sampling = Sampling(network_grid(gaussian(), 6).every(3), "euler", 3, ({"network": "a", "sha256": "b", "steps": 6},))
+    sampling = Sampling(
+        network_grid(gaussian(), 6).every(3), "euler", 3, ({"network": "a", "sha256": "b", "steps": 6},)
+    )
     assert Sampling.from_dict(sampling.to_dict()) == sampling
     assert sampling.teacher_steps == 6
-    for broken in (None, {}, {"levels": [1, 2], "solver": "euler", "ratio": 2}, {**sampling.to_dict(), "solver": "rk4"}):
+    for broken in (
+        None,
+        {},
+        {"levels": [1, 2], "solver": "euler", "ratio": 2},
+        {**sampling.to_dict(), "solver": "rk4"},
+    ):
         with pytest.raises(ValueError):
             Sampling.from_dict(broken)

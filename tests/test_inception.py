@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import golden
 from torch import Tensor
 
 from dnnlib.cli import UserError
+from helpers import golden
 from metrics import detectors, inception
 from metrics.inception import InceptionV3, resize_bilinear_tf1
 

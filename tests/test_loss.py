@@ -37,7 +37,8 @@ def test_golden_loss_and_gradients(case):
     (value.sum() / len(images)).backward()
     gradients = dict(net.named_parameters())
     # VP's noise label goes up to 999, where one unit in its last place turns the embedding by 6e-5.
-    bound = 1.5e-5 if case.startswith("VPLoss") and data[f"{case}/sigma"].max() > 10 else 5e-6
+    # The resampling of augmentation adds up to 1.8e-5 to an image (see test_augment).
+    bound = 5e-6 + 1e-5 * (case.startswith("VPLoss") and data[f"{case}/sigma"].max() > 10) + 1e-5 * ("aug1" in case)
     for name in ("model.map_layer0.weight", "model.dec.16x16_aux_conv.weight", "model.enc.16x16_conv.weight"):
         want = data[f"{case}/grad/{name}"]
         assert np.abs(gradients[name].grad.numpy() - want).max() <= bound * np.abs(want).max(), name

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, golden, make_dataset
 from PIL import Image
 from torch import Tensor, nn
 
 import metrics
 from dnnlib.cli import UserError
+from helpers import GOLDEN, golden, make_dataset
 from metrics import classifier, detectors, statistics
 from metrics.detectors import INCEPTION, Detector, full_precision, load_detector
 from metrics.frechet import frechet_distance

@@ -22,9 +22,9 @@ _control_group: dist.ProcessGroup | None = None  # Gloo beside NCCL: decisions a
 def init(device: str = "auto", timeout_minutes: float = 10) -> torch.device:
     """Sets up this process and returns its device.
 
-    device: 'auto' (CUDA where present), 'cuda' or 'cpu'. Under a launcher (WORLD_SIZE > 1) joins the process group: NCCL
-    on CUDA with one GPU a process, Gloo on the CPU. Raises UsageError for a device that isn't there, UserError for more
-    processes than GPUs and for a rendezvous that doesn't come about.
+    device: 'auto' (CUDA where present), 'cuda' or 'cpu'. Under a launcher (WORLD_SIZE > 1) joins the process group:
+    NCCL on CUDA with one GPU a process, Gloo on the CPU. Raises UsageError for a device that isn't there, UserError for
+    more processes than GPUs and for a rendezvous that doesn't come about.
     """
     global _device, _control_group
     if device not in ("auto", "cuda", "cpu"):

@@ -281,7 +281,7 @@ class Timing:
 
 
 class EndPointError:
-    """Root mean square difference to the first teacher's images. Without those it collects them: this is the teacher."""
+    """Root mean square difference to the first teacher's images. Without those it collects: this is the teacher."""
 
     def __init__(self, expected: dict[int, Tensor] | None, device: torch.device) -> None:
         self.expected, self.device = expected, device

@@ -146,7 +146,7 @@ def prepare(options: Options) -> Run:
     dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
     if cond and not dataset.has_labels:
         raise UserError(
-            f"--cond=1, but {options.data} has no labels: make it with dataset_tool.py from labelled images, or use --cond=0"
+            f"--cond=1, but {options.data} has no labels: use --cond=0, or make it again from labelled images"
         )
     if stage is not None:
         check_compatible(
@@ -368,7 +368,7 @@ def _seed(options: Options, run_dir: str) -> int:
 def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     """The state to go on from, by `--resume` and `--nosubdir`; None for a fresh start.
 
-    `--resume=latest` without `--nosubdir` looks for the newest numbered run of the same options and takes its directory.
+    `--resume=latest` without `--nosubdir` looks for the newest numbered run of the same options, and takes its place.
     """
     config = run.config
     if options.resume not in (None, "latest"):

@@ -62,8 +62,8 @@ def check_steps(num_steps: int | None, ratio: int) -> None:
 def plan_stage(teacher: Any, num_steps: int | None, ratio: int = 2, solver: str | None = None) -> Stage:
     """Checks what is asked for against what the teacher is, and returns the stage. Raises UsageError.
 
-    teacher: a `network_files.NetworkFile`. Undistilled (no grid in its file), it needs `num_steps`, gets the rho schedule
-    of that length and is run by Heun unless asked otherwise. A student brings its own grid and is run by Euler jumps.
+    teacher: a `network_files.NetworkFile`. Undistilled (no grid in its file), it needs `num_steps`, gets the rho
+    schedule of that length and is run by Heun unless asked otherwise. A student brings its own grid and Euler.
     """
     check_steps(num_steps, ratio)
     if teacher.sampling is None:
@@ -95,7 +95,8 @@ def plan_ladder(num_steps: int, until: int, ratios: Sequence[int]) -> list[int]:
     """
     if until < 1 or num_steps <= until:
         raise UsageError(f"a ladder from {num_steps} to {until} steps has no stages; --until must be below --num_steps")
-    chain, steps = [], num_steps
+    chain: list[int] = []
+    steps = num_steps
     while steps > until:
         ratio = ratios[0] if len(ratios) == 1 else ratios[len(chain)] if len(chain) < len(ratios) else 0
         if ratio < 2 or steps % ratio or steps // ratio < until:

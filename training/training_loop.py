@@ -351,8 +351,8 @@ class Trainer:
             )
         if new == steps and steps > 1:
             raise UserError(
-                f"none of the last {steps} steps (up to step {self.step_count}) had finite gradients; what was saved before "
-                "is intact. Try a lower --lr, --precision=fp32, or look at the data"
+                f"none of the last {steps} steps (up to step {self.step_count}) had finite gradients; what was saved "
+                "before is intact. Try a lower --lr, --precision=fp32, or look at the data"
             )
 
     # -- files -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,968 @@
+"""Network files: EDM's pickles read as data, written so that EDM's loader opens them, and safetensors.
+
+The EDM pickles are built here from the golden networks, by Python's and torch's own picklers and not by this project's
+writer. Their "source text" is a trap: it makes a file if anything ever runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import pickletools
+import random
+import re
+import struct
+import subprocess
+import sys
+import threading
+import types
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dnnlib import EasyDict
+from dnnlib.cli import UserError
+from torch_utils import persistence
+from training import network_files, networks
+from training.grids import NoiseGrid, Sampling
+from training.network_files import ForeignNetworkError, load_network, save_network
+
+GOLDEN = Path(__file__).parent / "golden"
+PRECONDS = ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
+SAMPLING = Sampling(
+    NoiseGrid((80.0, 9.700000000000001, 0.1 + 0.2, 0.0)),
+    "euler",
+    2,
+    ({"network": "teacher.pkl", "sha256": "ab" * 32, "steps": 6, "solver": "heun"},),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files as EDM writes them
+
+
+class Persistent:
+    """Pickles as EDM's persistent objects do."""
+
+    def __init__(self, class_name: str, state: dict[str, Any], source: str, **changes: Any) -> None:
+        self.meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state}
+        self.meta |= changes
+
+    def __reduce__(self) -> Any:
+        return persistence._reconstruct_persistent_obj, (self.meta,)
+
+
+def module_state(own: dict[str, Any], ordered: bool = False) -> dict[str, Any]:
+    """What nn.Module keeps in its instances, and `own` attributes. `ordered`: tables as old versions of torch have."""
+    state = dict(vars(nn.Module())) | {"training": False}
+    for table in ("_parameters", "_buffers", "_modules"):
+        state[table] = OrderedDict() if ordered else {}
+    return state | own
+
+
+def class_of(path: str, members: list[str]) -> str:
+    """The class of a part of EDM's networks, from its name."""
+    name = path.rsplit(".", 1)[-1]
+    if name in ("enc", "dec"):
+        return "ModuleDict"
+    if "norm" in name:
+        return "GroupNorm"
+    if name == "map_noise":
+        return "FourierEmbedding" if "freqs" in members else "PositionalEmbedding"
+    if name.startswith(("map_", "affine")):
+        return "Linear"
+    if name in ("conv0", "conv1", "skip", "qkv", "proj", "out_conv") or "aux" in name or name.endswith("_conv"):
+        return "Conv2d"
+    return "UNetBlock"
+
+
+def edm_object(
+    class_name: str,
+    tensors: dict[str, torch.Tensor],
+    init_kwargs: dict[str, Any],
+    source: str,
+    *,
+    ordered: bool = False,
+    attributes: dict[str, dict[str, Any]] | None = None,
+) -> Persistent:
+    """The `ema` of an EDM file: a tree of persistent objects that holds `tensors` (by state-dict name)."""
+    buffers = ("resample_filter", "freqs", "u")
+    paths = {""} | {"model.map_noise"}
+    for name in tensors:
+        parts = name.split(".")[:-1]
+        paths |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+    members = {path: [n for n in tensors if n.rpartition(".")[0] == path] for path in paths}
+    objects: dict[str, Any] = {}
+    for path in sorted(paths, key=lambda p: -len(p.split(".")) if p else 0):
+        leafs = [name.rpartition(".")[2] for name in members[path]]
+        kind = class_of(path, leafs) if "." in path else init_kwargs["model_type"] if path else class_name
+        state = module_state({}, ordered)
+        for name, leaf in zip(members[path], leafs, strict=True):
+            if leaf in buffers:
+                state["_buffers"][leaf] = tensors[name]
+            else:
+                state["_parameters"][leaf] = nn.Parameter(tensors[name], requires_grad=False)
+        if kind == "Conv2d":
+            state["_buffers"].setdefault("resample_filter", None)
+        prefix = path + "." if path else ""
+        for child in sorted(p for p in paths if p and p.startswith(prefix) and "." not in p[len(prefix) :]):
+            state["_modules"][child[len(prefix) :]] = objects.pop(child)
+        if kind == "ModuleDict":
+            module = nn.ModuleDict()
+            vars(module).update(state)
+            objects[path] = module
+            continue
+        own: dict[str, Any] = {"_init_args": (), "_init_kwargs": {}}
+        if kind == "UNetBlock" and init_kwargs["model_type"] == "SongUNet":
+            own |= {"dropout": 0, "skip_scale": np.sqrt(0.5), "_init_kwargs": {"init": {"init_weight": np.sqrt(0.2)}}}
+        if path == "":
+            own |= {k: v for k, v in init_kwargs.items() if k in ("img_resolution", "img_channels", "label_dim")}
+            own |= {"use_fp16": False, "_init_kwargs": init_kwargs}
+        objects[path] = Persistent(kind, state | own | (attributes or {}).get(path, {}), source)
+    return objects[""]
+
+
+def golden_case(case: str, class_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """(state dict, constructor arguments, golden arrays) of a network of EDM's own."""
+    data = dict(np.load(GOLDEN / f"net_{case}.npz"))
+    config = json.loads(str(data["config_json"]))
+    tensors = {k[3:]: torch.from_numpy(v) for k, v in data.items() if k.startswith("sd/")}
+    if class_name == "iDDPMPrecond":
+        other = {k[16:]: torch.from_numpy(v) for k, v in data.items() if k.startswith("sd_iDDPMPrecond/")}
+        tensors = {"u": other.pop("u")} | tensors | other
+    return tensors, {**config["network_kwargs"], "use_fp16": False, **config["interface"]}, data
+
+
+def edm_file(
+    path: Path,
+    case: str = "ddpmpp_a",
+    class_name: str = "EDMPrecond",
+    protocol: int = 4,
+    tensors: dict[str, torch.Tensor] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    entries: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes an EDM pickle of a golden network; returns the golden arrays."""
+    golden_tensors, init_kwargs, data = golden_case(case, class_name)
+    source = f"open({str(path.parent / 'TRAP')!r}, 'w').write('somebody ran the text in the file')\n"
+    ema = edm_object(class_name, tensors or golden_tensors, kwargs or init_kwargs, source, **options)
+    loss = Persistent("EDMLoss", {"P_mean": -1.2, "P_std": 1.2, "_init_args": (), "_init_kwargs": {}}, source + "#")
+    content = {
+        "ema": ema,
+        "loss_fn": loss,
+        "augment_pipe": None,
+        "dataset_kwargs": {"class_name": "training.dataset.ImageFolderDataset", "path": "x.zip", "max_size": 12},
+    }
+    path.write_bytes(pickle.dumps({**content, **(entries or {})}, protocol))
+    return data
+
+
+def run(net: Any, data: dict[str, Any]) -> torch.Tensor:
+    """D for the inputs of a golden file."""
+    given = {k: torch.from_numpy(data[f"in/{k}"]) for k in ("class_labels", "augment_labels") if f"in/{k}" in data}
+    with torch.no_grad():
+        result: torch.Tensor = net(torch.from_numpy(data["in/x"]), torch.from_numpy(data["in/sigma"]), **given)
+    return result
+
+
+def assert_golden(net: Any, data: dict[str, Any], class_name: str) -> None:
+    """Within a few times the drift of another convolution back end: 2e-6 for EDM, 3e-6 * sigma for the others."""
+    error = np.abs(run(net, data).numpy() - data[f"{class_name}/D"]).reshape(len(data["in/sigma"]), -1).max(axis=1)
+    bound = 1e-5 if class_name == "EDMPrecond" else 1e-5 + 1e-5 * data["in/sigma"]
+    assert (error < bound).all(), error
+
+
+def refused(path: Path, words: str) -> None:
+    """Loading ends in one line that names the file and holds `words` (a regular expression)."""
+    with pytest.raises(UserError, match=words) as caught:
+        load_network(path)
+    text = str(caught.value)
+    assert text.startswith(str(path)) and "\n" not in text and len(text) < 1000
+    assert not (path.parent / "TRAP").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """One good EDM file (small: without most of its layers' width it would not be EDM's)."""
+    path = tmp_path_factory.mktemp("whole") / "net.pkl"
+    edm_file(path)
+    return path.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@pytest.mark.parametrize("class_name", PRECONDS)
+@pytest.mark.parametrize("case", ["ddpmpp_a", "ncsnpp_a", "adm_a"])
+def test_edm_files_load_and_give_edms_numbers(tmp_path: Path, case: str, class_name: str) -> None:
+    path = tmp_path / "net.pkl"
+    data = edm_file(path, case, class_name)
+    file = load_network(path)
+    assert type(file.net).__name__ == class_name
+    assert_golden(file.net, data, class_name)
+    assert not (tmp_path / "TRAP").exists()
+    assert not file.net.training and not any(p.requires_grad for p in file.net.parameters())
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in file.net.parameters())
+
+
+def test_what_a_file_says_besides(tmp_path: Path) -> None:
+    path = tmp_path / "net.pkl"
+    entries = {
+        "notes": {"a": (1, 2.5), "b": np.float64(0.1)},
+        "weights": torch.zeros(3),
+        "sampling": SAMPLING.to_dict(),
+    }
+    edm_file(path, entries=entries)
+    file = load_network(str(path))
+    assert file.source == str(path) and file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert file.dataset_kwargs == {
+        "class_name": "training.dataset.ImageFolderDataset",
+        "path": "x.zip",
+        "max_size": 12,
+    }
+    assert file.sampling == SAMPLING
+    assert file.extra == {
+        "loss_fn": {"class_name": "EDMLoss", "P_mean": -1.2, "P_std": 1.2},
+        "notes": {"a": [1, 2.5], "b": 0.1},
+    }
+    assert file.net.label_dim == 10 and file.net.init_kwargs["augment_dim"] == 9
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("old", [False, True])
+def test_every_protocol_and_the_names_of_old_libraries(
+    tmp_path: Path, protocol: int, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.pkl"
+    if old:  # numpy 1's name of its scalars, and EasyDict where some forks have it
+
+        def scalar(*args: Any) -> Any:
+            raise AssertionError("called")
+
+        scalar.__module__, scalar.__qualname__ = "numpy.core.multiarray", "scalar"
+        monkeypatch.setitem(sys.modules, "numpy.core.multiarray", types.SimpleNamespace(scalar=scalar))
+        number: Any = types.new_class("Number", exec_body=lambda body: body.update(
+            __reduce__=lambda self: (scalar, (np.dtype("f8"), struct.pack("<d", 0.25)))
+        ))()  # fmt: skip
+    else:
+        number = np.float64(0.25)
+    entries = {"mine": EasyDict(x=number, inner=EasyDict(y=[np.int64(-7), np.bool_(True), 2**70, None, ""]))}
+    data = edm_file(path, protocol=protocol, ordered=old, entries=entries)
+    assert pickle.loads(b"\x80\x02N.") is None and path.read_bytes()[1] == protocol
+    names = {arg for op, arg, _ in pickletools.genops(path.read_bytes()) if op.name == "GLOBAL"}
+    if protocol == 2:
+        assert "_codecs encode" in names and ("numpy.core.multiarray scalar" in names) is old
+    file = load_network(path)
+    assert file.extra["mine"] == {"x": 0.25, "inner": {"y": [-7, True, 2**70, None, ""]}}
+    assert type(file.extra["mine"]["x"]) is float and type(file.extra["mine"]["inner"]["y"][0]) is int
+    assert_golden(file.net, data, "EDMPrecond")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_load_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors, _, _ = golden_case("ddpmpp_a", "EDMPrecond")
+    edm_file(tmp_path / "net.pkl", tensors={k: v.to(dtype) for k, v in tensors.items()})
+    for name, value in load_network(tmp_path / "net.pkl").net.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, tensors[name].to(dtype).float())
+
+
+def test_tensors_that_are_views(tmp_path: Path) -> None:
+    """Parts of one storage, and other strides, as a fork that loaded its weights from elsewhere may have them."""
+    tensors, _, data = golden_case("ddpmpp_a", "EDMPrecond")
+    for name, value in tensors.items():
+        if value.ndim == 4:
+            padded = torch.full((value.numel() + 7,), torch.nan)
+            tensors[name] = padded[5:-2].view(value.shape).copy_(value)
+    name = "model.map_layer0.weight"
+    tensors[name] = tensors[name].t().contiguous().t()
+    edm_file(tmp_path / "net.pkl", tensors=tensors)
+    assert_golden(load_network(tmp_path / "net.pkl").net, data, "EDMPrecond")
+
+
+def test_attributes_win_over_constructor_arguments(tmp_path: Path) -> None:
+    """EDM's loader restores attributes; a network changed after it was made must stay changed."""
+    changed = {"": {"sigma_data": 0.25, "sigma_max": 40.0, "use_fp16": True}, "model": {"label_dropout": 0.5}}
+    edm_file(tmp_path / "net.pkl", attributes=changed)
+    net = load_network(tmp_path / "net.pkl").net
+    assert (net.sigma_data, net.sigma_max, net.use_fp16, net.model.label_dropout) == (0.25, 40.0, True, 0.5)
+    assert net.init_kwargs["sigma_data"] == 0.25  # a student made from these arguments is changed likewise
+    for name in ("again.pkl", "again.safetensors"):
+        save_network(tmp_path / name, net)
+        again = load_network(tmp_path / name).net
+        assert (again.sigma_data, again.sigma_max, again.use_fp16) == (0.25, 40.0, True)
+        assert again.model.label_dropout == 0.5
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    edm_file(tmp_path / "net.pkl", "ncsnpp_a")
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    load_network(tmp_path / "net.pkl")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = edm_file(tmp_path / "net.pkl")
+    (tmp_path / "page.pkl").write_bytes(b"<!DOCTYPE html><p>please log in")
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            file = load_network(url + "/net.pkl")
+            assert file.source == url + "/net.pkl"
+            assert_golden(file.net, data, "EDMPrecond")
+            for name, words in (("/none.pkl", "HTTP 404"), ("/page.pkl", "web page")):
+                with pytest.raises(UserError, match=words):
+                    load_network(url + name)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert_golden(load_network(url + "/net.pkl").net, data, "EDMPrecond")  # from the cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are no networks
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "is not a pickle"),
+        (b"plain text", "is not a pickle"),
+        (b"\n <html><body>404", "is a web page"),
+        (b"(lp0\n.", "is not a pickle of protocol 2 to 5"),
+        (pickle.dumps([1, 2]), "no network under 'ema'"),
+        (pickle.dumps({"G_ema": 1, "D": 2}), "no network under 'ema'.*G_ema, D"),
+        (pickle.dumps({"ema": None}), "no network under 'ema'"),
+        (pickle.dumps({"ema": {}}), "no network under 'ema'"),
+        (b"\x80\x04", "is cut off"),
+        (b"\x80\x04.", "a value is missing"),
+        (b"\x80\x04K", "is cut off"),
+        (b"\x80\x04K\x01K\x02.", "values are left over"),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xffN.", "is cut off"),
+        (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\xffN.", "is cut off"),
+        (b"\x80\x04h\x07.", "refers to a value that it does not hold"),
+        (b"\x80\x04Nb.", "a value is missing"),
+        (b"\x80\x04NNR.", "cannot be called"),
+        (b"\x80\x04}]N\x86.", "values are left over"),
+        (b"\x80\x04}(K\x01u.", "a key has no value"),
+        (b"\x80\x04}]Ns.", "list cannot be a key"),
+        (b"\x80\x04u.", "begin of a group is missing"),
+        (b"\x80\x04X\x01\x00\x00\x00\xff.", "not UTF-8"),
+        (b"\x80\x02cos", "a name does not end"),
+        (b"\x80\x04NQ.", "refers to data outside itself"),
+        (b"\x80\x02ccollections\nOrderedDict\n.", "no network"),
+    ],
+)
+def test_no_network_at_all(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "net.pkl"
+    path.write_bytes(content)
+    refused(path, words)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "none.pkl", "no such file")
+    refused(tmp_path, "is a folder")
+
+
+def test_training_state(tmp_path: Path) -> None:
+    torch.save({"net": {}}, tmp_path / "training-state-000001.pt")
+    refused(tmp_path / "training-state-000001.pt", "archive as torch.save writes it")
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("function", [os.system, eval, exec, getattr, __import__, torch.load, np.load, open, print])
+def test_functions_are_refused_by_name(tmp_path: Path, function: Any, protocol: int) -> None:
+    path = tmp_path / "net.pkl"
+    evil = Call(function, f"touch {tmp_path / 'TRAP'}")
+    names = {f"{function.__module__}.{function.__qualname__}", f"__builtin__.{function.__qualname__}"}
+    name = f"({'|'.join(map(re.escape, names))})"
+    for content in ({"ema": evil}, {"ema": None, "loss_fn": [evil]}, evil):
+        path.write_bytes(pickle.dumps(content, protocol))
+        refused(path, f"refers to '{name}'")
+    edm_file(path, protocol=protocol, entries={"extra": {"deep": [evil]}})
+    refused(path, f"refers to '{name}'")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x80\x02(S'touch TRAP'\nios\nsystem\n.", "instruction 0x53"),  # STRING, INST
+        (b"\x80\x02(ios\nsystem\n.", "instruction 0x69"),  # INST
+        (b"\x80\x02(o.", "instruction 0x6f"),  # OBJ
+        (b"\x80\x02\x82\x01.", "instruction 0x82"),  # EXT1
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "refers to 'os.system'"),
+        (b"\x80\x04\x8c\x02\x1b\n\x8c\x01x\x93.", r"refers to '\?\?\.x'"),  # nothing a terminal would obey
+        (b"\x80\x04)}\x92.", "instruction 0x92"),  # NEWOBJ_EX
+        (b"\x80\x04\x8c\x08builtins\x8c\x0cset.__init__\x93.", "refers to 'builtins.set.__init__'"),
+        (b"\x80\x02ctorch\nFloatStorage\n.", "refers to 'torch.FloatStorage'"),  # allowed inside tensors only
+    ],
+)
+def test_instructions_that_network_files_do_without(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "net.pkl").write_bytes(content)
+    refused(tmp_path / "net.pkl", words)
+
+
+def test_code_inside_a_tensor_is_refused(tmp_path: Path, whole: bytes) -> None:
+    """The bytes of a tensor are pickles themselves."""
+    evil = pickle.dumps(Call(os.system, f"touch {tmp_path / 'TRAP'}"), 2)
+    path = tmp_path / "net.pkl"
+    path.write_bytes(pickle.dumps({"ema": Call(torch.storage._load_from_bytes, evil)}))
+    refused(path, "refers to '(posix|nt).system'")
+    path.write_bytes(pickle.dumps({"ema": Call(torch.storage._load_from_bytes, pickle.dumps(1, 2) * 5)}))
+    refused(path, "not in torch's legacy format")
+    path.write_bytes(whole.replace(struct.pack("<q", 16), struct.pack("<q", 15)))
+    refused(path, "contradicts itself")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((0, (2, 2), (2, 1)), "no network"),
+        ((0, (2, 3), (3, 1)), "in a storage of 4 elements"),
+        ((1, (2, 2), (2, 1)), "in a storage of 4 elements"),
+        ((0, (1000, 1000), (0, 0)), "in a storage of 4 elements"),  # a giant from four numbers
+        ((-1, (2, 2), (2, 1)), "unexpected arguments"),
+        ((0, (2, 2), (-2, 1)), "unexpected arguments"),
+        ((0, (2, 2), (2,)), "unexpected arguments"),
+        ((0, (2.0, 2), (2, 1)), "unexpected arguments"),
+        ((0, [2, 2], [2, 1]), "unexpected arguments"),
+    ],
+)
+def test_tensors_must_lie_within_their_data(tmp_path: Path, arguments: tuple[Any, ...], words: str) -> None:
+    storage = torch.arange(4.0)._typed_storage()
+    tensor = Call(torch._utils._rebuild_tensor_v2, storage, *arguments, False, OrderedDict())
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"x": tensor}))
+    refused(tmp_path / "net.pkl", words)
+
+
+def test_a_file_cannot_ask_for_more_than_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "net.pkl"
+    text = "x" * 10_000
+    encode = b"c_codecs\nencode\n"
+    call = b"h\x00" + b"h\x01\x8c\x06latin1\x86R0"
+    path.write_bytes(b"\x80\x04" + encode + b"q\x000" + pickle.dumps(text, 2)[2:-1] + b"q\x010" + call * 5 + b"N.")
+    refused(path, "instruction 0x30")  # POP has no place in a network file; without it:
+    body = (b"h\x00h\x01\x8c\x06latin1\x86Ra") * 100
+    path.write_bytes(b"\x80\x04]" + encode + b"q\x00" + b"\x85" + pickle.dumps(text, 2)[2:-1] + b"\x85\x86a" + b".")
+    start = b"\x80\x04]" + encode + b"q\x00aX" + struct.pack("<I", len(text)) + text.encode() + b"q\x01a"
+    path.write_bytes(start + body + b".")
+    refused(path, "more memory than its own size")
+
+
+def test_a_network_that_contains_itself(tmp_path: Path) -> None:
+    state = module_state({"_init_kwargs": {}})
+    loop = Persistent("UNetBlock", state, "")
+    state["_modules"]["again"] = nn.ModuleDict()
+    vars(state["_modules"]["again"])["_modules"] = state["_modules"]
+    path = tmp_path / "net.pkl"
+    path.write_bytes(pickle.dumps({"ema": loop}))
+    refused(path, "has no end")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_channels": 1 << 30},
+        {"channel_mult": [1, 60_000]},
+        {"num_blocks": 50_000},
+        {"channel_mult": [1] * 5000},
+        {"img_resolution": 1 << 40},
+        {"resample_filter": list(range(2000))},
+    ],
+)
+def test_a_small_file_cannot_make_a_giant(tmp_path: Path, change: dict[str, Any]) -> None:
+    _, kwargs, _ = golden_case("ddpmpp_a", "EDMPrecond")
+    edm_file(tmp_path / "net.pkl", kwargs={**kwargs, **change}, attributes={"": change})
+    refused(tmp_path / "net.pkl", "its constructor arguments")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "Mystery"}, "refers to 'Mystery'"),
+        ({"model_type": "DhariwalUNet"}, "can't be made.*embedding_type"),
+        ({"channel_mult": [1, 2, 2]}, "does not fit the network it describes, part by part"),
+        ({"model_channels": 32}, r"does not fit.*tensor by tensor: .*weight: \[16, 10\], not \[32, 10\].*and 141 more"),
+        ({"label_dim": 7}, r"map_label.weight: \[16, 10\], not \[16, 7\]"),
+        ({"label_dim": 0}, "has model.map_label, which the network does not"),
+        ({"unheard_of": 1}, "can't be made from its own constructor arguments.*unheard_of"),
+        ({"img_resolution": 15}, "can't be made.*15 cannot be halved"),
+        ({"resample_filter": {"a": [torch.nn.Parameter(torch.zeros(1))]}}, "among its constructor arguments"),
+    ],
+)
+def test_a_network_that_does_not_fit_its_description(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    _, kwargs, _ = golden_case("ddpmpp_a", "EDMPrecond")
+    own = {k: v for k, v in change.items() if k in ("label_dim", "img_resolution")}
+    edm_file(tmp_path / "net.pkl", kwargs={**kwargs, **change}, attributes={"": own})
+    refused(tmp_path / "net.pkl", words)
+
+
+@pytest.mark.parametrize("name", ["model.map_layer0.bias", "model.out_norm.weight", "model.map_augment.weight"])
+def test_every_tensor_is_accounted_for(tmp_path: Path, name: str) -> None:
+    tensors, _, _ = golden_case("adm_a" if "out_norm" in name else "ddpmpp_a", "EDMPrecond")
+    case = "adm_a" if "out_norm" in name else "ddpmpp_a"
+    less = {key: value for key, value in tensors.items() if key != name}
+    edm_file(tmp_path / "net.pkl", case, tensors=less)
+    refused(tmp_path / "net.pkl", "lacks model.")
+    edm_file(tmp_path / "net.pkl", case, tensors={**tensors, name.rpartition(".")[0] + ".spare": torch.zeros(2)})
+    refused(tmp_path / "net.pkl", r"has .*\.spare, which the network does not")
+
+
+def test_a_bare_u_net_is_no_network(tmp_path: Path) -> None:
+    edm_file(tmp_path / "net.pkl", class_name="SongUNet")
+    refused(tmp_path / "net.pkl", "is of class SongUNet; a network is one of EDMPrecond")
+
+
+def test_other_versions_of_the_format(tmp_path: Path) -> None:
+    ema = Persistent("EDMPrecond", {}, "", version=7)
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": ema}))
+    refused(tmp_path / "net.pkl", "format version 7")
+
+
+def test_a_noise_grid_that_is_none(tmp_path: Path) -> None:
+    for levels in ([1.0, 2.0, 0.0], [1.0, float("nan"), 0.0], "abc"):
+        edm_file(tmp_path / "net.pkl", entries={"sampling": {**SAMPLING.to_dict(), "levels": levels}})
+        refused(tmp_path / "net.pkl", "its noise grid can't be used")
+
+
+def test_cut_and_damaged_files(tmp_path: Path, whole: bytes) -> None:
+    """Whatever happens to a file, it loads or is refused in one line: no other exception, and no code."""
+    path = tmp_path / "net.pkl"
+    chance = random.Random(0)
+    for cut in [1, 2, 3, 50, len(whole) // 2, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(40))]:
+        path.write_bytes(whole[:cut])
+        refused(path, "cut off|damaged|not a pickle|contradicts")
+    survived = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            # most of a file is weights, which may be anything: aim at its beginning and at what is between tensors
+            place = chance.randrange(min(20_000, len(whole)))
+            damaged[place] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_network(path)
+            survived += 1
+        except UserError as exc:
+            assert "\n" not in str(exc)
+    assert survived < 150 and not (tmp_path / "TRAP").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code that the user trusts
+
+
+FOREIGN = """
+import torch
+from torch_utils import persistence
+
+@persistence.persistent_class
+class Wonder(torch.nn.Module):
+    def __init__(self, img_resolution, scale):
+        super().__init__()
+        self.img_resolution = img_resolution
+        self.scale = torch.nn.Parameter(torch.tensor(float(scale)))
+
+    def forward(self, x, sigma, class_labels=None, **kwargs):
+        return x * self.scale
+"""
+
+
+def test_unknown_networks_run_only_when_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "net.pkl"
+    state = module_state({"img_resolution": 8, "_init_args": (), "_init_kwargs": {"img_resolution": 8, "scale": 3}})
+    state["_parameters"]["scale"] = nn.Parameter(torch.tensor(3.0))
+    source = FOREIGN + f"\nopen({str(tmp_path / 'RAN')!r}, 'a').write('x')\n"
+    path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", state, source), "notes": 5}))
+    refused(path, "'Wonder'.*--trust-network-code")
+    with pytest.raises(ForeignNetworkError):
+        load_network(path)
+    assert not (tmp_path / "RAN").exists()
+
+    file = load_network(path, trust_network_code=True)
+    assert (tmp_path / "RAN").read_text() == "x"
+    assert torch.equal(file.net(torch.ones(2), None), torch.full((2,), 3.0))
+    assert not file.net.scale.requires_grad and file.extra == {"notes": 5}
+    save_network(tmp_path / "again.pkl", file.net)
+    assert load_network(tmp_path / "again.pkl", trust_network_code=True).net.scale == 3
+    assert (tmp_path / "RAN").read_text() == "x"  # the same text runs once
+
+
+def test_a_fork_under_a_known_name(tmp_path: Path) -> None:
+    """EDM's class names on another structure: it does not fit, and its own code is the way to load it."""
+    path = tmp_path / "net.pkl"
+    state = module_state({"img_resolution": 8, "_init_args": (), "_init_kwargs": {"img_resolution": 8, "scale": 3}})
+    state["_parameters"]["scale"] = nn.Parameter(torch.tensor(3.0))
+    source = FOREIGN.replace("Wonder", "EDMPrecond")
+    path.write_bytes(pickle.dumps({"ema": Persistent("EDMPrecond", state, source)}))
+    refused(path, "EDMPrecond can't be made from its own constructor arguments.*img_channels.*--trust-network-code")
+    file = load_network(path, trust_network_code=True)
+    assert type(file.net) is not networks.EDMPrecond and file.net.scale == 3
+    edm_file(path)
+    assert type(load_network(path, trust_network_code=True).net) is networks.EDMPrecond  # which stays what it was
+
+
+def test_known_networks_never_run_their_text(tmp_path: Path) -> None:
+    data = edm_file(tmp_path / "net.pkl")
+    assert_golden(load_network(tmp_path / "net.pkl", trust_network_code=True).net, data, "EDMPrecond")
+    assert not (tmp_path / "TRAP").exists()
+
+
+def test_trusted_code_that_fails_is_the_users_problem(tmp_path: Path) -> None:
+    path = tmp_path / "net.pkl"
+    path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", {}, "raise OSError('no')")}))
+    with pytest.raises(UserError, match=r"net\.pkl: running its code failed: OSError: no"):
+        load_network(path, trust_network_code=True)
+    path.write_bytes(pickle.dumps({"ema": Call(os.getcwd)}))
+    with pytest.raises(UserError, match="no network under 'ema'"):
+        load_network(path, trust_network_code=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def small(class_name: str = "EDMPrecond", **changes: Any) -> Any:
+    """A tiny network with every kind of label."""
+    kwargs: dict[str, Any] = {
+        "img_resolution": 8,
+        "img_channels": 1,
+        "label_dim": 3,
+        "model_type": "SongUNet",
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "resample_filter": [1, 3, 3, 1],
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+        "augment_dim": 9,
+    }
+    torch.manual_seed(0)
+    return getattr(networks, class_name)(**{**kwargs, **changes})
+
+
+ENTRIES: dict[str, Any] = {
+    "loss_fn": {"class_name": "training.loss.EDMLoss", "P_mean": -1.2},
+    "augment_pipe": {"p": 0.12, "xflip": 1e8},
+    "dataset_kwargs": {"path": "x.zip", "use_labels": True, "max_size": None},
+}
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
+@pytest.mark.parametrize("class_name", PRECONDS)
+def test_round_trip_is_exact(tmp_path: Path, class_name: str, suffix: str) -> None:
+    net = small(class_name).train()
+    path = tmp_path / f"net{suffix}"
+    save_network(path, net, sampling=SAMPLING, **ENTRIES, extra={"training": {"kimg": 3, "lr": np.float32(0.5)}})
+    assert net.training and all(p.requires_grad for p in net.parameters())
+    file = load_network(path)
+    assert file.sampling == SAMPLING and file.dataset_kwargs == ENTRIES["dataset_kwargs"]
+    assert file.extra == {
+        "loss_fn": ENTRIES["loss_fn"],
+        "augment_pipe": ENTRIES["augment_pipe"],
+        "training": {"kimg": 3, "lr": 0.5},
+    }
+    assert type(file.net) is type(net) and file.net.init_kwargs == net.init_kwargs and not file.net.training
+    old, new = net.state_dict(), file.net.state_dict()
+    assert list(old) == list(new) and all(torch.equal(old[name], new[name]) for name in old)
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0]), torch.eye(3)[:2]
+    assert torch.equal(net.eval()(x, sigma, labels), file.net(x, sigma, labels))
+
+    # The same network is the same file, wherever it comes from, and one format turns into the other and back.
+    other = tmp_path / ("other" + {".pkl": ".safetensors", ".safetensors": ".pkl"}[suffix])
+    for target in (path, other):
+        entries = {"sampling": file.sampling, "dataset_kwargs": file.dataset_kwargs, "extra": file.extra}
+        save_network(tmp_path / f"again{target.suffix}", file.net, **entries)
+    assert (tmp_path / f"again{suffix}").read_bytes() == path.read_bytes()
+    back = load_network(tmp_path / f"again{other.suffix}")
+    save_network(
+        tmp_path / f"back{suffix}",
+        back.net,
+        sampling=back.sampling,
+        dataset_kwargs=back.dataset_kwargs,
+        extra=back.extra,
+    )
+    assert (tmp_path / f"back{suffix}").read_bytes() == path.read_bytes()
+
+
+def test_the_format_is_told_by_content(tmp_path: Path) -> None:
+    save_network(tmp_path / "a.safetensors", small())
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.pkl")
+    assert load_network(tmp_path / "b.pkl").net.img_resolution == 8
+
+
+def test_what_is_in_our_pickles(tmp_path: Path) -> None:
+    """Nothing but the names that EDM's own files refer to; no numpy; tensors in torch's legacy form."""
+    structure = json.loads((GOLDEN / "pickle_structure.json").read_text())["network_snapshot"]
+    net = small()
+    net.model.enc["8x8_block0"].skip_scale = np.float64(0.5)  # what EDM's own networks have
+    net.register_forward_hook(lambda *args: None)
+    net.compute_dtype = torch.bfloat16
+    net.compile()
+    save_network(tmp_path / "net.pkl", net, sampling=SAMPLING, **ENTRIES)
+    data = (tmp_path / "net.pkl").read_bytes()
+    names = set()
+
+    class Recorder(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            names.add((module, name))
+            return super().find_class(module, name)
+
+    Recorder(io.BytesIO(data)).load()
+    assert data[:2] == b"\x80\x04"
+    assert names == {tuple(name) for name in structure["all_globals_outer_stream"] if not name[0].startswith("numpy")}
+    assert {op.name for op, _, _ in pickletools.genops(data)} <= set(structure["files"]["ddpmpp_edm"]["opcode_names"])
+    content = pickle.loads(data)  # our own `persistence` runs no text either
+    assert list(content) == ["ema", "loss_fn", "augment_pipe", "dataset_kwargs", "sampling"]
+    assert content["ema"].model.enc["8x8_block0"].skip_scale == 0.5 and content["ema"].compute_dtype is None
+    assert not content["ema"]._forward_hooks and type(content["sampling"]["levels"][0]) is float
+    json.dumps({name: value for name, value in content.items() if name != "ema"})  # plain throughout
+
+
+def test_our_pickles_have_edms_structure(tmp_path: Path) -> None:
+    """The tree of a golden EDM file, part by part: class, attributes, parameters, buffers, order."""
+    tree = json.loads((GOLDEN / "pickle_structure.json").read_text())["network_snapshot"]["tree_ema"]
+    kwargs = tree["scalars"]["_init_kwargs"]
+    save_network(tmp_path / "net.pkl", networks.EDMPrecond(**kwargs))
+    from training.pickle_reader import StoredObject, read_pickle
+
+    def compare(stored: StoredObject, node: dict[str, Any]) -> int:
+        state = stored.state
+        assert stored.class_name == node["class_name"].rpartition(".")[2]
+        for name, value in node["scalars"].items():
+            if name in ("_init_args", "_init_kwargs"):
+                continue
+            if isinstance(value, dict):  # a numpy scalar in EDM's file
+                assert type(state[name]) is float
+            else:
+                assert state[name] == value and type(state[name]) in (type(value), int, float)
+        for table in ("parameters", "buffers"):
+            found = {k: v and list(v.shape) for k, v in state[f"_{table}"].items()}
+            assert found == {k: v and v["shape"] for k, v in node[table].items()}
+        assert list(state["_modules"]) == [child["name"] for child in node["children"]]
+        return 1 + sum(compare(state["_modules"][child["name"]], child) for child in node["children"])
+
+    stored = read_pickle((tmp_path / "net.pkl").read_bytes())["ema"]
+    assert compare(stored, tree) > 80
+    assert stored.state["_init_kwargs"] == kwargs and stored.state["_init_args"] == ()
+
+
+EDM_PERSISTENCE = '''
+"""What EDM's loader does, in few words: runs the text it finds and applies the state."""
+import types, sys, dnnlib, torch
+
+_modules = {}
+
+def persistent_class(cls):
+    class Decorated(cls):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._init_args, self._init_kwargs = args, kwargs
+    Decorated.__name__ = cls.__name__
+    return Decorated
+
+def _reconstruct_persistent_obj(meta):
+    meta = dnnlib.EasyDict(meta)
+    meta.state = dnnlib.EasyDict(meta.state)
+    assert meta.version == 6 and meta.type == "class"
+    if meta.module_src not in _modules:
+        module = types.ModuleType(f"_imported_module_{len(_modules)}")
+        sys.modules[module.__name__] = module
+        _modules[meta.module_src] = module
+        exec(meta.module_src, module.__dict__)
+    cls = persistent_class(getattr(_modules[meta.module_src], meta.class_name))
+    obj = cls.__new__(cls)
+    setstate = getattr(obj, "__setstate__", None)
+    setstate(meta.state) if callable(setstate) else obj.__dict__.update(meta.state)
+    return obj
+'''
+EDM_DNNLIB = """
+class EasyDict(dict):
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name)
+    def __setattr__(self, name, value):
+        self[name] = value
+"""
+EDM_SCRIPT = """
+import pickle, sys
+import numpy as np, torch
+folder, data_file, *names = sys.argv[1:]
+data = np.load(data_file)
+given = {k: torch.from_numpy(data[f"in/{k}"]) for k in ("class_labels", "augment_labels") if f"in/{k}" in data}
+for name in names:
+    with open(f"{folder}/{name}.pkl", "rb") as file:
+        content = pickle.load(file)
+    assert sorted(content) == ["augment_pipe", "dataset_kwargs", "ema", "loss_fn", "sampling"]
+    net = content["ema"]
+    assert type(net).__module__ != "training.networks" and "training" not in sys.modules
+    with torch.no_grad():
+        D = net(torch.from_numpy(data["in/x"]), torch.from_numpy(data["in/sigma"]), **given)
+    np.save(f"{folder}/{name}.npy", D.numpy())
+"""
+
+
+def test_edms_own_loader_opens_our_files(tmp_path: Path) -> None:
+    """A process that has EDM's loader and nothing of this project."""
+    edm = tmp_path / "edm"
+    for name, text in {
+        "torch_utils/__init__.py": "",
+        "torch_utils/persistence.py": EDM_PERSISTENCE,
+        "dnnlib/__init__.py": "from .util import EasyDict",
+        "dnnlib/util.py": EDM_DNNLIB,
+        "script.py": EDM_SCRIPT,
+    }.items():
+        (edm / name).parent.mkdir(parents=True, exist_ok=True)
+        (edm / name).write_text(text)
+    data: dict[str, Any] = {}
+    for class_name in PRECONDS:
+        data = edm_file(tmp_path / "in.pkl", "ncsnpp_a", class_name)
+        net = load_network(tmp_path / "in.pkl").net
+        save_network(tmp_path / f"{class_name}.pkl", net, sampling=SAMPLING, **ENTRIES)
+    save_network(tmp_path / "half.pkl", net, sampling=SAMPLING, half=True, **ENTRIES)
+    names = [*PRECONDS, "half"]
+    subprocess.run(
+        [sys.executable, "script.py", str(tmp_path), str(GOLDEN / "net_ncsnpp_a.npz"), *names],
+        cwd=edm,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        check=True,
+    )
+    for name in names:
+        ours = run(load_network(tmp_path / f"{name}.pkl").net, data).numpy()
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), ours)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
+def test_half_precision_files(tmp_path: Path, suffix: str) -> None:
+    net = small("iDDPMPrecond")
+    whole, half = tmp_path / f"whole{suffix}", tmp_path / f"half{suffix}"
+    save_network(whole, net)
+    save_network(half, net, half=True)
+    parameters = dict(net.named_parameters())
+    size = sum(p.numel() for p in parameters.values())
+    assert half.stat().st_size < whole.stat().st_size - 1.9 * size
+    for name, value in load_network(half).net.state_dict().items():
+        before = net.state_dict()[name]
+        assert torch.equal(value, before.half().float() if name in parameters else before)  # buffers stay exact
+
+
+def test_networks_in_half_precision_are_written_as_float32(tmp_path: Path) -> None:
+    net = small().to(torch.bfloat16)
+    save_network(tmp_path / "net.pkl", net)
+    assert pickle.loads((tmp_path / "net.pkl").read_bytes())["ema"].model.map_layer0.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
+def test_bytes_do_not_depend_on_where_and_how_a_network_lies(tmp_path: Path, suffix: str) -> None:
+    plain, other = tmp_path / f"plain{suffix}", tmp_path / f"other{suffix}"
+    save_network(plain, small())
+    save_network(other, small().to(memory_format=torch.channels_last).requires_grad_(False))
+    assert other.read_bytes() == plain.read_bytes()
+    if torch.cuda.is_available():
+        save_network(other, small().cuda())
+        assert other.read_bytes() == plain.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"net{suffix}"
+    net = small()
+    save_network(path, net)
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="Tensor is not plain data"):
+        save_network(path, net, extra={"x": [torch.zeros(1)]})
+    with pytest.raises(TypeError, match="no network of this project"):
+        save_network(path, nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="'ema' is the network itself"):
+        save_network(path, net, extra={"ema": 1})
+    with torch.no_grad():
+        net.model.map_layer0.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match="float16"):
+        save_network(path, net, half=True)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_damaged_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import load, save
+
+    path = tmp_path / "net.safetensors"
+    save_network(path, small(), sampling=SAMPLING)
+    good = path.read_bytes()
+    header = json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])
+    meta = json.loads(header["__metadata__"]["edm_network"])
+    tensors = load(good)
+
+    def write(tensors: dict[str, torch.Tensor], **changes: Any) -> None:
+        path.write_bytes(save(tensors, {"edm_network": json.dumps({**meta, **changes})}))
+
+    path.write_bytes(good[:-4])
+    refused(path, "damaged safetensors")
+    path.write_bytes(good[:8] + b"{" + b"\xff" * 100)
+    refused(path, "damaged safetensors")
+    path.write_bytes(save(tensors))
+    refused(path, "does not say which network it is")
+    path.write_bytes(save(tensors, {"edm_network": "[" * 100_000}))
+    refused(path, "damaged safetensors")
+    write(tensors, class_name="Mystery")
+    refused(path, "refers to 'Mystery'")
+    write(tensors, init_kwargs=[])
+    refused(path, "not as this program writes it")
+    write(tensors, init_kwargs={**meta["init_kwargs"], "model_channels": 1 << 40})
+    refused(path, "size above")
+    write({k: v for k, v in tensors.items() if k != "model.map_layer0.bias"})
+    refused(path, "lacks model.map_layer0.bias")
+    write(tensors, entries={"sampling": 3})
+    refused(path, "noise grid can't be used")
+
+
+def test_the_list_of_names_is_as_short_as_documented() -> None:
+    from training.pickle_reader import GLOBALS
+
+    structure = json.loads((GOLDEN / "pickle_structure.json").read_text())
+    snapshot = structure["network_snapshot"]
+    known = {tuple(n) for n in snapshot["all_globals_outer_stream"] + snapshot["all_globals_when_numpy_older_than_2"]}
+    assert known <= set(GLOBALS)
+    assert {f"{module}.{name}" for module, name in set(GLOBALS) - known} == {
+        "dnnlib.util.EasyDict",
+        "dnnlib.EasyDict",
+        "builtins.set",
+        "__builtin__.set",
+        "builtins.bytes",
+        "__builtin__.bytes",
+        "_codecs.encode",
+    }
+    assert {"EDMPrecond", "UNetBlock", "Conv2d", "ModuleDict"} <= network_files.KNOWN_CLASSES

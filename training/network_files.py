@@ -1,0 +1,464 @@
+"""Reading and writing networks: EDM's pickles and safetensors.
+
+Reading runs nothing that a file brings along: `pickle_reader` turns a pickle into data, the class names in it stand for
+this project's own classes, and everything stored must fit the network that its constructor arguments make: every part,
+every tensor, every shape. `trust_network_code=True` is the one way to run a file's code.
+
+A pickle written here opens in EDM's own code: `ema` is a persistent object with its source text, everything else plain
+dicts, lists, strings and numbers. The same network gives the same bytes.
+
+A .safetensors file holds the weights under their state-dict names, and in its metadata, under `edm_network`, one JSON
+text: class_name, init_args, init_kwargs, attributes (those set after construction), entries (sampling, loss_fn, ...).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dnnlib.atomic import atomic_write
+from dnnlib.cli import UserError
+from dnnlib.util import open_url
+from torch_utils import persistence
+
+from . import networks
+from .grids import Sampling
+from .pickle_reader import (
+    MAX_DEPTH,
+    ContentError,
+    ForeignError,
+    StoredObject,
+    StoredTensor,
+    UnknownNameError,
+    plain,
+    read_pickle,
+)
+from .pickle_writer import NetworkPickler, stored_tensor
+
+KNOWN_CLASSES = {name for name, value in vars(networks).items() if persistence.is_persistent(value)} | {"ModuleDict"}
+PRECONDS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
+METADATA = "edm_network"  # key of the JSON text in a safetensors file
+MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
+MAX_ARGUMENTS = 1000  # numbers among the constructor arguments of a network
+MAX_PARTS = 100_000  # modules of a network
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A network and what its file says about it.
+
+    net             eval mode, requires_grad off, on the CPU, float32
+    sampling        noise grid and solver of a distilled network, else None
+    sha256          of the file, in hexadecimal
+    source          path or URL as it was given
+    dataset_kwargs  options of the data set it was trained on, if the file says
+    extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
+    """
+
+    net: Any
+    sampling: Sampling | None
+    sha256: str
+    source: str
+    dataset_kwargs: dict[str, Any] | None
+    extra: dict[str, Any]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class ForeignNetworkError(UserError):
+    """The network is of a kind that this project doesn't know; only running the file's own code could load it."""
+
+
+def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: bool = False) -> NetworkFile:
+    """Reads the network (`ema`) of an EDM pickle or a safetensors file, told apart by content.
+
+    Nothing in the file is executed, unless `trust_network_code` is set and the network is of a kind unknown here.
+    Raises UserError, naming the file, for anything that is no such file or doesn't fit together.
+    """
+    source = os.fspath(path_or_url)
+    with open_url(source) as file:
+        data = file.read()
+    try:
+        net, entries = _read(data)
+    except ContentError as exc:
+        if not isinstance(exc, ForeignError) or data[:1] != b"\x80":  # only pickles bring code along
+            raise UserError(f"{source}: {exc}") from exc
+        if not trust_network_code:
+            raise ForeignNetworkError(
+                f"{source}: {exc}; if you trust its author, --trust-network-code loads it by running its own code"
+            ) from exc
+        net, entries = _run_pickle(data, source)
+    try:
+        sampling = None if entries.get("sampling") is None else Sampling.from_dict(entries["sampling"])
+    except ValueError as exc:
+        raise UserError(f"{source}: its noise grid can't be used: {str(exc)[:300]}") from exc
+    dataset_kwargs = entries.get("dataset_kwargs")
+    return NetworkFile(
+        net=net.eval().requires_grad_(False),
+        sampling=sampling,
+        sha256=hashlib.sha256(data).hexdigest(),
+        source=source,
+        dataset_kwargs=dataset_kwargs if isinstance(dataset_kwargs, dict) else None,
+        extra={k: v for k, v in entries.items() if k not in ("dataset_kwargs", "sampling") and v is not None},
+    )
+
+
+def _read(data: bytes) -> tuple[nn.Module, State]:
+    """The network in `data` and the other entries. Raises ContentError, whatever the format."""
+    start = data[:1024].lstrip().lower()
+    if not data:
+        raise ContentError("is empty")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise ContentError("is a web page, not a network; check where it was downloaded from")
+    if data.startswith(b"PK\x03\x04"):
+        raise ContentError("is an archive as torch.save writes it (a training state?); give a network-snapshot-*.pkl")
+    if data[8:9] == b"{":
+        return _read_safetensors(data)
+    return _read_edm_pickle(data)
+
+
+def _read_edm_pickle(data: bytes) -> tuple[nn.Module, State]:
+    content = read_pickle(data)
+    if not isinstance(content, dict) or not isinstance(content.get("ema"), StoredObject):
+        found = f"a dict of {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else "something else"
+        raise ContentError(f"has no network under 'ema', where EDM's network files have theirs; it holds {found[:200]}")
+    parts = dict(_walk(content["ema"]))
+    root = parts[""]
+    tensors = {
+        name: tensor
+        for path, part in parts.items()
+        for name, tensor in _members(part, path, "_parameters", "_buffers")
+        if tensor is not None
+    }
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, StoredTensor):
+            raise ContentError(f"is damaged: {name} is not a tensor")
+    if sum(math.prod(tensor.shape) for tensor in tensors.values()) > len(data):
+        raise ContentError("is damaged: its tensors are larger than the file")
+    attributes = {path: _scalars(part.state) for path, part in parts.items()}
+    try:
+        args, kwargs = plain(root.state.get("_init_args", ())), plain(root.state.get("_init_kwargs", {}))
+    except TypeError as exc:
+        raise ContentError(f"is damaged: among its constructor arguments, {exc}") from exc
+    net = _make(root.class_name, args, kwargs, attributes, max_blocks=len(parts))
+    _check_same(
+        "part",
+        {path: part.class_name for path, part in parts.items()},
+        {path: type(module).__name__ for path, module in net.named_modules()},
+    )
+    _fill(net, tensors, _materialise)
+    return net, _other_entries(content)
+
+
+def _walk(
+    part: Any, path: str = "", depth: int = 0, seen: list[str] | None = None
+) -> Iterator[tuple[str, StoredObject]]:
+    """Every module below `part` with its path ('' for the first one). Bounded, since a file may refer to itself."""
+    seen = [] if seen is None else seen
+    seen.append(path)
+    if not isinstance(part, StoredObject):
+        raise ContentError(f"is damaged: part '{path}' is not a module")
+    if part.class_name not in KNOWN_CLASSES:
+        raise UnknownNameError(part.class_name)
+    if depth > MAX_DEPTH or len(seen) > MAX_PARTS:
+        raise ContentError("is damaged: its network has no end")
+    yield path, part
+    for name, child in _members(part, path, "_modules"):
+        if child is not None:
+            yield from _walk(child, name, depth + 1, seen)
+
+
+def _members(part: StoredObject, path: str, *tables: str) -> Iterator[tuple[str, Any]]:
+    """The entries of a module's tables of parameters, buffers or modules, under their full names."""
+    for table in tables:
+        members = part.state.get(table, {})
+        if not isinstance(members, dict):
+            raise ContentError(f"is damaged: {table} of part '{path}' is no dict")
+        for name, value in members.items():
+            yield (f"{path}.{name}" if path else str(name)), value
+
+
+def _scalars(state: Mapping[Any, Any]) -> State:
+    """The numbers and flags among a module's own attributes."""
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(name, str) and not name.startswith("_") and name != "training" and _is_number(value)
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, np.number, np.bool_))
+
+
+def _other_entries(content: Mapping[Any, Any]) -> State:
+    """Everything but `ema`, as far as it is plain. EDM's loss and augmentation objects become dicts."""
+    entries: State = {}
+    for name, value in content.items():
+        if isinstance(value, StoredObject):
+            public = {k: v for k, v in value.state.items() if isinstance(k, str) and not k.startswith("_")}
+            value = {"class_name": value.class_name, **public}
+        if isinstance(name, str) and name != "ema":
+            try:
+                entries[name] = plain(value)
+            except TypeError:
+                continue  # tensors and the like: no part of a network file, and nobody asks for them
+    return entries
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From data to a network
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """While this is on, random tensors have a shape but no data: a network is made in no time, from no random draws."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.rand, torch.randn, torch.ones):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _make(class_name: str, args: Any, kwargs: Any, attributes: Mapping[str, State], max_blocks: int) -> nn.Module:
+    """A network of this class without weights. Attributes (by path of the module) win over constructor arguments,
+    since EDM restores a network from its attributes. Raises ContentError."""
+    if class_name not in PRECONDS:
+        raise ContentError(f"its 'ema' is of class {class_name[:100]}; a network is one of {', '.join(PRECONDS)}")
+    cls: Any = getattr(networks, class_name)
+    if not isinstance(kwargs, dict) or not isinstance(args, list):
+        raise ContentError("is damaged: its constructor arguments are no dict")
+    parameters = inspect.signature(cls.__init__).parameters
+    for name, value in attributes.get("", {}).items():
+        default = parameters[name].default if name in parameters else value
+        if name in parameters and not args and value != kwargs.get(name, default):
+            kwargs = {**kwargs, name: value}
+    _check_sizes(args, kwargs, max_blocks)
+    try:
+        with _WithoutWeights():
+            net: nn.Module = cls(*args, **kwargs)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, IndexError) as exc:
+        raise ForeignError(f"its {class_name} can't be made from its own constructor arguments: {exc}") from exc
+    for path, module in net.named_modules():
+        for name, value in attributes.get(path, {}).items():
+            own = vars(module).get(name)
+            if _is_number(own) and isinstance(own, bool) == isinstance(value, bool) and own != value:
+                setattr(module, name, value)
+    return net
+
+
+def _check_sizes(args: list[Any], kwargs: State, max_blocks: int) -> None:
+    """Refuses arguments that would make a network out of all proportion to its file."""
+
+    def numbers(value: Any) -> list[int]:
+        if isinstance(value, (list, dict)):
+            return [n for item in (value.values() if isinstance(value, dict) else value) for n in numbers(item)]
+        return [abs(value)] if isinstance(value, int) else []
+
+    sizes = numbers([args, kwargs])
+    width = max(numbers(kwargs.get("model_channels")), default=1) * max(numbers(kwargs.get("channel_mult")), default=1)
+    if len(sizes) > MAX_ARGUMENTS or max([width, *sizes]) > MAX_SIZE:
+        raise ContentError(f"its constructor arguments hold a size above {MAX_SIZE}, or too many")
+    if max(numbers(kwargs.get("num_blocks")), default=0) > max_blocks:
+        raise ContentError(f"its constructor arguments ask for more blocks than the {max_blocks} modules that it holds")
+
+
+def _fill(net: nn.Module, tensors: Mapping[str, Any], materialise: Callable[[Any, torch.dtype], Tensor]) -> None:
+    """Gives `net` its weights and buffers, all of them and no other, in its own types. Raises ForeignError."""
+    expected = net.state_dict()
+    _check_same(
+        "tensor", {name: list(t.shape) for name, t in tensors.items()}, {n: list(t.shape) for n, t in expected.items()}
+    )
+    values = {name: materialise(tensors[name], tensor.dtype) for name, tensor in expected.items()}
+    net.load_state_dict(values, assign=True)
+
+
+def _check_same(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ForeignError with the first few names that only one side has, or for which the two differ."""
+    problems = [f"lacks {name}" for name in expected if name not in found]
+    problems += [f"has {name}, which the network does not" for name in found if name not in expected]
+    problems += [
+        f"{name}: {found[name]}, not {expected[name]}"
+        for name in expected
+        if found.get(name, expected[name]) != expected[name]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ForeignError(
+            f"does not fit the network it describes, {what} by {what}: {'; '.join(problems[:3])}{more}"[:600]
+        )
+
+
+def _materialise(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own from a window on the file."""
+    if 0 in stored.shape:
+        return torch.empty(stored.shape, dtype=dtype)
+    end = stored.offset + sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True)) + 1
+    size = stored.storage.itemsize
+    window = bytearray(stored.storage.data[stored.offset * size : end * size])
+    flat = torch.frombuffer(window, dtype=getattr(torch, stored.storage.dtype))
+    return flat.as_strided(stored.shape, stored.stride).to(dtype).contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Safetensors
+
+
+def _read_safetensors(data: bytes) -> tuple[nn.Module, State]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        meta = json.loads(header.get("__metadata__", {}).get(METADATA, "null"))
+    except (SafetensorError, ValueError, RecursionError) as exc:
+        raise ContentError(f"is a damaged safetensors file: {exc}") from exc
+    if meta is None:
+        raise ContentError(
+            f"is a safetensors file without '{METADATA}' in its metadata: it does not say which network it is"
+        )
+    match meta:
+        case {
+            "class_name": str(class_name),
+            "init_args": list(args),
+            "init_kwargs": dict(kwargs),
+            "attributes": dict(attributes),
+            "entries": dict(entries),
+        } if all(isinstance(values, dict) for values in attributes.values()):
+            pass
+        case _:
+            raise ContentError(f"is a safetensors file whose '{METADATA}' is not as this program writes it")
+    if class_name not in PRECONDS:
+        raise UnknownNameError(class_name)
+    scalars = {path: _scalars(values) for path, values in attributes.items()}
+    net = _make(class_name, args, kwargs, scalars, max_blocks=len(tensors))
+    _fill(net, tensors, lambda tensor, dtype: tensor.to(dtype))
+    return net, entries
+
+
+def _write_safetensors(file: IO[bytes], net: nn.Module, entries: State, half: bool) -> None:
+    from safetensors.torch import save
+
+    class_name, init_args, init_kwargs = type(net).__name__, plain(net._init_args), plain(net._init_kwargs)
+    if type(net) is not getattr(networks, class_name, None):
+        raise TypeError(f"a {class_name} of foreign code can only be stored in a pickle")
+    fresh = dict(_make(class_name, init_args, init_kwargs, {}, max_blocks=MAX_PARTS).named_modules())
+    attributes = {}
+    for path, module in net.named_modules():
+        usual = _scalars(vars(fresh[path]))
+        changed = {name: plain(value) for name, value in _scalars(vars(module)).items() if usual.get(name) != value}
+        attributes.update({path: changed} if changed else {})
+    meta = {
+        "class_name": class_name,
+        "init_args": init_args,
+        "init_kwargs": init_kwargs,
+        "attributes": attributes,
+        "entries": entries,
+    }
+    weights = {name for name, _ in net.named_parameters()}
+    tensors = {name: stored_tensor(tensor, half and name in weights, name) for name, tensor in net.state_dict().items()}
+    file.write(save(tensors, {METADATA: json.dumps(meta)}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_network(
+    path: str | os.PathLike[str],
+    net: nn.Module,
+    *,
+    sampling: Sampling | None = None,
+    loss_fn: Mapping[str, Any] | None = None,
+    augment_pipe: Mapping[str, Any] | None = None,
+    dataset_kwargs: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    half: bool = False,
+) -> None:
+    """Writes `net` as the `ema` of an EDM pickle, or as safetensors if `path` ends in .safetensors. Atomic.
+
+    net: of one of this project's classes; it is not changed, and is stored as float32 on the CPU, in eval mode.
+    loss_fn, augment_pipe, dataset_kwargs: settings as plain dicts. extra: further entries of the file, by name; a
+    loaded file's `extra` may be given as it is.
+    half: store the parameters (not the buffers) in float16; raises ValueError if they don't fit.
+    Raises TypeError for anything that is not plain data, OSError if the disk won't have it.
+    """
+    if not persistence.is_persistent(net):
+        raise TypeError(f"{type(net).__name__} is no network of this project and cannot be stored")
+    given = {
+        "loss_fn": loss_fn,
+        "augment_pipe": augment_pipe,
+        "dataset_kwargs": dataset_kwargs,
+        "sampling": None if sampling is None else sampling.to_dict(),
+    }
+    entries: State = dict.fromkeys(given)
+    entries |= plain(extra or {})
+    entries |= {name: plain(value) for name, value in given.items() if value is not None}
+    if "ema" in entries:
+        raise ValueError("an entry named 'ema' is the network itself")
+    with atomic_write(path) as file:
+        if os.fspath(path).endswith(".safetensors"):
+            _write_safetensors(file, net, entries, half)
+        else:
+            NetworkPickler(file, half).dump({"ema": net, **entries})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running a file's code, when the user has asked for it
+
+
+def _run_pickle(data: bytes, source: str) -> tuple[nn.Module, State]:
+    """Loads a pickle as Python and EDM would, with the code that it carries. Raises UserError if that fails."""
+    try:
+        content = _CodeUnpickler(io.BytesIO(data)).load()
+    except Exception as exc:  # foreign code can raise anything
+        reason = " ".join(str(exc).split())[:300]
+        raise UserError(f"{source}: running its code failed: {type(exc).__name__}: {reason}") from exc
+    net = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(net, nn.Module):
+        raise UserError(f"{source}: has no network under 'ema', where EDM's network files have theirs")
+    return net.cpu().float(), _other_entries(content)
+
+
+class _CodeUnpickler(pickle.Unpickler):
+    """Python's unpickler; source text of persistent objects is run as a module, once for each text."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch_utils.persistence", "_reconstruct_persistent_obj"):
+            return _run_and_reconstruct
+        return super().find_class(module, name)
+
+
+def _run_and_reconstruct(meta: State) -> Any:
+    text = meta["module_src"]
+    name = f"_network_code_{hashlib.sha256(text.encode('utf-8')).hexdigest()[:16]}"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        module.__dict__["__source__"] = text  # by this `persistence` knows its classes
+        sys.modules[name] = module
+        try:
+            exec(compile(text, f"<{name}>", "exec"), module.__dict__)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return persistence._reconstruct_persistent_obj(meta)

@@ -1,0 +1,133 @@
+"""Writes EDM's network pickles, so that EDM's own code opens them: the counterpart of `pickle_reader`.
+
+The stream refers to nothing but the names that EDM's own files refer to; tensors are in torch's legacy format.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+import struct
+import sys
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torch_utils import persistence
+
+from .pickle_reader import STORAGE_MAGIC, STORAGE_VERSION, STORAGES, plain
+
+
+def stored_tensor(tensor: Tensor, half: bool = False, name: str = "a parameter") -> Tensor:
+    """`tensor` as it goes into a file: contiguous, on the CPU, floating-point numbers as float32 or float16.
+
+    name: for the ValueError if float16 can't hold it.
+    """
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+    if half:
+        tensor = tensor.half()
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds numbers that float16 can't; store the network in float32")
+    return tensor.contiguous().view(-1).view(tensor.shape)  # the same strides, whatever the memory format was
+
+
+class NetworkPickler(pickle.Pickler):
+    """Writes a network as EDM does, from whatever device and type, with nothing in it but what a reader needs.
+
+    Hooks and compiled code stay out, numpy's numbers become Python's own, and tensors are numbered in the order they
+    appear (torch would take memory addresses): the same network gives the same bytes.
+    """
+
+    def __init__(self, file: IO[bytes], half: bool) -> None:
+        super().__init__(file, protocol=4)
+        self.half = half
+        self.count = 0
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, nn.Parameter):
+            return torch._utils._rebuild_parameter, (_Value(stored_tensor(obj, self.half)), False, OrderedDict())
+        if isinstance(obj, Tensor):
+            obj = _Value(stored_tensor(obj))
+        if isinstance(obj, _Value):
+            layout = (0, tuple(obj.tensor.shape), obj.tensor.stride())
+            return torch._utils._rebuild_tensor_v2, (_Storage(obj.tensor), *layout, False, OrderedDict())
+        if isinstance(obj, _Storage):
+            self.count += 1
+            return torch.storage._load_from_bytes, (_storage_bytes(obj.tensor, str(self.count)),)
+        if isinstance(obj, nn.Module) and persistence.is_persistent(obj):
+            build, arguments = cast(Any, obj.__reduce__())
+            meta = arguments[0]
+            return build, ({**meta, "state": _module_state(meta["state"])},)
+        if type(obj) is nn.ModuleDict:
+            return copyreg.__newobj__, (nn.ModuleDict,), _module_state(vars(obj))  # type: ignore[attr-defined]
+        return NotImplemented
+
+
+@dataclass(frozen=True, eq=False)
+class _Value:
+    """A tensor just as it is to be stored."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Storage:
+    """The storage of a contiguous tensor."""
+
+    tensor: Tensor
+
+
+def _module_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A module's attributes for storing. Equal texts become one object, so that pickle sees them as one."""
+    kept: dict[str, Any] = {}
+    for name, value in state.items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            kept[name] = {sys.intern(key): item for key, item in value.items()}
+        elif name == "_non_persistent_buffers_set":
+            kept[name] = set(value)
+        elif name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            kept[name] = OrderedDict()
+        elif name == "training":
+            kept[name] = False
+        elif name == "_init_args":
+            kept[name] = tuple(plain(value))
+        elif name != "_compiled_call_impl":
+            kept[name] = plain(value)
+    return kept
+
+
+def _storage_bytes(tensor: Tensor, key: str) -> bytes:
+    """The elements of a contiguous tensor in torch's legacy format, as `torch.storage._load_from_bytes` takes it."""
+    names = {dtype: name for name, (dtype, _) in STORAGES.items()}
+    storage_class = getattr(torch, names[str(tensor.dtype).removeprefix("torch.")])
+    system = {
+        "protocol_version": STORAGE_VERSION,
+        "little_endian": True,
+        "type_sizes": {"short": 2, "int": 4, "long": 4},
+    }
+    buffer = io.BytesIO()
+    for value in (STORAGE_MAGIC, STORAGE_VERSION, system):
+        pickle.dump(value, buffer, protocol=2)
+    _IdPickler(buffer, protocol=2).dump(_Id(("storage", storage_class, key, "cpu", tensor.numel(), None)))
+    pickle.dump([key], buffer, protocol=2)
+    buffer.write(struct.pack("<q", tensor.numel()))
+    buffer.write(tensor.numpy().tobytes())
+    return buffer.getvalue()
+
+
+class _Id:
+    """A value that is pickled as a persistent id."""
+
+    def __init__(self, value: tuple[Any, ...]) -> None:
+        self.value = value
+
+
+class _IdPickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.value if isinstance(obj, _Id) else None
