@@ -1,0 +1,67 @@
+"""A first look: samples from a small distilled network that comes with the repository, or from any other.
+
+python example.py
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from dnnlib import cli
+
+BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
+
+
+@cli.command(name="example")
+@click.option(
+    "--network", help="Network file  [default: the bundled student of handwritten digits]", metavar="PATH|URL"
+)
+@click.option(
+    "--steps", help="Sampling steps  [default: a student's own, or 18]", metavar="INT", type=click.IntRange(min=1)
+)
+@click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
+@click.option("--out", help="Picture to write", metavar="PNG", default="example.png")
+@click.option("--device", help="Where to compute", type=click.Choice(["auto", "cuda", "cpu"]), default="auto")
+def command(network: str | None, steps: int | None, seeds: list[int], out: str, device: str) -> None:
+    """Make a grid of samples."""
+    if not seeds:
+        raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
+    if not out.lower().endswith(".png"):
+        raise cli.UsageError(f"--out={out}: the picture is a PNG; use a name that ends in .png")
+
+    import torch
+
+    from torch_utils import distributed as dist
+    from training import pictures
+    from training.network_files import load_network
+    from training.sampling import iterate_images, plan_sampling
+
+    where = dist.init(device)
+    loaded = load_network(network or BUNDLED)
+    plan = plan_sampling(loaded, steps=steps)
+    dist.print0(f"Sampling {network or BUNDLED.name} with {plan.text} ...")
+    start = time.monotonic()
+    made: dict[int, torch.Tensor] = {}
+    for batch in iterate_images(loaded, seeds, steps=steps, device=where):
+        made.update(zip(batch.seeds, pictures.to_uint8(batch.images.double()).cpu(), strict=True))
+    for part in dist.gather_objects(made):  # of every process, should there be several
+        made.update(part)
+    if dist.is_main():
+        images = torch.stack([made[seed] for seed in seeds])
+        pictures.save_png(out, pictures.tile(images, columns=math.ceil(math.sqrt(len(seeds))), gap=2))
+    dist.print0(f"{len(seeds)} images in {out}, made in {time.monotonic() - start:.1f} s on {where.type}")
+    dist.shutdown()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.run(command, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

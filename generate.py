@@ -1,0 +1,263 @@
+"""Generates images with an EDM network, or with a network distilled from one.
+
+    python generate.py --outdir=out --seeds=0-63 --batch=64 --network=NETWORK
+    torchrun --standalone --nproc_per_node=2 generate.py --outdir=out --seeds=0-49999 --subdirs --network=NETWORK
+
+Programs written against EDM find `edm_sampler`, `ablation_sampler` and `StackedRandomGenerator` here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dnnlib import cli
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.image_files import ImageFolder, ImageZip, Work
+    from training.network_files import NetworkFile
+    from training.samplers import StackedRandomGenerator as StackedRandomGenerator
+    from training.samplers import ablation_sampler as ablation_sampler
+    from training.samplers import edm_sampler as edm_sampler
+    from training.sampling import Plan
+
+T = TypeVar("T")
+POSITIVE = click.FloatRange(min=0, min_open=True)
+NOT_NEGATIVE = click.FloatRange(min=0)
+
+
+def __getattr__(name: str) -> Any:
+    """EDM's names, imported on demand: torch takes seconds, and `--help` must not."""
+    if name in ("edm_sampler", "ablation_sampler", "StackedRandomGenerator"):
+        from training import samplers
+
+        return getattr(samplers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class Grid(click.ParamType):
+    """'32/2': (32, 2)."""
+
+    name = "n/k"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)/(\d+)", str(value))
+        if match is None:
+            self.fail(f"'{value}' is not a number of steps and a ratio, such as 32/2", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+@cli.command(name="generate")
+@click.option("--network", help="Network file, .pkl or .safetensors", metavar="PATH|URL", required=True)
+@click.option("--outdir", help="Where to save the images: a folder, or a .zip", metavar="DIR|ZIP", required=True)
+@click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
+@click.option("--subdirs", help="A subfolder for every 1000 seeds", is_flag=True)
+@click.option(
+    "--class", "class_idx", help="Class of all images  [default: random]", metavar="INT", type=click.IntRange(min=0)
+)
+@click.option(
+    "--batch", "max_batch", help="Maximum batch size per process", metavar="INT", type=click.IntRange(min=1), default=64
+)
+@click.option(
+    "--steps", help="Sampling steps  [default: 18, or a student's own]", metavar="INT", type=click.IntRange(min=1)
+)
+@click.option("--sigma_min", help="Lowest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)
+@click.option("--sigma_max", help="Highest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)
+@click.option("--rho", help="Time step exponent  [default: 7]", metavar="FLOAT", type=POSITIVE)
+@click.option("--S_churn", "S_churn", help="Stochasticity strength  [default: 0]", metavar="FLOAT", type=NOT_NEGATIVE)
+@click.option(
+    "--S_min", "S_min", help="Stochasticity from this noise level  [default: 0]", metavar="FLOAT", type=NOT_NEGATIVE
+)
+@click.option(
+    "--S_max", "S_max", help="Stochasticity up to this noise level  [default: inf]", metavar="FLOAT", type=NOT_NEGATIVE
+)
+@click.option("--S_noise", "S_noise", help="Inflation of the noise added  [default: 1]", metavar="FLOAT", type=float)
+@click.option("--solver", help="Ablate the ODE solver", type=click.Choice(["euler", "heun"]))
+@click.option("--disc", "discretization", help="Ablate the time steps", type=click.Choice(["vp", "ve", "iddpm", "edm"]))
+@click.option("--schedule", help="Ablate the noise schedule sigma(t)", type=click.Choice(["vp", "ve", "linear"]))
+@click.option("--scaling", help="Ablate the signal scaling s(t)", type=click.Choice(["vp", "none"]))
+@click.option(
+    "--grid", help="For a student whose file has no grid: it was distilled from N steps, K at a time", type=Grid()
+)
+@click.option("--skip-existing", help="Go on with an interrupted run", is_flag=True)
+@click.option(
+    "--precision",
+    help="Arithmetic of the network; auto: fp16 on CUDA if its file says so, otherwise fp32",
+    type=click.Choice(["auto", "fp32", "tf32", "bf16", "fp16"]),
+    default="auto",
+)
+@click.option("--compile", "use_compile", help="torch.compile the network", metavar="BOOL", type=bool, default=False)
+@click.option("--device", help="Where to compute", type=click.Choice(["auto", "cuda", "cpu"]), default="auto")
+@click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
+def command(
+    network: str,
+    outdir: str,
+    seeds: list[int],
+    subdirs: bool,
+    class_idx: int | None,
+    max_batch: int,
+    skip_existing: bool,
+    precision: str,
+    use_compile: bool,
+    device: str,
+    trust_network_code: bool,
+    **sampler_options: Any,
+) -> None:
+    """Generate images with an EDM network, or with one distilled from it.
+
+    The same network, seed and options give the same image, whatever the other seeds are. A distilled network knows its
+    own noise grid: it needs no --steps, and accepts its own number or its teacher's. Any of --solver, --disc,
+    --schedule and --scaling selects the ablation sampler of the paper.
+
+    \b
+    Make 64 images in out/:
+      python generate.py --outdir=out --seeds=0-63 --batch=64 --network=NETWORK
+
+    \b
+    Make 50,000 images for FID on 4 GPUs:
+      torchrun --standalone --nproc_per_node=4 generate.py --outdir=fid-tmp --seeds=0-49999 --subdirs --network=NETWORK
+    """
+    from torch_utils import distributed as dist
+    from training.image_files import Manifest, open_output, prepare
+    from training.network_files import load_network
+    from training.sampling import check_class, plan_sampling
+
+    seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
+    if not seeds:
+        raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
+    where = dist.init(device, timeout_minutes=24 * 60)  # processes may finish hours apart
+    output = open_output(outdir)
+
+    @functools.cache
+    def load() -> tuple[NetworkFile, Plan]:
+        loaded = load_network(network, trust_network_code=trust_network_code)
+        if loaded.net.img_channels not in (1, 3):
+            raise cli.UserError(f"{network} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
+        check_class(loaded.net, class_idx)
+        return loaded, plan_sampling(loaded, **sampler_options)
+
+    def find_work() -> Work:
+        loaded, plan = load()
+        look = {"class": class_idx, "subdirs": subdirs, "precision": precision, "compile": use_compile}
+        manifest = Manifest(
+            network={"source": str(loaded.source), "sha256": loaded.sha256},
+            options={**plan.options, **look, "device": where.type},  # each kind of device draws its own random numbers
+        )
+        world_size = dist.get_world_size()
+        return prepare(output, manifest, seeds, max_batch=max_batch, world_size=world_size, skip_existing=skip_existing)
+
+    dist.print0(f"Loading network from {network} ...")
+    work = _ask_rank0(find_work)
+    loaded, plan = load()  # the other ranks meet a filled download cache
+    todo = sum(map(len, work.batches))
+    dist.print0(f"Using {plan.text}")
+    if work.note:
+        dist.print0(f"Note: {work.note}")
+    if not todo:
+        dist.print0(f"All {len(seeds)} images are in {outdir} already")
+    else:
+        size = f"{loaded.net.img_resolution}x{loaded.net.img_resolution}"
+        dist.print0(f"Making {todo} images of {size} pixels in {outdir}, on {dist.get_world_size()} x {where.type} ...")
+        net = _make_ready(loaded.net, where, precision, use_compile)
+        start = time.monotonic()
+        _make_images(net, plan, work, output, where, class_idx)
+        seconds = time.monotonic() - start
+        dist.print0(f"Done: {todo} images in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")
+    dist.shutdown()
+
+
+def _make_ready(net: Any, where: torch.device, precision: str, use_compile: bool) -> Any:
+    """The network on its device, in the arithmetic asked for; fp32 is full fp32, also on CUDA."""
+    import torch
+
+    from torch_utils import distributed as dist
+    from training.training_loop import compute_dtype, maybe_compile
+
+    reduced = where.type == "cuda" and precision not in ("auto", "fp32")
+    torch.set_float32_matmul_precision("high" if reduced else "highest")
+    torch.backends.cudnn.allow_tf32 = reduced
+    net = net.to(where)
+    net.compute_dtype = None if precision == "auto" else compute_dtype(precision, where)
+    return maybe_compile(net, use_compile, dist.print0)
+
+
+def _make_images(
+    net: Any, plan: Plan, work: Work, output: ImageFolder | ImageZip, where: torch.device, class_idx: int | None
+) -> None:
+    """Makes this process's share of the images; the network works while threads write what it made before."""
+    from torch_utils import distributed as dist
+    from training.image_files import BackgroundWriter
+    from training.pictures import to_uint8
+    from training.sampling import own_share, sample_batch
+
+    with BackgroundWriter(output, work.manifest.name, dist.get_rank()) as writer:
+        for seeds in _with_progress(own_share(work.batches)):
+            batch = sample_batch(net, seeds, plan, where, class_idx)
+            if not batch.images.isfinite().all():
+                raise cli.UserError(
+                    f"the network made no image but NaN or infinity, between seeds {seeds[0]} and {seeds[-1]}; "
+                    "try --precision=fp32, or another network"
+                )
+            writer.submit(seeds, to_uint8(batch.images.double()).permute(0, 2, 3, 1).cpu().numpy())
+    dist.barrier()
+    if dist.is_main():
+        output.finish(work.manifest, dist.get_world_size())
+
+
+def _ask_rank0(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank. If it fails, rank 0 says so and the others leave quietly."""
+    from torch_utils import distributed as dist
+
+    failure: Exception | None = None
+    answer: Any = None
+    if dist.is_main():
+        try:
+            answer = action()
+        except Exception as exc:
+            failure = exc
+    answer, failed = dist.broadcast_object((answer, failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        time.sleep(10)  # a launcher ends the job at the first process that ends: let that be the one that has a message
+        sys.exit(1)
+    return answer
+
+
+def _with_progress(batches: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Yields `batches`, while rank 0 shows how far it is: a bar on a terminal, otherwise a line every ten seconds."""
+    from tqdm import tqdm
+
+    from dnnlib.util import format_time
+    from torch_utils import distributed as dist
+
+    total = sum(map(len, batches))
+    whose = "images of rank 0" if dist.get_world_size() > 1 else "images"
+    on_terminal = dist.is_main() and sys.stderr.isatty()
+    start = said = time.monotonic()
+    done = 0
+    with tqdm(total=total, unit="img", desc=whose, disable=not on_terminal) as bar:
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            bar.update(len(batch))
+            now = time.monotonic()
+            if now - said >= 10 and done < total and not on_terminal:
+                said = now
+                dist.print0(f"  {done} of {total} {whose}, {format_time((now - start) / done * (total - done))} to go")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.run(command, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

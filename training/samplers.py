@@ -1,0 +1,345 @@
+"""Samplers: from latents to images. Each reads like its algorithm in Karras et al. 2022 ("the paper").
+
+The state is kept in float64; the network casts it to its own precision and its answer is widened again. A `net` is
+called as `net(x, sigma, class_labels)` with x [N, C, H, W] and a 0-d sigma, and has `sigma_min`, `sigma_max` and
+`round_sigma`. Latents are standard normal [N, C, H, W]; images come back as float64 of the same shape, in [-1, 1] as
+far as the network keeps to it. Noise levels and times are Python floats: no step waits for a device to know them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .grids import NoiseGrid, karras_levels, rounded
+from .solvers import Denoiser, euler_jump, heun_step
+
+RandnLike = Callable[[Tensor], Tensor]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness
+
+
+class StackedRandomGenerator:
+    """One random generator per image, so that an image depends on its own seed and not on its batch.
+
+    Seeds count modulo 2^32. The first axis of every `size` is the number of images.
+    """
+
+    def __init__(self, device: torch.device | str, seeds: Sequence[int] | Tensor) -> None:
+        self.generators = [torch.Generator(device).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
+
+    def randn(self, size: Sequence[int], **kwargs: Any) -> Tensor:
+        """Standard normal numbers of shape `size`."""
+        shape = self._image_shape(size)
+        return torch.stack([torch.randn(shape, generator=each, **kwargs) for each in self.generators])
+
+    def randn_like(self, input: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `input`."""
+        return self.randn(input.shape, dtype=input.dtype, layout=input.layout, device=input.device)
+
+    def randint(self, *args: int, size: Sequence[int], **kwargs: Any) -> Tensor:
+        """Whole numbers of shape `size`, from the half-open range `*args` as in `torch.randint`."""
+        shape = self._image_shape(size)
+        draws = (torch.randint(*args, shape, generator=each, **kwargs) for each in self.generators)  # type: ignore[call-overload]
+        return torch.stack(list(draws))
+
+    def _image_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        if len(size) < 1 or size[0] != len(self.generators):
+            raise ValueError(f"{len(self.generators)} seeds cannot fill a batch of shape {tuple(size)}")
+        return tuple(size[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samplers
+
+
+def nfe(steps: int, solver: str) -> int:
+    """Network calls per image. Heun's last step goes to noise level 0, where it is an Euler jump."""
+    return steps if solver == "euler" else 2 * steps - 1
+
+
+def grid_sampler(
+    net: Any,
+    latents: Tensor,
+    grid: NoiseGrid,
+    solver: str = "euler",
+    class_labels: Tensor | None = None,
+    *,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Jumps down `grid`, level by level: the sampler of distilled networks, and Alg. 1 of the paper with `heun`.
+
+    Makes exactly `nfe(grid.steps, solver)` network calls. `callback(i, x)` sees the state at level i + 1 of the grid.
+    """
+    _check_choice("solver", solver, ("heun", "euler"))
+    denoise = _denoiser(net, class_labels)
+    x = latents.to(torch.float64) * grid.levels[0]
+    for i, (level, next_level) in enumerate(pairwise(grid.levels)):
+        x = _step(denoise, x, level, next_level, solver)
+        if callback is not None:
+            callback(i, x)
+    return x
+
+
+def edm_sampler(
+    net: Any,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = float("inf"),
+    S_noise: float = 1,
+) -> Tensor:
+    """Alg. 2 of the paper: Heun's method with churn; without churn (the default) Alg. 1.
+
+    The noise range is clamped to the network's, the levels of eq. 5 are rounded to those it knows. Noise is drawn at
+    every step, used or not, so that a seed's stream is the same for all churn settings. One step is a single jump from
+    sigma_max to 0. Raises ValueError for fewer than one step or an empty noise range.
+    """
+    levels = [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
+    denoise = _denoiser(net, class_labels)
+    x = latents.to(torch.float64) * levels[0]
+    for level, next_level in pairwise(levels):
+        noise = randn_like(x)
+        raised = _churned(net, level, num_steps, S_churn, S_min, S_max)
+        x = x + math.sqrt(max(raised**2 - level**2, 0)) * S_noise * noise
+        x = _step(denoise, x, raised, next_level, "heun")
+    return x
+
+
+def ablation_sampler(
+    net: Any,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
+    num_steps: int = 18,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7,
+    solver: str = "heun",
+    discretization: str = "edm",
+    schedule: str = "linear",
+    scaling: str = "none",
+    epsilon_s: float = 1e-3,
+    C_1: float = 0.001,
+    C_2: float = 0.008,
+    M: int = 1000,
+    alpha: float = 1,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = float("inf"),
+    S_noise: float = 1,
+) -> Tensor:
+    """Alg. 3 of the paper, any sigma(t) and s(t), with Alg. 2's churn: the 48 samplers of its ablations.
+
+    solver euler|heun (heun: second order, `alpha` = 1 Heun's, 1/2 the midpoint, 2/3 Ralston's method); discretization
+    vp|ve|iddpm|edm; schedule vp|ve|linear; scaling vp|none. See `edm_sampler` for what is common to both. Raises
+    ValueError for other names, fewer than one step or an empty noise range.
+    """
+    _check_choice("solver", solver, ("euler", "heun"))
+    _check_choice("schedule", schedule, ("vp", "ve", "linear"))
+    _check_choice("scaling", scaling, ("vp", "none"))
+    levels = noise_levels(net, discretization, num_steps, sigma_min, sigma_max, rho, epsilon_s, C_1, C_2, M)
+    vp = vp_schedule(*vp_betas(*noise_range(net, discretization, sigma_min, sigma_max, epsilon_s), epsilon_s))
+    time = {"vp": vp, "ve": VE_SCHEDULE, "linear": LINEAR_SCHEDULE}[schedule]
+    denoise = _denoiser(net, class_labels)
+
+    def scale(t: float) -> float:
+        return 1 / math.sqrt(1 + time.sigma(t) ** 2) if scaling == "vp" else 1.0
+
+    def scale_derivative(t: float) -> float:
+        return -time.sigma(t) * time.derivative(t) * scale(t) ** 3 if scaling == "vp" else 0.0
+
+    def slope(x: Tensor, t: float) -> Tensor:  # dx/dt: eq. 4 with the score written through the denoiser
+        sigma, s = time.sigma(t), scale(t)
+        growth = time.derivative(t) / sigma
+        denoised = denoise(x / s, _scalar(sigma, x))
+        return (growth + scale_derivative(t) / s) * x - growth * s * denoised
+
+    times = [*map(time.inverse, levels), 0.0]
+    x = latents.to(torch.float64) * (time.sigma(times[0]) * scale(times[0]))
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        noise = randn_like(x)
+        level = time.sigma(t)
+        t_hat = time.inverse(_churned(net, level, num_steps, S_churn, S_min, S_max))
+        added = math.sqrt(max(time.sigma(t_hat) ** 2 - level**2, 0))
+        x = scale(t_hat) / scale(t) * x + added * scale(t_hat) * S_noise * noise
+
+        h = t_next - t_hat
+        first = slope(x, t_hat)
+        if solver == "euler" or i == num_steps - 1:
+            x = x + h * first
+        else:
+            second = slope(x + alpha * h * first, t_hat + alpha * h)
+            x = x + h * ((1 - 1 / (2 * alpha)) * first + 1 / (2 * alpha) * second)
+    return x
+
+
+def _step(denoise: Denoiser, x: Tensor, level: float, next_level: float, solver: str) -> Tensor:
+    """One step of the plain ODE (sigma(t) = t, s(t) = 1); an Euler jump where there is no second slope to be had."""
+    t, s = _scalar(level, x), _scalar(next_level, x)
+    if solver == "euler" or next_level == 0:
+        return euler_jump(x, denoise(x, t), t, s)
+    return heun_step(denoise, x, t, s)
+
+
+def _churned(net: Any, level: float, num_steps: int, S_churn: float, S_min: float, S_max: float) -> float:
+    """The level to which Alg. 2 raises `level` before a step: (1 + gamma) level, as the network knows it."""
+    gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= level <= S_max else 0.0
+    return rounded(net.round_sigma, np.array([level + gamma * level]))[0] if gamma > 0 else level
+
+
+def _denoiser(net: Any, class_labels: Tensor | None) -> Denoiser:
+    """`net` as a function of image and noise level alone, answering in float64."""
+    return lambda x, sigma: net(x, sigma, class_labels).to(torch.float64)
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """A 0-d float64 tensor on the device of `like`, filled there so that nothing waits for a copy."""
+    return torch.full((), value, dtype=torch.float64, device=like.device)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise levels and schedules: Table 1 of the paper
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """sigma(t), its derivative and its inverse."""
+
+    sigma: Callable[[float], float]
+    derivative: Callable[[float], float]
+    inverse: Callable[[float], float]
+
+
+def vp_schedule(beta_d: float, beta_min: float) -> Schedule:
+    """Variance preserving: sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t).
+
+    Not exp, expm1 or log1p, on purpose: the published sampler goes sigma -> t -> sigma at every step, and the square
+    root of what rounding leaves (1e-7, times the noise) is part of its images.
+    """
+
+    def sigma(t: float) -> float:
+        return math.sqrt(math.e ** (0.5 * beta_d * t**2 + beta_min * t) - 1)
+
+    def derivative(t: float) -> float:
+        return 0.5 * (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t))
+
+    def inverse(level: float) -> float:
+        return (math.sqrt(beta_min**2 + 2 * beta_d * math.log(level**2 + 1)) - beta_min) / beta_d
+
+    return Schedule(sigma, derivative, inverse)
+
+
+VP_BETA_D, VP_BETA_MIN = 19.9, 0.1
+VE_SCHEDULE = Schedule(math.sqrt, lambda t: 0.5 / math.sqrt(t), lambda level: level**2)
+LINEAR_SCHEDULE = Schedule(lambda t: t, lambda t: 1.0, lambda level: level)
+
+
+def vp_betas(sigma_min: float, sigma_max: float, epsilon_s: float) -> tuple[float, float]:
+    """(beta_d, beta_min) for which VP's sigma(t) is sigma_min at epsilon_s and sigma_max at 1 (Appendix C.1)."""
+    low, high = math.log(sigma_min**2 + 1), math.log(sigma_max**2 + 1)
+    beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
+    return beta_d, high - 0.5 * beta_d
+
+
+def noise_range(
+    net: Any, discretization: str, sigma_min: float | None, sigma_max: float | None, epsilon_s: float = 1e-3
+) -> tuple[float, float]:
+    """(sigma_min, sigma_max), the discretization's own where None, clamped to what the network covers.
+
+    Raises ValueError when nothing is left.
+    """
+    _check_choice("discretization", discretization, ("vp", "ve", "iddpm", "edm"))
+    vp = vp_schedule(VP_BETA_D, VP_BETA_MIN)
+    own = {"vp": (vp.sigma(epsilon_s), vp.sigma(1)), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
+    low = max(own[discretization][0] if sigma_min is None else sigma_min, float(net.sigma_min))
+    high = min(own[discretization][1] if sigma_max is None else sigma_max, float(net.sigma_max))
+    if not 0 < low < high:
+        covers = f"this network covers {float(net.sigma_max):g} down to {float(net.sigma_min):g}"
+        raise ValueError(f"noise levels from {high:g} down to {low:g} leave nothing to sample; {covers}")
+    return low, high
+
+
+def noise_levels(
+    net: Any,
+    discretization: str,
+    num_steps: int,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7,
+    epsilon_s: float = 1e-3,
+    C_1: float = 0.001,
+    C_2: float = 0.008,
+    M: int = 1000,
+) -> list[float]:
+    """The noise levels that the samplers visit: clamped to the network's range, rounded to levels it knows, without 0.
+
+    Raises ValueError for fewer than one step and for an empty noise range.
+    """
+    low, high = noise_range(net, discretization, sigma_min, sigma_max, epsilon_s)
+    return rounded(net.round_sigma, discretize(discretization, num_steps, low, high, rho, epsilon_s, C_1, C_2, M))
+
+
+def discretize(
+    discretization: str,
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float = 7,
+    epsilon_s: float = 1e-3,
+    C_1: float = 0.001,
+    C_2: float = 0.008,
+    M: int = 1000,
+) -> np.ndarray:
+    """Row "time steps" of Table 1 as noise levels: float64 [num_steps], from sigma_max down to sigma_min.
+
+    A single step starts at sigma_max. Raises ValueError for fewer than one step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"a sampler needs at least one step, not {num_steps}")
+    ramp = np.arange(num_steps, dtype=np.float64) / max(num_steps - 1, 1)
+    if discretization == "edm":
+        return karras_levels(num_steps, sigma_min, sigma_max, rho)
+    if discretization == "ve":
+        return np.asarray(sigma_max * (sigma_min / sigma_max) ** ramp)
+    if discretization == "vp":
+        vp = vp_schedule(*vp_betas(sigma_min, sigma_max, epsilon_s))
+        return np.array([vp.sigma(t) for t in 1 + ramp * (epsilon_s - 1)])
+    table = iddpm_table(M, C_1, C_2)
+    table = table[(table >= sigma_min) & (table <= sigma_max)]
+    if len(table) == 0:
+        raise ValueError(f"iDDPM's table has no noise level between {sigma_min:g} and {sigma_max:g}")
+    return np.asarray(table[np.rint((len(table) - 1) * ramp).astype(int)])
+
+
+def iddpm_table(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> np.ndarray:
+    """The noise levels u_0 > ... > u_M = 0 of iDDPM (Appendix C.3): float64 [M + 1].
+
+    The ratios of alpha-bar are float32 on purpose: that is how the published samplers compute them, and it moves the
+    smallest levels by up to 4.6e-4 of their value.
+    """
+    j = torch.arange(M + 1)
+    alpha_bar = (0.5 * math.pi * j / M / (C_2 + 1)).sin() ** 2
+    u = [0.0]
+    for ratio in reversed((alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1).tolist()):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
+    return np.array(u[::-1])
