@@ -577,3 +577,35 @@ def test_dry_run_tells_the_cost(data, capsys):
     output = capsys.readouterr().out
     assert "Parameters:" in output and "FLOPs of the run" in output and "Disk:" in output
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("precond", "kwargs"),
+    [
+        ("VPPrecond", {}),
+        ("VEPrecond", {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]}),
+        ("iDDPMPrecond", {}),
+        ("EDMPrecond", {"model_type": "DhariwalUNet", "model_channels": 32, "augment_dim": 9}),
+    ],
+)
+def test_every_kind_of_teacher_can_be_distilled(precond, kwargs, data, tmp_path):
+    """The student of a vanishing learning rate still is its teacher; its grid is within the teacher's range."""
+    if kwargs.get("model_type") == "DhariwalUNet":
+        from training import networks
+
+        torch.manual_seed(0)
+        net = networks.EDMPrecond(8, 1, 0, channel_mult=[1, 2], num_blocks=1, dropout=0.1, **kwargs)
+    else:
+        net = small_network(cls=precond, **kwargs)
+    load_recipe(net, 1)
+    save_network(tmp_path / "teacher.pkl", net)
+    args = [f"--data={data}", "--precond=edm_distillation", "--num_steps=6", "--ratio=3", "--batch=100", "--lr=1e-30"]
+    args += [f"--transfer={tmp_path / 'teacher.pkl'}", f"--outdir={tmp_path / 'run'}", "--nosubdir", "--duration=0.001"]
+    assert run(*args, "--seed=0") == 0
+    student = load_network(tmp_path / "run/network-snapshot-000001.pkl")
+    levels = student.sampling.grid.levels
+    assert type(student.net).__name__ == precond and len(levels) == 3
+    assert levels[0] <= float(net.sigma_max) and levels[-2] >= float(net.sigma_min)
+    for (name, a), (_, b) in zip(student.net.state_dict().items(), net.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert np.isfinite(losses(tmp_path / "run")[-1]["mean"])
