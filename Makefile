@@ -24,7 +24,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalon
 
 demo: $(TEACHER) $(DEMO)/detector.pt
 	$(TORCHRUN) distill.py --outdir=$(DEMO) --data=$(DEMO)/digits.zip --transfer=$(TEACHER) --num_steps=16 --until=1 \
-	    --duration=0.024 --batch=64 --lr=1e-3 --tick=6 --seed=0 \
+	    --duration=0.024 --batch=64 --lr=5e-4 --tick=6 --seed=0 \
 	    --detector=$(DEMO)/detector.pt --eval-num=2000 --eval-batch=125
 
 $(DEMO)/digits.zip: | env

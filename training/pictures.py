@@ -45,22 +45,31 @@ def save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
 
 
 def labelled_rows(
-    rows: Sequence[Tensor], labels: Sequence[str], title: str = "", scale: int | None = None
+    rows: Sequence[Tensor],
+    labels: Sequence[str],
+    title: str = "",
+    headings: Sequence[str] = (),
+    scale: int | None = None,
 ) -> Image.Image:
-    """Rows of uint8 images [n, C, H, W], each with a few words to its left, under a title."""
+    """Rows of uint8 images [n, C, H, W], each with a few words to its left, under a title.
+
+    headings: words above equal parts of the rows' width, such as three for rows that hold three kinds of images.
+    """
     strips = [tile(row, columns=len(row), scale=scale, gap=2) for row in rows]
-    font_size = 15
-    margin = 12 + max(int(_text_width(label, font_size)) for label in labels)
-    top = 30 if title else 6
-    sheet = Image.new(
-        "RGB", (margin + max(s.width for s in strips) + 6, top + sum(s.height + 6 for s in strips)), "white"
-    )
+    font_size, line = 15, 26
+    left = 12 + max(int(_text_width(label, font_size)) for label in labels)
+    top = 6 + line * (bool(title) + bool(headings))
+    width = max(strip.width for strip in strips)
+    sheet = Image.new("RGB", (left + width + 6, top + sum(strip.height + 6 for strip in strips)), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((6, 7), title, fill="black", font_size=font_size)
+        draw.text((6, 6), title, fill="black", font_size=font_size)
+    for index, heading in enumerate(headings):
+        place = (left + index * width // len(headings), top - line)
+        draw.text(place, heading, fill="black", font_size=font_size)
     for strip, label in zip(strips, labels, strict=True):
         draw.text((6, top + strip.height // 2 - font_size // 2 - 2), label, fill="black", font_size=font_size)
-        sheet.paste(strip, (margin, top))
+        sheet.paste(strip, (left, top))
         top += strip.height + 6
     return sheet
 

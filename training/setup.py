@@ -61,7 +61,7 @@ class Options:
     duration: float | None = None  # Mimg
     batch: int = 512
     batch_gpu: int | None = None
-    lr: float = 10e-4
+    lr: float | None = None
     lr_decay: str | None = None
     warmup: float | None = None  # Mimg
     ema: float = 0.5  # Mimg
@@ -226,7 +226,7 @@ def _config(
         total_kimg=total_kimg,
         batch_size=options.batch,
         batch_gpu=options.batch_gpu,
-        lr=options.lr,
+        lr=options.lr if options.lr is not None else (5e-4 if distils else 10e-4),
         lr_rampup_kimg=warmup * 1000,
         lr_decay=options.lr_decay or ("linear" if distils else "none"),
         loss_scaling=options.ls,

@@ -407,8 +407,9 @@ class Trainer:
             shown = jump.x / (1 + jump.t**2).sqrt()  # the noisy image at a scale that can be looked at
             rows.append(torch.cat([pictures.to_uint8(x) for x in (shown, jump.target, answer)]))
             names.append(f"{t:.4g} -> {s:.4g}")
-        title = f"noise level: {count} noisy inputs (scaled), teacher's targets, student's answers"
-        sheet = pictures.labelled_rows(rows, names, title)
+        headings = ["noisy input (scaled)", "teacher's target", "student's answer"]
+        title = f"Every jump of the student after {self.nimg / 1000:g} kimg, by its noise levels"
+        sheet = pictures.labelled_rows(rows, names, title, headings)
         pictures.save_png(self.run_dir / f"targets-{self.nimg // 1000:06d}.png", sheet)
 
     def write_stats(self) -> None:
