@@ -14,11 +14,11 @@ def test_golden_uint8():
 def test_tile_places_every_image_enlarged(tmp_path):
     images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 1, 8, 8) * 40
     sheet = np.asarray(pictures.tile(images, columns=3, gap=2))
-    assert sheet.shape == (2 * 66 - 2, 3 * 66 - 2, 3)
+    assert sheet.shape == (2 * 50 - 2, 3 * 50 - 2, 3)
     for index in range(5):
-        top, left = index // 3 * 66, index % 3 * 66
-        assert (sheet[top : top + 64, left : left + 64] == index * 40).all()
-    assert (sheet[66:, 132:] == 255).all() and (sheet[:, 64:66] == 255).all()
+        top, left = index // 3 * 50, index % 3 * 50
+        assert (sheet[top : top + 48, left : left + 48] == index * 40).all()
+    assert (sheet[50:, 100:] == 255).all() and (sheet[:, 48:50] == 255).all()
 
 
 def test_rows_with_words_are_a_readable_png(tmp_path):

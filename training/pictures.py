@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dnnlib.atomic import atomic_write
 
-SMALLEST_SIDE = 64  # pixels: smaller images are enlarged by a whole factor, or nobody could see them
+SMALLEST_SIDE = 48  # pixels: smaller images are enlarged by a whole factor, or nobody could see them
 
 
 def to_uint8(images: Tensor) -> Tensor:
