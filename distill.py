@@ -37,7 +37,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     default="20",
 )
 @click.option(
-    "--lr", help="Learning rate, for all stages or each", metavar="FLOAT,...", type=cli.FloatList(), default="10e-4"
+    "--lr", help="Learning rate, for all stages or each", metavar="FLOAT,...", type=cli.FloatList(), default="5e-4"
 )
 @click.option("--lr-decay", help="Decay to 0 over a stage", type=NAMES(["none", "linear", "cosine"]), default="linear")
 @click.option("--warmup", help="Learning-rate ramp of a stage", metavar="MIMG", type=click.FloatRange(min=0), default=0)
@@ -57,7 +57,11 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--ref", help="Reference statistics  [default: computed from --data]", metavar="NPZ|URL")
 @click.option("--detector", help="Features for the Fréchet distance", metavar="inception|FILE", default="inception")
 @click.option(
-    "--eval-num", help="Images sampled to measure each rung", metavar="INT", type=click.IntRange(min=2), default=50000
+    "--eval-num",
+    help="Images that measure a rung (endpoint_rmse: the first 2048)",
+    metavar="INT",
+    type=click.IntRange(min=2),
+    default=50000,
 )
 @click.option("--eval-batch", help="Batch size when measuring", metavar="INT", type=click.IntRange(min=1), default=64)
 @click.option("--device", help="Where to compute", type=NAMES(["auto", "cuda", "cpu"]), default="auto")
@@ -99,14 +103,14 @@ def command(
 
     Leaves ladder.json, ladder.csv, ladder.png and samples.png in --outdir, and a run directory for every stage.
     """
-    if num_steps is not None and len(ratio) > 0:
+    if num_steps is not None:
         from training.stage import plan_ladder
 
         plan_ladder(num_steps, until, ratio)  # answered at once, before anything heavy is loaded
 
     from torch_utils import distributed as dist
 
-    dist.init(device)
+    dist.init(device, timeout_minutes=24 * 60)  # processes may finish their share of a measurement far apart
     try:
         from training.ladder import Ladder, LadderOptions, format_table
         from training.setup import Options

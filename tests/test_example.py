@@ -68,7 +68,7 @@ def test_bundled_network_is_the_default(
     monkeypatch.setattr(example, "BUNDLED", student)
     assert example.main([]) == 0
     with Image.open("example.png") as picture:
-        assert picture.width == picture.height >= 512
+        assert picture.width == picture.height >= 384
     assert "64 images in example.png" in capsys.readouterr().out
 
 

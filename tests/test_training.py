@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -248,7 +248,8 @@ def test_two_and_three_processes_change_rounding_only_and_resume_exactly(data, t
     broken = [*args, f"--outdir={tmp_path / 'broken'}", "--save-every=0"]
     job = launch(3, *broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: any(newest_nimg(tmp_path / "broken") >= n for n in (400,)), job)
-    os.killpg(job.pid, signal.SIGKILL)
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:  # workers are in sessions of their own
+        process.kill()
     job.wait()
     assert newest_nimg(tmp_path / "broken") < 1000
     assert launch(3, *broken).wait(timeout=240) == 0
