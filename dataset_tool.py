@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # heavy, so imported where needed: --help answers at once
     import numpy as np
 
 CIFAR10_IMAGES = 50_000
+MAX_SIDE = 8192  # pixels
 MAX_UNPACKED = 1 << 30  # bytes; the real archives unpack to far less
 
 Save = Callable[[str, bytes], None]
@@ -76,6 +77,8 @@ def open_source(source: str) -> Source:
         return read_cifar10(source)
     if "idx3-ubyte" in name:
         return read_mnist(source)
+    if not os.path.exists(source):
+        raise UserError(f"--source={source}: no such file or folder")
     return read_packed(source)
 
 
@@ -295,8 +298,8 @@ def make_transform(name: str | None, size: tuple[int, int] | None) -> Transform:
             raise UsageError(f"--resolution={width}x{height}: for center-crop-wide the height is at most the width")
     elif width != height:
         raise UsageError(f"--resolution={width}x{height}: images must be square; or use --transform=center-crop-wide")
-    if not _is_power_of_two(width):
-        raise UsageError(f"--resolution={width}x{height}: the side must be a power of two, 8, 16, 32, 64, ...")
+    if not _is_power_of_two(width) or width > MAX_SIDE:
+        raise UsageError(f"--resolution={width}x{height}: the side must be a power of two, 8, 16, 32, ... {MAX_SIDE}")
 
     def square(pixels: np.ndarray) -> np.ndarray:
         h, w = pixels.shape[:2]
@@ -504,8 +507,8 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 @cli.command(name="dataset_tool")
 @click.option("--source", help="Where the images are: see above", metavar="PATH", required=True)
 @click.option("--dest", help="Zip file (replaced) or empty folder for the result", metavar="PATH", required=True)
-@click.option("--max-images", help="Write at most so many, the first ones", metavar="INT", type=click.IntRange(min=1))
-@click.option("--transform", help="Cut to shape", type=click.Choice(["center-crop", "center-crop-wide"]))
+@click.option("--max-images", help="Write at most so many, the first ones", metavar="INT", type=cli.Whole(min=1))
+@click.option("--transform", help="Cut to shape", type=cli.Choice(["center-crop", "center-crop-wide"]))
 @click.option("--resolution", help="Resize, for example 64x64", metavar="WxH", callback=_parse_size)
 def command(
     source: str, dest: str, max_images: int | None, transform: str | None, resolution: tuple[int, int] | None

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from dnnlib import cli
+from dnnlib.atomic import check_target
 
 BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 
@@ -22,12 +23,10 @@ BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 @click.option(
     "--network", help="Network file  [default: the bundled student of handwritten digits]", metavar="PATH|URL"
 )
-@click.option(
-    "--steps", help="Sampling steps  [default: a student's own, or 18]", metavar="INT", type=click.IntRange(min=1)
-)
+@click.option("--steps", help="Sampling steps  [default: a student's own, or 18]", metavar="INT", type=cli.Whole(min=1))
 @click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
 @click.option("--out", help="Picture to write", metavar="PNG", default="example.png")
-@click.option("--device", help="Where to compute", type=click.Choice(["auto", "cuda", "cpu"]), default="auto")
+@click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
 def command(network: str | None, steps: int | None, seeds: list[int], out: str, device: str) -> None:
     """Make a grid of samples."""
     if not seeds:
@@ -43,12 +42,17 @@ def command(network: str | None, steps: int | None, seeds: list[int], out: str, 
     from training.sampling import iterate_images, plan_sampling
 
     where = dist.init(device)
-    loaded = load_network(network or BUNDLED)
+    check_target(out)
+    loaded = dist.rank0_first(lambda: load_network(network or BUNDLED))
+    if loaded.net.img_channels not in (1, 3):
+        raise cli.UserError(f"{network} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
     plan = plan_sampling(loaded, steps=steps)
     dist.print0(f"Sampling {network or BUNDLED.name} with {plan.text} ...")
     start = time.monotonic()
     made: dict[int, torch.Tensor] = {}
     for batch in iterate_images(loaded, seeds, steps=steps, device=where):
+        if not batch.images.isfinite().all():
+            raise cli.UserError(f"{loaded.source} makes no images but NaN or infinity; try another network")
         made.update(zip(batch.seeds, pictures.to_uint8(batch.images.double()).cpu(), strict=True))
     for part in dist.gather_objects(made):  # of every process, should there be several
         made.update(part)

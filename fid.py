@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnnlib import cli
+from dnnlib.atomic import check_target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,14 +17,12 @@ if TYPE_CHECKING:
     from metrics.detectors import Detector
     from metrics.statistics import Stats
 
-device_option = click.option(
-    "--device", help="Where to run", type=click.Choice(["auto", "cuda", "cpu"]), default="auto"
-)
+device_option = click.option("--device", help="Where to run", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
 batch_option = click.option(
     "--batch",
     help="Largest number of images at once, per process",
     metavar="INT",
-    type=click.IntRange(min=1),
+    type=cli.Whole(min=1),
     default=64,
 )
 ref_option = click.option("--ref", help="Statistics to compare with", metavar="NPZ|URL", required=True)
@@ -61,7 +60,7 @@ def command() -> None:
 @command.command()
 @click.option("--images", help="Images to measure", metavar="DIR|ZIP", required=True)
 @ref_option
-@click.option(*NUM, help="Number of images to use", metavar="INT", type=click.IntRange(min=2), default=50000)
+@click.option(*NUM, help="Number of images to use", metavar="INT", type=cli.Whole(min=2), default=50000)
 @click.option("--seed", help="Which images, if there are more", metavar="INT", type=int, default=0)
 @batch_option
 @detector_option
@@ -81,9 +80,9 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 @click.option("--network", help="Network to measure", metavar="PKL|URL", required=True)
 @ref_option
 @click.option("--seeds", help="One image per seed [default: 0 to num - 1]", metavar="LIST", type=cli.IntList())
-@click.option(*NUM, help="Number of images [default: 50000]", metavar="INT", type=click.IntRange(min=2))
-@click.option("--steps", help="Sampling steps [default: as generate.py]", metavar="INT", type=click.IntRange(min=1))
-@click.option("--class", "class_idx", help="Class label [default: random]", metavar="INT", type=click.IntRange(min=0))
+@click.option(*NUM, help="Number of images [default: 50000]", metavar="INT", type=cli.Whole(min=2))
+@click.option("--steps", help="Sampling steps [default: as generate.py]", metavar="INT", type=cli.Whole(min=1))
+@click.option("--class", "class_idx", help="Class label [default: random]", metavar="INT", type=cli.Whole(min=0))
 @batch_option
 @detector_option
 @device_option
@@ -130,6 +129,7 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
         from metrics.statistics import statistics_of_dataset
 
         path = dest if dest.endswith(".npz") else f"{dest}.npz"
+        check_target(path)
         stats = statistics_of_dataset(data, load_detector(spec, dist.device()), batch=batch, progress=True)
         if dist.is_main():
             stats.save(path)
@@ -141,12 +141,12 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
 @command.command()
 @click.option("--data", help="Data set with class labels", metavar="DIR|ZIP", required=True)
 @click.option("--dest", help="File to write", metavar="FILE", required=True)
-@click.option("--seed", help="Random seed", metavar="INT", type=int, default=0)
+@click.option("--seed", help="Random seed", metavar="INT", type=cli.Whole(0, 2**63 - 1), default=0)
 @click.option(
     "--kimg",
     help="Thousands of images to train for [default: 40 to 300 by their size]",
     metavar="FLOAT",
-    type=click.FloatRange(min=0, min_open=True),
+    type=cli.Number(min=0, min_open=True),
 )
 @device_option
 def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -> None:
@@ -155,6 +155,7 @@ def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -
     def work(dist: Any) -> None:
         from metrics.classifier import train_detector
 
+        check_target(dest)
         if dist.is_main():
             facts = train_detector(data, dest, seed=seed, kimg=kimg, device=dist.device())
             _say(
@@ -173,13 +174,13 @@ def _compare(ref: str, spec: str, device: str, measure: Callable[[Detector], Sta
 
     def work(dist: Any) -> None:
         from metrics.detectors import INCEPTION, load_detector
-        from metrics.statistics import check_same_detector, frechet_between, load_reference
+        from metrics.statistics import check_reference, check_same_detector, frechet_between, load_reference
 
         reference = load_reference(ref)
         if spec == "inception":
             check_same_detector(INCEPTION, reference.detector_id)  # a download comes after this
         network = load_detector(spec, dist.device())
-        check_same_detector(network.id, reference.detector_id)  # hours of work come after this
+        check_reference(reference, network)  # hours of work come after this
         stats = measure(network)
         if dist.is_main():
             print(f"{frechet_between(stats, reference):g}", flush=True)
@@ -191,13 +192,12 @@ def _generated(
     path: str, seeds: list[int], steps: int | None, class_idx: int | None, batch: int, trust_network_code: bool
 ) -> Iterator[Tensor]:
     """This process's share of the network's images, in batches uint8 [n, C, H, W]."""
-    from metrics.detectors import rank0_first
     from torch_utils import distributed as dist
     from training.network_files import load_network
     from training.pictures import to_uint8
     from training.sampling import iterate_images, plan_sampling
 
-    network = rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
+    network = dist.rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
     dist.print0(f"sampling with {plan_sampling(network, steps=steps).text}", file=sys.stderr)
     device = dist.device()
     for made in iterate_images(network, seeds, steps=steps, max_batch=batch, device=device, class_idx=class_idx):
@@ -213,10 +213,8 @@ def _with_processes(device: str, work: Callable[[Any], None]) -> None:
     from torch_utils import distributed as dist
 
     dist.init(device, timeout_minutes=24 * 60)  # processes may finish far apart
-    try:
-        work(dist)
-    finally:
-        dist.shutdown()
+    work(dist)
+    dist.shutdown()
 
 
 def _say(text: str) -> None:

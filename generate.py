@@ -12,8 +12,8 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from training.samplers import edm_sampler as edm_sampler
     from training.sampling import Plan
 
-T = TypeVar("T")
-POSITIVE = click.FloatRange(min=0, min_open=True)
-NOT_NEGATIVE = click.FloatRange(min=0)
+POSITIVE = cli.Number(min=0, min_open=True)
+NOT_NEGATIVE = cli.Number(min=0)
+LIMIT = cli.Number(min=0, infinite=True)
 
 
 def __getattr__(name: str) -> Any:
@@ -61,29 +61,27 @@ class Grid(click.ParamType):
 @click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
 @click.option("--subdirs", help="A subfolder for every 1000 seeds", is_flag=True)
 @click.option(
-    "--class", "class_idx", help="Class of all images  [default: random]", metavar="INT", type=click.IntRange(min=0)
+    "--class", "class_idx", help="Class of all images  [default: random]", metavar="INT", type=cli.Whole(min=0)
 )
 @click.option(
-    "--batch", "max_batch", help="Maximum batch size per process", metavar="INT", type=click.IntRange(min=1), default=64
+    "--batch", "max_batch", help="Maximum batch size per process", metavar="INT", type=cli.Whole(min=1), default=64
 )
-@click.option(
-    "--steps", help="Sampling steps  [default: 18, or a student's own]", metavar="INT", type=click.IntRange(min=1)
-)
+@click.option("--steps", help="Sampling steps  [default: 18, or a student's own]", metavar="INT", type=cli.Whole(min=1))
 @click.option("--sigma_min", help="Lowest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)
 @click.option("--sigma_max", help="Highest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)
 @click.option("--rho", help="Time step exponent  [default: 7]", metavar="FLOAT", type=POSITIVE)
 @click.option("--S_churn", "S_churn", help="Stochasticity strength  [default: 0]", metavar="FLOAT", type=NOT_NEGATIVE)
+@click.option("--S_min", "S_min", help="Stochasticity from this noise level  [default: 0]", metavar="FLOAT", type=LIMIT)
 @click.option(
-    "--S_min", "S_min", help="Stochasticity from this noise level  [default: 0]", metavar="FLOAT", type=NOT_NEGATIVE
+    "--S_max", "S_max", help="Stochasticity up to this noise level  [default: inf]", metavar="FLOAT", type=LIMIT
 )
 @click.option(
-    "--S_max", "S_max", help="Stochasticity up to this noise level  [default: inf]", metavar="FLOAT", type=NOT_NEGATIVE
+    "--S_noise", "S_noise", help="Inflation of the noise added  [default: 1]", metavar="FLOAT", type=NOT_NEGATIVE
 )
-@click.option("--S_noise", "S_noise", help="Inflation of the noise added  [default: 1]", metavar="FLOAT", type=float)
-@click.option("--solver", help="Ablate the ODE solver", type=click.Choice(["euler", "heun"]))
-@click.option("--disc", "discretization", help="Ablate the time steps", type=click.Choice(["vp", "ve", "iddpm", "edm"]))
-@click.option("--schedule", help="Ablate the noise schedule sigma(t)", type=click.Choice(["vp", "ve", "linear"]))
-@click.option("--scaling", help="Ablate the signal scaling s(t)", type=click.Choice(["vp", "none"]))
+@click.option("--solver", help="Ablate the ODE solver", type=cli.Choice(["euler", "heun"]))
+@click.option("--disc", "discretization", help="Ablate the time steps", type=cli.Choice(["vp", "ve", "iddpm", "edm"]))
+@click.option("--schedule", help="Ablate the noise schedule sigma(t)", type=cli.Choice(["vp", "ve", "linear"]))
+@click.option("--scaling", help="Ablate the signal scaling s(t)", type=cli.Choice(["vp", "none"]))
 @click.option(
     "--grid", help="For a student whose file has no grid: it was distilled from N steps, K at a time", type=Grid()
 )
@@ -91,11 +89,13 @@ class Grid(click.ParamType):
 @click.option(
     "--precision",
     help="Arithmetic of the network; auto: fp16 on CUDA if its file says so, otherwise fp32",
-    type=click.Choice(["auto", "fp32", "tf32", "bf16", "fp16"]),
+    type=cli.Choice(["auto", "fp32", "tf32", "bf16", "fp16"]),
     default="auto",
 )
-@click.option("--compile", "use_compile", help="torch.compile the network", metavar="BOOL", type=bool, default=False)
-@click.option("--device", help="Where to compute", type=click.Choice(["auto", "cuda", "cpu"]), default="auto")
+@click.option(
+    "--compile", "use_compile", help="torch.compile the network", metavar="BOOL", type=cli.Bool(), default=False
+)
+@click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
 @click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
 def command(
     network: str,
@@ -155,7 +155,7 @@ def command(
         return prepare(output, manifest, seeds, max_batch=max_batch, world_size=world_size, skip_existing=skip_existing)
 
     dist.print0(f"Loading network from {network} ...")
-    work = _ask_rank0(find_work)
+    work = dist.from_rank0(find_work)
     loaded, plan = load()  # the other ranks meet a filled download cache
     todo = sum(map(len, work.batches))
     dist.print0(f"Using {plan.text}")
@@ -210,26 +210,6 @@ def _make_images(
     dist.barrier()
     if dist.is_main():
         output.finish(work.manifest, dist.get_world_size())
-
-
-def _ask_rank0(action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on every rank. If it fails, rank 0 says so and the others leave quietly."""
-    from torch_utils import distributed as dist
-
-    failure: Exception | None = None
-    answer: Any = None
-    if dist.is_main():
-        try:
-            answer = action()
-        except Exception as exc:
-            failure = exc
-    answer, failed = dist.broadcast_object((answer, failure is not None))
-    if failure is not None:
-        raise failure
-    if failed:
-        time.sleep(10)  # a launcher ends the job at the first process that ends: let that be the one that has a message
-        sys.exit(1)
-    return answer
 
 
 def _with_progress(batches: Sequence[list[int]]) -> Iterator[list[int]]:

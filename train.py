@@ -11,14 +11,16 @@ import click
 
 from dnnlib import cli
 
-NAMES = click.Choice
+NAMES = cli.Choice
 
 
 @cli.command(name="train")
 # Main options.
 @click.option("--outdir", help="Where to save the results", metavar="DIR", required=True)
 @click.option("--data", help="Path to the dataset", metavar="ZIP|DIR", required=True)
-@click.option("--cond", help="Class-conditional: default 0, or as the teacher", metavar="BOOL", type=bool, default=None)
+@click.option(
+    "--cond", help="Class-conditional: default 0, or as the teacher", metavar="BOOL", type=cli.Bool(), default=None
+)
 @click.option(
     "--arch", help="Network architecture: default ddpmpp, or the teacher's", type=NAMES(["ddpmpp", "ncsnpp", "adm"])
 )
@@ -30,7 +32,7 @@ NAMES = click.Choice
 )
 # Distillation.
 @click.option("--num_steps", help="Teacher's sampling steps; the student gets N / ratio", metavar="N", type=int)
-@click.option("--ratio", help="Teacher steps per student step", metavar="INT", type=click.IntRange(min=1), default=2)
+@click.option("--ratio", help="Teacher steps per student step", metavar="INT", type=cli.Whole(min=1), default=2)
 @click.option(
     "--teacher-solver",
     help="How the teacher steps: default heun for an undistilled teacher, euler for a student",
@@ -43,68 +45,66 @@ NAMES = click.Choice
     default="snr-trunc",
 )
 @click.option(
-    "--targets", help="Distillation: how often to save targets-KKKKKK.png", metavar="TICKS", type=click.IntRange(min=1)
+    "--targets", help="Distillation: how often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1)
 )
 # Hyperparameters.
 @click.option(
     "--duration",
     help="Training duration: default 200, distillation 20",
     metavar="MIMG",
-    type=click.FloatRange(min=0, min_open=True),
+    type=cli.Number(min=0, min_open=True),
 )
-@click.option("--batch", help="Total batch size", metavar="INT", type=click.IntRange(min=1), default=512)
-@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=click.IntRange(min=1))
-@click.option("--cbase", help="Channel multiplier  [default: varies]", metavar="INT", type=click.IntRange(min=1))
-@click.option("--cres", help="Channels per resolution  [default: varies]", metavar="LIST", type=cli.IntList())
+@click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
+@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))
+@click.option("--cbase", help="Channel multiplier  [default: varies]", metavar="INT", type=cli.Whole(min=1))
+@click.option("--cres", help="Channels per resolution  [default: varies]", metavar="LIST", type=cli.IntList(min=1))
 @click.option(
-    "--blocks", help="Residual blocks per resolution  [default: varies]", metavar="INT", type=click.IntRange(min=1)
+    "--blocks", help="Residual blocks per resolution  [default: varies]", metavar="INT", type=cli.Whole(min=1)
 )
 @click.option(
     "--lr",
     help="Learning rate: default 10e-4, distillation 5e-4",
     metavar="FLOAT",
-    type=click.FloatRange(min=0, min_open=True),
+    type=cli.Number(min=0, min_open=True),
 )
 @click.option(
     "--lr-decay",
     help="Decay to 0 at the end: default none, distillation linear",
     type=NAMES(["none", "linear", "cosine"]),
 )
+@click.option("--warmup", help="Learning-rate ramp: default 10, distillation 0", metavar="MIMG", type=cli.Number(min=0))
+@click.option("--ema", help="EMA half-life", metavar="MIMG", type=cli.Number(min=0), default=0.5)
 @click.option(
-    "--warmup", help="Learning-rate ramp: default 10, distillation 0", metavar="MIMG", type=click.FloatRange(min=0)
-)
-@click.option("--ema", help="EMA half-life", metavar="MIMG", type=click.FloatRange(min=0), default=0.5)
-@click.option(
-    "--dropout", help="Dropout probability: default 0.13, distillation 0", metavar="FLOAT", type=click.FloatRange(0, 1)
+    "--dropout", help="Dropout probability: default 0.13, distillation 0", metavar="FLOAT", type=cli.Number(0, 1)
 )
 @click.option(
-    "--augment", help="Augment probability: default 0.12, distillation 0", metavar="FLOAT", type=click.FloatRange(0, 1)
+    "--augment", help="Augment probability: default 0.12, distillation 0", metavar="FLOAT", type=cli.Number(0, 1)
 )
-@click.option("--xflip", help="Enable dataset x-flips", metavar="BOOL", type=bool, default=False)
+@click.option("--xflip", help="Enable dataset x-flips", metavar="BOOL", type=cli.Bool(), default=False)
 @click.option(
     "--sigma-data",
     help="Data deviation (edm)  [default: 0.5]",
     metavar="FLOAT",
-    type=click.FloatRange(min=0, min_open=True),
+    type=cli.Number(min=0, min_open=True),
 )
-@click.option("--p-mean", help="Mean of ln(sigma) (edm)  [default: -1.2]", metavar="FLOAT", type=float)
+@click.option("--p-mean", help="Mean of ln(sigma) (edm)  [default: -1.2]", metavar="FLOAT", type=cli.Number(-20, 20))
 @click.option(
     "--p-std",
     help="Deviation of ln(sigma) (edm)  [default: 1.2]",
     metavar="FLOAT",
-    type=click.FloatRange(min=0, min_open=True),
+    type=cli.Number(min=0, min_open=True),
 )
 # Performance.
 @click.option("--device", help="Where to compute", type=NAMES(["auto", "cuda", "cpu"]), default="auto")
 @click.option(
     "--precision", help="Arithmetic of the trained network: default fp32", type=NAMES(["fp32", "tf32", "bf16", "fp16"])
 )
-@click.option("--fp16", help="Same as --precision=fp16", metavar="BOOL", type=bool, default=False)
-@click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=bool, default=False)
-@click.option("--ls", help="Loss scaling", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=1)
-@click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=bool, default=True)
-@click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=bool, default=True)
-@click.option("--workers", help="Threads that read images", metavar="INT", type=click.IntRange(min=1), default=1)
+@click.option("--fp16", help="Same as --precision=fp16", metavar="BOOL", type=cli.Bool(), default=False)
+@click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=cli.Bool(), default=False)
+@click.option("--ls", help="Loss scaling", metavar="FLOAT", type=cli.Number(min=0, min_open=True), default=1)
+@click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=cli.Bool(), default=True)
+@click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=cli.Bool(), default=True)
+@click.option("--workers", help="Threads that read images", metavar="INT", type=cli.Whole(min=1), default=1)
 @click.option("--deterministic", help="CUDA: deterministic kernels, for exact resuming", is_flag=True)
 # I/O.
 @click.option("--desc", help="String to include in result dir name", metavar="STR")
@@ -113,13 +113,13 @@ NAMES = click.Choice
     "--tick",
     help="How often to print progress",
     metavar="KIMG",
-    type=click.FloatRange(min=0, min_open=True),
+    type=cli.Number(min=0, min_open=True),
     default=50,
 )
-@click.option("--snap", help="How often to save snapshots", metavar="TICKS", type=click.IntRange(min=1), default=50)
-@click.option("--dump", help="How often to dump state", metavar="TICKS", type=click.IntRange(min=1), default=500)
-@click.option("--save-every", help="Rolling training state", metavar="MIN", type=click.FloatRange(min=0), default=10)
-@click.option("--seed", help="Random seed  [default: random]", metavar="INT", type=click.IntRange(min=0))
+@click.option("--snap", help="How often to save snapshots", metavar="TICKS", type=cli.Whole(min=1), default=50)
+@click.option("--dump", help="How often to dump state", metavar="TICKS", type=cli.Whole(min=1), default=500)
+@click.option("--save-every", help="Rolling training state", metavar="MIN", type=cli.Number(min=0), default=10)
+@click.option("--seed", help="Random seed  [default: random]", metavar="INT", type=cli.Whole(min=0))
 @click.option("--transfer", help="Teacher, or weights to start from", metavar="PKL|URL")
 @click.option("--resume", help="Go on from a training state", metavar="PT|latest")
 @click.option("--tensorboard", help="Also write TensorBoard events", is_flag=True)
@@ -137,28 +137,31 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
     Distil 32 Heun steps of a teacher into 16:
       torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs \\
           --data=datasets/cifar10-32x32.zip --precond=edm_distillation --num_steps=32 --transfer=teacher.pkl
+
+    MIMG stands for millions of images, KIMG for thousands, and a tick ends with a line of progress (--tick). Every
+    start makes a new numbered directory in --outdir; with --nosubdir the same command goes on where it was.
     """
     from torch_utils import distributed as dist
 
     dist.init(device)
-    try:
-        from training import setup
+    from training import setup
 
-        options = setup.Options(**values)
-        run = setup.prepare(options)
-        dist.print0()
-        dist.print0("Training options:")
-        dist.print0(json.dumps(run.config.to_options(), indent=2))
-        dist.print0()
-        run.announce()
-        if dry_run:
-            for line in setup.describe_cost(run):
-                dist.print0(line)
-            dist.print0("Dry run; exiting.")
-            return
+    options = setup.Options(**values)
+    run = setup.prepare(options)
+    dist.print0()
+    dist.print0("Training options:")
+    dist.print0(json.dumps(run.config.to_options(), indent=2))
+    dist.print0()
+    run.announce()
+    if dry_run:
+        found = setup.find_state(options, run)
+        for line in setup.describe_cost(run):
+            dist.print0(line)
+        dist.print0(f"Would go on from {found[0]}" if found else "Would start from the beginning")
+        dist.print0("Dry run; exiting.")
+    else:
         setup.train(options, run)
-    finally:
-        dist.shutdown()
+    dist.shutdown()
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -39,10 +40,44 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raises the OSError with which `atomic_write(path)` would fail, as far as it can be known without writing.
+
+    For work that takes hours before its result is written.
+    """
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path) or ".")
+    check_folder(Path(path).parent)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """The same for a folder that is to be there, or to be made, with files written into it."""
+    place = Path(path)
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a small text file in one piece (UTF-8)."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Adds `text` (UTF-8) to the end of a file: all of it, or nothing where the disk is full. Not flushed to disk."""
+    data = memoryview(text.encode("utf-8", "backslashreplace"))
+    with open(path, "ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError as exc:
+            file.truncate(start)
+            raise OSError(exc.errno, exc.strerror, os.fspath(path)) from exc
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -13,15 +13,21 @@ so that tests can call `main([...])` in their own process and look at the exit s
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import errno
+import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+
+MAX_RANGE = 100_000_000  # numbers in a range such as 0-49999: they are held in memory
 
 
 class UserError(Exception):
@@ -30,6 +36,10 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A wrong option that is only noticed after parsing (it contradicts a file, say). Exit status 2."""
+
+
+class FailedElsewhere(UserError):
+    """Another process has failed and says why; this one ends without a word."""
 
 
 def command(**attrs: Any) -> Callable[[Callable[..., Any]], click.Command]:
@@ -57,8 +67,13 @@ def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
     Every failure is one line on standard error, from the rank that met it. `EDM_DEBUG=1` shows the traceback too.
     """
     prog = os.path.basename(sys.argv[0]) if args is None else f"{cmd.name}.py"
+    if args is None:  # a file name that the terminal's encoding does not know is no reason to stop
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         result = cmd.main(args=None if args is None else list(args), prog_name=prog, standalone_mode=False)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exc:
         return exc.exit_code
@@ -71,27 +86,127 @@ def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
 
 
 def _message(exc: BaseException) -> str:
+    """One line about `exc` for people."""
+    if isinstance(exc, click.NoSuchOption):
+        return f"No such option '{exc.option_name}'{_suggestion(exc.option_name, exc.possibilities or [])}"
     if isinstance(exc, click.ClickException):
         return exc.format_message()
     if isinstance(exc, UserError):
         return str(exc)
-    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    text = str(exc)
+    if isinstance(exc, OSError):
+        return _system_message(exc)
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(text):
+        return f"out of memory: use a smaller --batch-gpu (train.py) or --batch (the others). {text}".strip()
+    if isinstance(exc, RuntimeError) and _launched() and _LOST_PEER.search(f"{type(exc).__name__} {text}"):
+        return "another process has ended, or can't be reached any more; its own message says why"
+    return f"unexpected {type(exc).__name__}: {text} (EDM_DEBUG=1 shows where; please report it)"
+
+
+def _launched() -> bool:
+    """Whether this is one of several processes."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+
+
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|bad_alloc|out of memory", re.IGNORECASE)
+_LOST_PEER = re.compile(  # the words of Gloo, NCCL and torch's rendezvous store
+    r"closed by peer|reset by peer|broken pipe|timed out|timeout|remote process|socket|Dist[A-Z][a-z]+Error",
+    re.IGNORECASE,
+)
+
+
+def _system_message(exc: OSError) -> str:
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {exc.filename}" if exc.filename else ""
         return f"the disk is full{where}; free some space and start again, what existed before is intact"
-    if isinstance(exc, OSError) and exc.strerror:
+    if isinstance(exc, BrokenPipeError):
+        return "the program that read the output has ended (broken pipe)"
+    if isinstance(exc, (FileExistsError, NotADirectoryError)):
+        return f"Not a directory: {exc.filename} (a part of that path is a file); use another path"
+    if exc.strerror:
         return f"{exc.strerror}: {exc.filename}" if exc.filename else exc.strerror
-    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
-        return f"out of memory: use a smaller --batch-gpu (train.py) or --batch (the others). {exc}".strip()
-    return f"unexpected {type(exc).__name__}: {exc} (EDM_DEBUG=1 shows where; please report it)"
+    return f"{type(exc).__name__}: {exc}"
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    """'; did you mean ...?' with the nearest of the options known, if one is near."""
+    bare = {option.lstrip("-"): option for option in known}
+    near = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
+    return f"; did you mean '{bare[near[0]]}'?" if near else ""
 
 
 def _fail(prog: str, message: str, status: int, exc: BaseException) -> int:
+    if isinstance(exc, FailedElsewhere):
+        time.sleep(3)  # a launcher kills all processes when the first one ends: let that be the one with the message
+        return status
     if os.environ.get("EDM_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(exc)
-    rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    sys.stdout.flush()
+    rank = f" [rank {os.environ.get('RANK', '?')}]" if _launched() else ""
+    try:
+        sys.stdout.flush()
+    except OSError:  # its reader is gone or its disk full: Python would try again at exit, and say so in many lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"{prog}{rank}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kinds of values. Their names complete the sentence "'abc' is not a valid ...".
+
+
+class Whole(click.IntRange):
+    """A whole number within bounds."""
+
+    name = "whole number"
+
+
+class Number(click.FloatRange):
+    """A finite number within bounds; with `infinite`, 'inf' is one too."""
+
+    name = "number"
+
+    def __init__(self, *args: Any, infinite: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.infinite = infinite
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            self.fail(f"'{value}' is not a finite number", param, ctx)
+        return number
+
+
+class Choice(click.Choice):
+    """One of some words, in which `-` and `_` are the same too."""
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        super().__init__(choices)
+
+    def normalize_choice(self, choice: Any, ctx: click.Context | None) -> str:
+        """How a word is shown: as it was given (click would take token_normalize_func to it)."""
+        return str(choice)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        for choice in self.choices:
+            if str(value).replace("_", "-") == choice.replace("_", "-"):
+                return str(choice)
+        self.fail(f"'{value}' is not one of {', '.join(self.choices)}", param, ctx)
+
+
+class Bool(click.ParamType):
+    """0 or 1, or the words for them."""
+
+    name = "boolean"
+    WORDS = {  # noqa: RUF012
+        **dict.fromkeys(("1", "true", "yes", "on", "t", "y"), True),
+        **dict.fromkeys(("0", "false", "no", "off", "f", "n"), False),
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        known = self.WORDS.get(str(value).strip().lower())
+        if known is None:
+            self.fail(f"'{value}' is neither 0 nor 1 (nor yes, no, true, false)", param, ctx)
+        return known
 
 
 def parse_int_list(text: str | Sequence[int]) -> list[int]:
@@ -101,20 +216,28 @@ def parse_int_list(text: str | Sequence[int]) -> list[int]:
     values: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", part)
+        if match and int(match[2]) - int(match[1]) >= MAX_RANGE:
+            raise ValueError(f"{part} is longer than {MAX_RANGE} numbers")
         values += range(int(match[1]), int(match[2]) + 1) if match else [int(part)]
     return values
 
 
 class IntList(click.ParamType):
-    """A comma-separated list of whole numbers and ranges, such as 0-63 or 1,2,5-10."""
+    """A comma-separated list of whole numbers and ranges, such as 0-63 or 1,2,5-10; none of them below `min`."""
 
     name = "list"
 
+    def __init__(self, min: int | None = None) -> None:
+        self.min = min
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         try:
-            return parse_int_list(value)
+            numbers = parse_int_list(value)
         except ValueError:
             self.fail(f"'{value}' is not a list of whole numbers such as 0-63 or 1,2,5-10", param, ctx)
+        if self.min is not None and numbers and min(numbers) < self.min:
+            self.fail(f"'{value}' holds {min(numbers)}, but the least is {self.min}", param, ctx)
+        return numbers
 
 
 class FloatList(click.ParamType):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16  # bytes taken from a connection at a time: what is lost at most when it breaks off
 MAX_REDIRECTS = 10
 MAX_SILENT = 3  # a host that does not answer at all is given up after so many attempts
+CONNECT_TIMEOUT = 5.0  # seconds until a host that does not even take the connection counts as silent
 MAX_PAUSE = 8.0  # seconds, the longest wait between two attempts
 
 
@@ -109,6 +110,8 @@ def open_url(
     name = os.fspath(url)
     if not is_url(name):
         path = _local_path(name)
+        if not path:
+            raise UserError("the name of a file to read is empty; give a path or a URL")
         if not os.path.exists(path):
             raise UserError(f"{name}: no such file")
         if os.path.isdir(path):
@@ -192,7 +195,8 @@ class _Download:
         try:
             with requests.Session() as session:
                 session.max_redirects = MAX_REDIRECTS
-                with session.get(self.url, headers=headers, stream=True, timeout=self.timeout) as response:
+                waits = (min(CONNECT_TIMEOUT, self.timeout), self.timeout)
+                with session.get(self.url, headers=headers, stream=True, timeout=waits) as response:
                     self._receive(response, file, start)
         except requests.TooManyRedirects as exc:
             raise UserError(f"{self.url}: redirected more than {MAX_REDIRECTS} times") from exc

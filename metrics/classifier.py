@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UserError
+from torch_utils.misc import save_tensors
 from training.dataset import ImageFolderDataset
 
 from .images import read_images
@@ -108,7 +109,7 @@ def train_detector(
     facts = Trained(resolution, images.shape[1], classes, net.dim, seed, kimg, len(images), held_out, accuracy)
     state = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
     with atomic_write(dest) as file:
-        torch.save({"format": FORMAT, "facts": json.dumps(asdict(facts)), "state": state}, file)
+        save_tensors({"format": FORMAT, "facts": json.dumps(asdict(facts)), "state": state}, file)
     return facts
 
 
@@ -212,8 +213,11 @@ def _labelled_images(data: str | os.PathLike[str], seed: int) -> tuple[Tensor, T
 def classifier_from_file(content: Any, source: str) -> Classifier:
     """The classifier in what `torch.load` gave for the file `source`. Raises UserError if there is none."""
     try:
-        if content["format"] != FORMAT:
-            raise UserError(f"{source}: a detector file of another version ({content['format']}); make it again")
+        form = str(content["format"])
+        if form != FORMAT and form.startswith(FORMAT.rstrip("0123456789")):
+            raise UserError(f"{source}: a detector file of another version ({form}); make it again")
+        if form != FORMAT:
+            raise ValueError("something else")
         facts = json.loads(content["facts"])
         sizes = [int(facts[name]) for name in ("resolution", "channels", "classes", "dim")]
         if not RESOLUTIONS[0] <= sizes[0] <= RESOLUTIONS[1] or not all(1 <= size <= 4096 for size in sizes):

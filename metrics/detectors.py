@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dnnlib.cli import UserError
 from dnnlib.util import open_url
 from torch_utils import distributed as dist
+from torch_utils.misc import load_tensors
 
 from .classifier import classifier_from_file
 from .inception import FEATURES, InceptionV3
@@ -78,7 +79,7 @@ def load_detector(spec: str | os.PathLike[str] = "inception", device: torch.devi
     Raises DetectorUnavailable where Inception can't be downloaded, UserError for a file that is no detector.
     """
     device = torch.device(device)
-    content = rank0_first(lambda: _read(os.fspath(spec)))
+    content = dist.rank0_first(lambda: _read(os.fspath(spec)))
     digest = hashlib.sha256(content).hexdigest()
     if digest == INCEPTION_SHA256:
         net: nn.Module = _inception_from_state(_load_tensors(content, spec), spec)
@@ -94,23 +95,6 @@ def load_detector(spec: str | os.PathLike[str] = "inception", device: torch.devi
         detector = Detector(kind, net, classifier.dim, classifier.channels, classifier.resolution, device)
     net.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return detector
-
-
-def rank0_first(fetch: Callable[[], Any]) -> Any:
-    """`fetch()` on every rank, on rank 0 before the others, so that they find its download in the cache.
-
-    What fails on rank 0 fails on all of them, which would otherwise wait for one that is gone.
-    """
-    result, failure = None, None
-    if dist.is_main():
-        try:
-            result = fetch()
-        except (UserError, OSError) as exc:
-            failure = exc
-    failure = dist.broadcast_object(failure)
-    if failure is not None:
-        raise failure
-    return result if dist.is_main() else fetch()
 
 
 @contextmanager
@@ -143,7 +127,7 @@ def _read(spec: str) -> bytes:
 
 def _load_tensors(content: bytes, source: object) -> Any:
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return load_tensors(io.BytesIO(content))
     except Exception as exc:  # torch.load has a different exception for every way in which a file can be wrong
         raise UserError(
             f"{source}: not a detector file; expected a file made by fid.py detector, or the Inception weights "

@@ -21,7 +21,7 @@ from torch_utils import distributed as dist
 from training.dataset import ImageFolderDataset
 from training.sampling import count_batches, own_share, split_seeds
 
-from .detectors import INCEPTION, Detector, rank0_first
+from .detectors import INCEPTION, Detector
 from .frechet import Array, checked_moments, frechet_distance
 from .images import read_images
 
@@ -59,6 +59,7 @@ class Stats:
                 if not isinstance(content, np.lib.npyio.NpzFile):
                     raise UserError(f"{source}: a single array; statistics are an npz file with mu and sigma")
                 arrays = {name: content[name] for name in ("mu", "sigma", "num", "detector") if name in content}
+                num = int(arrays["num"].item()) if "num" in arrays else None
             except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:
                 raise UserError(f"{source}: not a readable npz file of plain arrays ({exc})") from exc
         missing = [name for name in ("mu", "sigma") if name not in arrays]
@@ -68,7 +69,7 @@ class Stats:
             )
         mu, sigma = checked_moments(arrays["mu"], arrays["sigma"], str(source))
         detector = str(arrays["detector"]) if "detector" in arrays else INCEPTION
-        return Stats(mu, sigma, int(arrays["num"]) if "num" in arrays else None, detector)
+        return Stats(mu, sigma, num, detector)
 
 
 def frechet_between(a: Stats, b: Stats) -> float:
@@ -83,6 +84,16 @@ def check_same_detector(images: str, reference: str) -> None:
         raise UserError(
             f"statistics of two detectors can't be compared: {images} for the images, {reference} for the reference; "
             "name the reference's own with --detector, or make the reference again with this one (fid.py ref)"
+        )
+
+
+def check_reference(reference: Stats, detector: Detector) -> None:
+    """Raises UserError unless `reference` can be compared with what `detector` will find."""
+    check_same_detector(detector.id, reference.detector_id)
+    if len(reference.mu) != detector.dim:
+        raise UserError(
+            f"the reference holds statistics of {len(reference.mu)} features, the detector {detector.id} makes "
+            f"{detector.dim}; make the reference again (fid.py ref)"
         )
 
 
@@ -168,7 +179,7 @@ def statistics_of_dataset(
 
 def load_reference(source: str | os.PathLike[str]) -> Stats:
     """`Stats.load` under several processes: one download, and a failure on all of them."""
-    return rank0_first(lambda: Stats.load(source))
+    return dist.rank0_first(lambda: Stats.load(source))
 
 
 def with_progress(batches: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:

@@ -481,7 +481,7 @@ def test_failed_zip_leaves_the_old_one(
         (("--steps=0",), 2, "--steps"),
         (("--batch=0",), 2, "--batch"),
         (("--class=1",), 2, "--class=1: this network has no classes; leave --class out"),
-        (("--rho=nan",), 2, "--rho=nan is not a number"),
+        (("--rho=nan",), 2, "'nan' is not a finite number"),
         (("--sigma_min=3", "--sigma_max=2"), 2, "leave nothing to sample"),
         (("--sigma_max=0",), 2, "--sigma_max"),
         (("--solver=rk4",), 2, "--solver"),

@@ -5,15 +5,18 @@ Every function works before `init` and without it: then there is one process, ra
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dnnlib.cli import UsageError, UserError
+from dnnlib.cli import FailedElsewhere, UsageError, UserError
+
+T = TypeVar("T")
 
 _device = torch.device("cpu")
 _control_group: dist.ProcessGroup | None = None  # Gloo beside NCCL: decisions among hosts never wait for a GPU
@@ -57,6 +60,7 @@ def init(device: str = "auto", timeout_minutes: float = 10) -> torch.device:
             raise UserError(
                 f"the processes could not meet (check MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE): {exc}"
             ) from exc
+        atexit.register(shutdown)  # where an error ends the program, after its message has been printed
     return _device
 
 
@@ -124,6 +128,33 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * get_world_size()
     dist.all_gather_object(values, value, group=_control_group)
     return values
+
+
+def from_rank0(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0 (a plain picklable object), on every rank.
+
+    What fails there fails everywhere, for the others would wait for one that is gone; rank 0 alone says why.
+    """
+    answer: Any = None
+    failure: Exception | None = None
+    if is_main():
+        try:
+            answer = action()
+        except Exception as exc:
+            failure = exc
+    answer, failed = broadcast_object((answer, failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise FailedElsewhere("rank 0 has failed, and says why")
+    return answer
+
+
+def rank0_first(fetch: Callable[[], T]) -> T:
+    """`fetch()` on every rank, on rank 0 before the others, so that they find its download in the cache."""
+    fetched: list[T] = []
+    from_rank0(lambda: fetched.append(fetch()))
+    return fetched[0] if fetched else fetch()
 
 
 def all_reduce_sum(tensors: Sequence[torch.Tensor]) -> None:

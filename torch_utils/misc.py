@@ -1,15 +1,39 @@
-"""Helpers that programs written against EDM import: endless sampling, copying weights, looking at modules."""
+"""Helpers that programs written against EDM import: endless sampling, copying weights, looking at modules.
+
+And `load_tensors` and `save_tensors`, for files that might be anything and disks that might be full."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence, Sized
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def load_tensors(file: Any) -> Any:
+    """`torch.load` of tensors and plain values alone, onto the CPU. Raises whatever it likes for any other content.
+
+    file: path or open binary file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about formats that it then refuses
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def save_tensors(value: Any, file: IO[bytes]) -> None:
+    """`torch.save` that lets an OSError of the file through, instead of one of its own about a wrong position."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as exc:
+        if isinstance(exc.__context__, OSError):
+            raise exc.__context__ from None
+        raise
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data order

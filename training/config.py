@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dnnlib.atomic import check_folder
 from dnnlib.cli import UsageError, UserError
 
 Kwargs = dict[str, Any]
@@ -202,9 +203,11 @@ def check_batch(batch_size: int, batch_gpu: int | None, world_size: int) -> tupl
     return size, share // size
 
 
-def check_run_dir(run_dir: str) -> None:
-    """Raises UserError for a run directory that cannot be made."""
+def check_run_dir(run_dir: str, make: bool = True) -> None:
+    """Makes a run directory. Raises UserError if that can't be done; `make=False` only finds out."""
     try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        check_folder(run_dir)
+        if make:
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise UserError(f"{run_dir}: cannot be made ({exc.strerror}); choose another --outdir") from exc

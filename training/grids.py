@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 Solver = Literal["heun", "euler"]
+MAX_STEPS = 100_000  # of a sampler; more than that is a slip of the hand, and would fill the memory
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,17 @@ class NoiseGrid:
         return NoiseGrid(self.levels[::ratio])
 
 
-def karras_levels(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> np.ndarray:
-    """Eq. 5 of Karras et al. 2022, without the final 0: float64 [steps]. A single step starts at sigma_max."""
+def check_count(steps: int) -> None:
+    """Raises ValueError for a number of steps that no sampler takes."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, not {steps}")
+    if steps > MAX_STEPS:
+        raise ValueError(f"{steps} steps are too many; a sampler takes {MAX_STEPS} at most")
+
+
+def karras_levels(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> np.ndarray:
+    """Eq. 5 of Karras et al. 2022, without the final 0: float64 [steps]. A single step starts at sigma_max."""
+    check_count(steps)
     ramp = np.arange(steps, dtype=np.float64) / max(steps - 1, 1)
     return np.asarray((sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho)
 

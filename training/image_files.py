@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dnnlib.atomic import atomic_write, write_text
+from dnnlib.atomic import atomic_write, check_folder, write_text
 from dnnlib.cli import UserError, parse_int_list
 
 from .sampling import count_batches, split_seeds
@@ -131,6 +131,7 @@ class ImageFolder:
 
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
         """Says who makes the images from here on, and removes what others left in the place of the `fresh` ones."""
+        check_folder(self.path)
         for name in fresh:
             (self.path / name).unlink(missing_ok=True)
         write_text(self.path / MANIFEST, manifest.to_json())
@@ -175,8 +176,10 @@ class ImageZip:
                 text = old.read(MANIFEST) if MANIFEST in names else None
         except zipfile.BadZipFile as exc:
             raise UserError(f"--outdir={self.path} is no zip ({exc}); remove it, or use another name") from exc
+        if text is None:  # somebody's data set?
+            raise UserError(f"--outdir={self.path} holds no {MANIFEST}, so it is not ours to replace; use another name")
         self._kept = frozenset(names) - {MANIFEST}
-        return None if text is None else Manifest.from_json(text, self.path / MANIFEST)
+        return Manifest.from_json(text, self.path / MANIFEST)
 
     def has(self, name: str) -> bool:
         """Whether this image is in the zip that is already there."""
@@ -185,6 +188,7 @@ class ImageZip:
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
         """Keeps those of the earlier images that `manifest` speaks of and that aren't to be made afresh."""
         self._kept = self._kept & frozenset(manifest.names()) - frozenset(fresh)
+        check_folder(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for path in self.path.parent.iterdir():
             if path.name.startswith(self._part_path("").name):  # of a run that was killed
@@ -215,18 +219,20 @@ class ImageZip:
     def finish(self, manifest: Manifest, world_size: int) -> None:
         """Puts the parts, and the images kept, together."""
         parts = [self._part_path(rank) for rank in range(world_size)]
-        with ExitStack() as stack, atomic_write(self.path) as file:
-            sources = [stack.enter_context(zipfile.ZipFile(part)) for part in parts]
-            found = {name: source for source in sources for name in source.namelist()}
-            if self._kept:
-                old = stack.enter_context(zipfile.ZipFile(self.path))
-                found = dict.fromkeys(self._kept, old) | found
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
-                for name in sorted(found):
-                    target.writestr(zipfile.ZipInfo(name), found[name].read(name))  # ZipInfo: always the same date
-                target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
-        for part in parts:
-            part.unlink()
+        try:
+            with ExitStack() as stack, atomic_write(self.path) as file:
+                sources = [stack.enter_context(zipfile.ZipFile(part)) for part in parts]
+                found = {name: source for source in sources for name in source.namelist()}
+                if self._kept:
+                    old = stack.enter_context(zipfile.ZipFile(self.path))
+                    found = dict.fromkeys(self._kept, old) | found
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
+                    for name in sorted(found):
+                        target.writestr(zipfile.ZipInfo(name), found[name].read(name))  # ZipInfo: always the same date
+                    target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
 
     def _part_path(self, rank: int | str) -> Path:
         return self.path.with_name(f".{self.path.name}.part{rank}")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .grids import NoiseGrid, karras_levels, rounded
+from .grids import NoiseGrid, check_count, karras_levels, rounded
 from .solvers import Denoiser, euler_jump, heun_step
 
 RandnLike = Callable[[Tensor], Tensor]
@@ -314,8 +314,7 @@ def discretize(
 
     A single step starts at sigma_max. Raises ValueError for fewer than one step.
     """
-    if num_steps < 1:
-        raise ValueError(f"a sampler needs at least one step, not {num_steps}")
+    check_count(num_steps)
     ramp = np.arange(num_steps, dtype=np.float64) / max(num_steps - 1, 1)
     if discretization == "edm":
         return karras_levels(num_steps, sigma_min, sigma_max, rho)

@@ -34,7 +34,7 @@ from .config import (
 from .dataset import ImageFolderDataset
 from .network_files import NetworkFile, load_network
 from .stage import Stage, check_compatible, check_steps, plan_stage
-from .training_loop import Trainer, build_network
+from .training_loop import Trainer, build_network, check_same_options
 
 INTERFACE = ("img_resolution", "img_channels", "label_dim")  # network arguments that the data dictates
 
@@ -133,7 +133,9 @@ def prepare(options: Options) -> Run:
     Raises UsageError or UserError with one helpful line; nothing has been written by then.
     """
     _check(options)
-    teacher = load_everywhere(options.transfer, options.trust_network_code) if options.transfer else None
+    teacher = load_everywhere(options.transfer, options.trust_network_code) if options.transfer is not None else None
+    if teacher is not None and not all(p.isfinite().all() for p in teacher.net.parameters()):
+        raise UserError(f"{teacher.source}: some of its weights are NaN or infinite; take a snapshot from before that")
     stage = None
     if options.distils:
         assert teacher is not None
@@ -159,6 +161,8 @@ def prepare(options: Options) -> Run:
         dataset.name, cond, arch, options.precond, dist.get_world_size(), config.batch_size, config.precision
     )
     config.run_dir = options.outdir if options.nosubdir else _numbered(options.outdir, name, options.desc)
+    check_run_dir(config.run_dir, make=False)
+    meta_network(config, dataset)  # refuses what can't be made
     config.seed = _seed(options, config.run_dir)
     return Run(config, dataset, stage, teacher, arch, options.precond)
 
@@ -167,6 +171,10 @@ def _check(options: Options) -> None:
     check_batch(options.batch, options.batch_gpu, dist.get_world_size())
     if options.resume not in (None, "latest") and not Path(options.resume).is_file():
         raise UserError(f"--resume={options.resume}: there is no such training state (training-state-*.pt, or latest)")
+    if not options.outdir:
+        raise UsageError("--outdir is empty; name a folder")
+    if options.desc is not None and re.search(r"[/\\]", options.desc):
+        raise UsageError(f"--desc={options.desc} becomes part of a folder's name, which can't hold a slash")
     if options.fp16 and options.precision not in (None, "fp16"):
         raise UsageError(f"--fp16=1 contradicts --precision={options.precision}")
     if options.distils:
@@ -185,11 +193,8 @@ def _check(options: Options) -> None:
 
 
 def load_everywhere(source: str, trust: bool = False) -> NetworkFile:
-    """Rank 0 first, so that a download happens once."""
-    if dist.is_main():
-        network = load_network(source, trust_network_code=trust)
-    dist.barrier()
-    return network if dist.is_main() else load_network(source, trust_network_code=trust)
+    """`load_network` on every process, with one download."""
+    return dist.rank0_first(lambda: load_network(source, trust_network_code=trust))
 
 
 def _config(
@@ -369,7 +374,32 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     """The state to go on from, by `--resume` and `--nosubdir`; None for a fresh start.
 
     `--resume=latest` without `--nosubdir` looks for the newest numbered run of the same options, and takes its place.
+    Raises UserError, naming the options, where going on, or starting afresh, would spoil a run of other options.
     """
+    found = _find_state(options, run)
+    if found is not None:
+        check_same_options(found[0], found[1]["options"], run.config)
+    if found is None or found[0].resolve().parent != Path(run.config.run_dir).resolve():
+        dist.from_rank0(lambda: _check_unused(run.config))
+    return found
+
+
+def _check_unused(config: TrainConfig) -> None:
+    """Raises UserError where a fresh start would write over the snapshots of a run that had other options."""
+    snapshots = {path.name for path in Path(config.run_dir).glob("network-snapshot-*.pkl")}
+    if snapshots <= {"network-snapshot-000000.pkl"}:  # of a run that had hardly begun
+        return
+    try:
+        options = json.loads(Path(config.run_dir, "training_options.json").read_text(encoding="utf-8"))
+        earlier = dict(options["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise UserError(
+            f"{config.run_dir} holds snapshots of a run that can't be gone on with; use another --outdir"
+        ) from exc
+    check_same_options(config.run_dir, earlier, config)
+
+
+def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     config = run.config
     if options.resume not in (None, "latest"):
         path = Path(str(options.resume))
@@ -402,17 +432,12 @@ def train(options: Options, run: Run) -> Path:
     """Runs what `prepare` returned, going on where there is a state, and returns the path of the final snapshot."""
     found = find_state(options, run)
     config = run.config
-    if found is not None and found[1]["position"]["nimg"] >= config.total_nimg:
-        trainer = Trainer(config, run.dataset, run.stage, run.transfer)
-        trainer.load_state(*found)
-        if trainer.snapshot_path().is_file():
-            dist.print0(f"This run is done already: {trainer.snapshot_path()}")
-            return trainer.snapshot_path()
     if dist.is_main():
         check_run_dir(config.run_dir)
         if found is None:
             Path(config.run_dir, "stats.jsonl").unlink(missing_ok=True)
-        write_text(Path(config.run_dir, "training_options.json"), json.dumps(config.to_options(), indent=2) + "\n")
+        written = {**config.to_options(), "identity": config.identity()}
+        write_text(Path(config.run_dir, "training_options.json"), json.dumps(written, indent=2) + "\n")
     dist.barrier()
     trainer = Trainer(config, run.dataset, run.stage, run.transfer)
     if found is not None:
@@ -444,17 +469,23 @@ def network_cost(config: TrainConfig, dataset: ImageFolderDataset) -> Cost:
         kept += tensor.numel() * tensor.element_size() if not isinstance(tensor, torch.nn.Parameter) else 0
         return tensor
 
-    own = ("sigma_data", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2")
-    model = {name: value for name, value in config.network_kwargs.items() if name not in own}
-    model["class_name"] = "EDMPrecond"  # the others compute numbers when they are made, which the meta device can't
     with torch.device("meta"):
-        net = build_network(model, dataset.resolution, dataset.num_channels, dataset.label_dim)
+        net = meta_network(config, dataset)
         images = torch.zeros(1, *dataset.image_shape)
         labels = torch.zeros(1, dataset.label_dim) if dataset.label_dim else None
         counter = FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             net(images, torch.ones(1), labels)
     return Cost(sum(p.numel() for p in net.parameters()), counter.get_total_flops(), kept)
+
+
+def meta_network(config: TrainConfig, dataset: ImageFolderDataset) -> Any:
+    """The network of a run without its weights. Raises UserError for one that can't be made."""
+    own = ("sigma_data", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2")
+    model = {name: value for name, value in config.network_kwargs.items() if name not in own}
+    model["class_name"] = "EDMPrecond"  # the others compute numbers when they are made, which the meta device can't
+    with torch.device("meta"):
+        return build_network(model, dataset.resolution, dataset.num_channels, dataset.label_dim)
 
 
 def describe_cost(run: Run) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dnnlib.cli import UsageError, UserError
 
-from .grids import NoiseGrid, Sampling, Solver, network_grid, ratios_that_work
+from .grids import MAX_STEPS, NoiseGrid, Sampling, Solver, network_grid, ratios_that_work
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def check_steps(num_steps: int | None, ratio: int) -> None:
         return
     if num_steps < 1:
         raise UsageError(f"--num_steps={num_steps}: the teacher takes at least {ratio} steps")
+    if num_steps > MAX_STEPS:
+        raise UsageError(f"--num_steps={num_steps}: a teacher takes {MAX_STEPS} steps at most")
     if num_steps % ratio:
         works = ratios_that_work(num_steps)
         hint = f"ratios that work: {', '.join(map(str, works))}" if works else "a single step is the end"

@@ -21,38 +21,77 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UserError
+from torch_utils.misc import load_tensors, save_tensors
 
 FORMAT = 1
+POSITION = (  # whole numbers
+    "nimg",
+    "step",
+    "tick",
+    "tick_start_nimg",
+    "tick_start_step",
+    "skipped",
+    "skipped_before_tick",
+    "stats_lines",
+)
 _NAME = re.compile(r"training-state-(rolling-)?(\d+)\.pt")
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Writes a state in one piece: the file is whole or it isn't there."""
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        save_tensors({"format": FORMAT, **state}, file)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a state (tensors on the CPU) without running anything from it. Raises UserError for what isn't one."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such training state") from None
-    except Exception as exc:
-        first_line = (str(exc).splitlines() or [""])[0][:120]
+    except MemoryError:
+        raise
+    except Exception as exc:  # torch.load has a different exception for every way in which a file can be wrong
         raise UserError(
-            f"{path}: not a training state of this program, or a damaged one ({type(exc).__name__}: {first_line}); "
-            "states of EDM's own train.py hold whole objects and cannot be read safely: use --transfer with its .pkl"
+            f"{path}: not a training state of this program, or a damaged one ({type(exc).__name__}); states of "
+            "EDM's own train.py hold whole objects and cannot be read safely: use --transfer with its .pkl"
         ) from exc
-    if not isinstance(state, dict) or "position" not in state or "optimizer" not in state:
+    if not isinstance(state, dict) or not {"format", "position", "optimizer"} <= state.keys():
         raise UserError(f"{path}: not a training state of this program")
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path}: training state of format {state.get('format')}; this program reads format {FORMAT}")
+    if state["format"] != FORMAT:
+        raise UserError(f"{path}: training state of format {state['format']}; this program reads format {FORMAT}")
+    if not _is_complete(state):
+        raise UserError(f"{path}: a training state that lacks something, or a damaged one; use the one before it")
     return state
+
+
+def _is_complete(state: dict[str, Any]) -> bool:
+    """Whether everything is there and of its kind. Whether the tensors fit is for the network to say."""
+    match state:
+        case {
+            "position": dict(position),
+            "net": dict(net),
+            "ema": dict(ema),
+            "optimizer": {"exp_avg": dict(first), "exp_avg_sq": dict(second), "step": dict(steps)},
+            "scaler": {"scale": int() | float(), "growth": int()},
+            "stats": dict(stats),
+            "options": {"seed": int()},
+            "world_size": int(),
+            "device": str(),
+        }:
+            numbers = [position.get(name) for name in POSITION]
+            tensors = [tensor for table in (net, ema, first, second, steps) for tensor in table.values()]
+            return (
+                all(isinstance(number, int) and number >= 0 for number in numbers)
+                and isinstance(position.get("elapsed_sec"), float)
+                and all(isinstance(tensor, Tensor) for tensor in tensors)
+                and all(isinstance(row, list) and len(row) == 3 for row in stats.values())
+            )
+    return False
 
 
 def rolling_name(nimg: int) -> str:

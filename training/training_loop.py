@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dnnlib.atomic import write_text
+from dnnlib.atomic import append_text, write_text
 from dnnlib.cli import UserError
 from dnnlib.util import format_time
 from torch_utils import distributed as dist
@@ -130,8 +130,7 @@ class Log:
     def __call__(self, text: str = "") -> None:
         dist.print0(text)
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            append_text(self.path, text + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,6 +244,8 @@ class Trainer:
     def run(self) -> Path:
         """Trains to the end and returns the path of the last snapshot."""
         config = self.config
+        if self.nimg >= config.total_nimg:
+            return self.finish_again()
         loader = Loader(
             self.dataset,
             seed=config.seed,
@@ -285,6 +286,15 @@ class Trainer:
         self.say()
         self.say(f"Done: {self.snapshot_path()}")
         return self.snapshot_path()
+
+    def finish_again(self) -> Path:
+        """For a state from which nothing is left to do: makes sure that the last snapshot is there."""
+        path = self.snapshot_path()
+        if dist.is_main() and not path.is_file():
+            self.save_snapshot()
+        dist.barrier()
+        self.say(f"This run is done already: {path}")
+        return path
 
     def snapshot_path(self) -> Path:
         """The network after the images seen so far."""
@@ -419,8 +429,7 @@ class Trainer:
         self.stats_lines += 1
         if not dist.is_main():
             return
-        with open(self.run_dir / "stats.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({**values, "timestamp": time.time()}) + "\n")
+        append_text(self.run_dir / "stats.jsonl", json.dumps({**values, "timestamp": time.time()}) + "\n")
         if self.config.tensorboard:
             self._write_tensorboard(values)
 
@@ -476,18 +485,21 @@ class Trainer:
 
     def load_state(self, path: Path, saved: dict[str, Any]) -> None:
         """Goes on from a state. Raises UserError naming every option that differs from the run's own."""
-        wrong = differences(saved["options"], json.loads(json.dumps(self.config.identity())))
-        if wrong:
-            raise UserError(
-                f"{path} belongs to a run with other options: {'; '.join(wrong)}. Use those, or another --outdir"
-            )
+        check_same_options(path, saved["options"], self.config)
         try:
             self.net.load_state_dict(saved["net"])
             self.ema.load_state_dict(saved["ema"])
             optimizer = saved["optimizer"]
             for name, parameter in self.net.named_parameters():
+                like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+                for (
+                    field,
+                    tensor,
+                ) in like.items():  # Adam itself would not look, and write beyond the end of a short one
+                    if optimizer[field][name].shape != tensor.shape or optimizer[field][name].dtype != tensor.dtype:
+                        raise KeyError(f"{field} of {name}")
                 self.optimizer.state[parameter] = {
-                    field: optimizer[field][name].clone().to(self.device) for field in ("step", "exp_avg", "exp_avg_sq")
+                    field: optimizer[field][name].clone().to(self.device) for field in like
                 }
             position = saved["position"]
             self.scale.load_state_dict(saved["scaler"])
@@ -497,8 +509,9 @@ class Trainer:
             self.skipped.fill_(position["skipped"])
             self.skipped_before_tick = position["skipped_before_tick"]
             self.elapsed_before = position["elapsed_sec"]
-        except (KeyError, RuntimeError, AttributeError, TypeError) as exc:
-            raise UserError(f"{path}: the training state does not fit this network ({exc})") from exc
+        except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as exc:
+            first = " ".join(str(exc).split())[:200]
+            raise UserError(f"{path}: the training state does not fit this network ({first}); is it damaged?") from exc
         same_place = path.resolve().parent == self.run_dir.resolve()
         self.stats_lines = position["stats_lines"] if same_place else 0
         if dist.is_main():
@@ -512,6 +525,15 @@ class Trainer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig) -> None:
+    """Raises UserError, naming every option that alters the result and differs from what an earlier run had."""
+    wrong = differences(saved, json.loads(json.dumps(config.identity())))
+    if wrong:
+        raise UserError(
+            f"{where} belongs to a run with other options: {'; '.join(wrong)}. Use those, or another --outdir"
+        )
 
 
 def set_precision(config: TrainConfig) -> None:
