@@ -10,8 +10,8 @@ import click
 
 from dnnlib import cli
 
-NAMES = click.Choice
-POSITIVE = click.FloatRange(min=0, min_open=True)
+NAMES = cli.Choice
+POSITIVE = cli.Number(min=0, min_open=True)
 
 
 @cli.command(name="distill")
@@ -20,8 +20,8 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--data", help="Path to the dataset", metavar="ZIP|DIR", required=True)
 @click.option("--transfer", help="The teacher", metavar="PKL|URL", required=True)
-@click.option("--num_steps", help="The teacher's sampling steps", metavar="N", type=click.IntRange(min=1))
-@click.option("--until", help="Steps of the last student", metavar="N", type=click.IntRange(min=1), default=1)
+@click.option("--num_steps", help="The teacher's sampling steps", metavar="N", type=cli.Whole(1, 100_000))
+@click.option("--until", help="Steps of the last student", metavar="N", type=cli.Whole(min=1), default=1)
 @click.option(
     "--ratio",
     help="Teacher steps per student step, for all stages or each",
@@ -40,45 +40,45 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     "--lr", help="Learning rate, for all stages or each", metavar="FLOAT,...", type=cli.FloatList(), default="5e-4"
 )
 @click.option("--lr-decay", help="Decay to 0 over a stage", type=NAMES(["none", "linear", "cosine"]), default="linear")
-@click.option("--warmup", help="Learning-rate ramp of a stage", metavar="MIMG", type=click.FloatRange(min=0), default=0)
+@click.option("--warmup", help="Learning-rate ramp of a stage", metavar="MIMG", type=cli.Number(min=0), default=0)
 @click.option(
     "--teacher-solver", help="How the first teacher steps: default heun if undistilled", type=NAMES(["heun", "euler"])
 )
 @click.option(
     "--weighting", help="Weight of noise levels", type=NAMES(["edm", "snr-trunc", "snr+1", "jump"]), default="snr-trunc"
 )
-@click.option("--cond", help="Class-conditional: default as the teacher", metavar="BOOL", type=bool, default=None)
-@click.option("--batch", help="Total batch size", metavar="INT", type=click.IntRange(min=1), default=512)
-@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=click.IntRange(min=1))
-@click.option("--ema", help="EMA half-life", metavar="MIMG", type=click.FloatRange(min=0), default=0.5)
-@click.option("--dropout", help="Dropout probability", metavar="FLOAT", type=click.FloatRange(0, 1), default=0)
-@click.option("--augment", help="Augment probability", metavar="FLOAT", type=click.FloatRange(0, 1), default=0)
-@click.option("--xflip", help="Enable dataset x-flips", metavar="BOOL", type=bool, default=False)
+@click.option("--cond", help="Class-conditional: default as the teacher", metavar="BOOL", type=cli.Bool(), default=None)
+@click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
+@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))
+@click.option("--ema", help="EMA half-life", metavar="MIMG", type=cli.Number(min=0), default=0.5)
+@click.option("--dropout", help="Dropout probability", metavar="FLOAT", type=cli.Number(0, 1), default=0)
+@click.option("--augment", help="Augment probability", metavar="FLOAT", type=cli.Number(0, 1), default=0)
+@click.option("--xflip", help="Enable dataset x-flips", metavar="BOOL", type=cli.Bool(), default=False)
 @click.option("--ref", help="Reference statistics  [default: computed from --data]", metavar="NPZ|URL")
 @click.option("--detector", help="Features for the Fréchet distance", metavar="inception|FILE", default="inception")
 @click.option(
     "--eval-num",
     help="Images that measure a rung (endpoint_rmse: the first 2048)",
     metavar="INT",
-    type=click.IntRange(min=2),
+    type=cli.Whole(min=2),
     default=50000,
 )
-@click.option("--eval-batch", help="Batch size when measuring", metavar="INT", type=click.IntRange(min=1), default=64)
+@click.option("--eval-batch", help="Batch size when measuring", metavar="INT", type=cli.Whole(min=1), default=64)
 @click.option("--device", help="Where to compute", type=NAMES(["auto", "cuda", "cpu"]), default="auto")
 @click.option(
     "--precision", help="Arithmetic of the student", type=NAMES(["fp32", "tf32", "bf16", "fp16"]), default="fp32"
 )
-@click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=bool, default=False)
-@click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=bool, default=True)
-@click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=bool, default=True)
-@click.option("--workers", help="Threads that read images", metavar="INT", type=click.IntRange(min=1), default=1)
+@click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=cli.Bool(), default=False)
+@click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=cli.Bool(), default=True)
+@click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=cli.Bool(), default=True)
+@click.option("--workers", help="Threads that read images", metavar="INT", type=cli.Whole(min=1), default=1)
 @click.option("--deterministic", help="CUDA: deterministic kernels, for exact resuming", is_flag=True)
 @click.option("--tick", help="How often to print progress", metavar="KIMG", type=POSITIVE, default=50)
-@click.option("--snap", help="How often to save snapshots", metavar="TICKS", type=click.IntRange(min=1), default=50)
-@click.option("--dump", help="How often to dump state", metavar="TICKS", type=click.IntRange(min=1), default=500)
-@click.option("--targets", help="How often to save targets-KKKKKK.png", metavar="TICKS", type=click.IntRange(min=1))
-@click.option("--save-every", help="Rolling training state", metavar="MIN", type=click.FloatRange(min=0), default=10)
-@click.option("--seed", help="Random seed", metavar="INT", type=click.IntRange(min=0), default=0)
+@click.option("--snap", help="How often to save snapshots", metavar="TICKS", type=cli.Whole(min=1), default=50)
+@click.option("--dump", help="How often to dump state", metavar="TICKS", type=cli.Whole(min=1), default=500)
+@click.option("--targets", help="How often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1))
+@click.option("--save-every", help="Rolling training state", metavar="MIN", type=cli.Number(min=0), default=10)
+@click.option("--seed", help="Random seed", metavar="INT", type=cli.Whole(min=0), default=0)
 @click.option("--tensorboard", help="Also write TensorBoard events", is_flag=True)
 @click.option("--trust-network-code", help="Run the code inside a --transfer file of an unknown class", is_flag=True)
 def command(

@@ -193,12 +193,14 @@ def _generated(
 ) -> Iterator[Tensor]:
     """This process's share of the network's images, in batches uint8 [n, C, H, W]."""
     from torch_utils import distributed as dist
+    from torch_utils.misc import allow_tf32
     from training.network_files import load_network
     from training.pictures import to_uint8
     from training.sampling import iterate_images, plan_sampling
 
     network = dist.rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
     dist.print0(f"sampling with {plan_sampling(network, steps=steps).text}", file=sys.stderr)
+    allow_tf32(False)
     device = dist.device()
     for made in iterate_images(network, seeds, steps=steps, max_batch=batch, device=device, class_idx=class_idx):
         if not made.images.isfinite().all():

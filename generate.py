@@ -176,14 +176,11 @@ def command(
 
 def _make_ready(net: Any, where: torch.device, precision: str, use_compile: bool) -> Any:
     """The network on its device, in the arithmetic asked for; fp32 is full fp32, also on CUDA."""
-    import torch
-
     from torch_utils import distributed as dist
+    from torch_utils.misc import allow_tf32
     from training.training_loop import compute_dtype, maybe_compile
 
-    reduced = where.type == "cuda" and precision not in ("auto", "fp32")
-    torch.set_float32_matmul_precision("high" if reduced else "highest")
-    torch.backends.cudnn.allow_tf32 = reduced
+    allow_tf32(where.type == "cuda" and precision not in ("auto", "fp32"))
     net = net.to(where)
     net.compute_dtype = None if precision == "auto" else compute_dtype(precision, where)
     return maybe_compile(net, use_compile, dist.print0)

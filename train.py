@@ -52,7 +52,7 @@ NAMES = cli.Choice
     "--duration",
     help="Training duration: default 200, distillation 20",
     metavar="MIMG",
-    type=cli.Number(min=0, min_open=True),
+    type=cli.Number(0, 1_000_000, min_open=True),
 )
 @click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
 @click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))

@@ -223,3 +223,10 @@ def _count_new(tensors: Iterator[Tensor], seen: set[int]) -> int:
     fresh = [tensor for tensor in tensors if id(tensor) not in seen]
     seen.update(id(tensor) for tensor in fresh)
     return sum(tensor.numel() for tensor in fresh)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on CUDA may be rounded to TF32, process-wide. Torch's own default lets
+    convolutions: figures and images that are to be fp32 call this first."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed

@@ -198,7 +198,7 @@ def check_batch(batch_size: int, batch_gpu: int | None, world_size: int) -> tupl
         near = sorted(sorted(works, key=lambda n: abs(n - size))[:4])
         raise UsageError(
             f"--batch-gpu={batch_gpu} does not divide the {share} images of each process "
-            f"(--batch={batch_size}, {world_size} processes); {', '.join(map(str, near))} would"
+            f"(--batch={batch_size}, {world_size} process{'es' * (world_size > 1)}); {', '.join(map(str, near))} would"
         )
     return size, share // size
 

@@ -171,8 +171,9 @@ def _check(options: Options) -> None:
     check_batch(options.batch, options.batch_gpu, dist.get_world_size())
     if options.resume not in (None, "latest") and not Path(options.resume).is_file():
         raise UserError(f"--resume={options.resume}: there is no such training state (training-state-*.pt, or latest)")
-    if not options.outdir:
-        raise UsageError("--outdir is empty; name a folder")
+    for name in ("outdir", "data"):
+        if not getattr(options, name):
+            raise UsageError(f"--{name} is empty")
     if options.desc is not None and re.search(r"[/\\]", options.desc):
         raise UsageError(f"--desc={options.desc} becomes part of a folder's name, which can't hold a slash")
     if options.fp16 and options.precision not in (None, "fp16"):

@@ -113,15 +113,18 @@ def plan_ladder(num_steps: int, until: int, ratios: Sequence[int]) -> list[int]:
 def _no_chain(num_steps: int, until: int, ratios: Sequence[int]) -> str:
     text = f"--ratio={','.join(map(str, ratios))} does not lead from {num_steps} steps to {until}"
     if num_steps % until:
-        fits = [n for n in range(max(num_steps // 2, 2), num_steps * 2) if n % until == 0 and n > until]
-        near = min(fits, key=lambda n: abs(n - num_steps), default=2 * until)
-        return f"{text}: {num_steps} is no multiple of {until}; --num_steps={near} is"
+        ratio = max(ratios[0], 2)
+        fits = [until * ratio**k for k in range(1, 12)]
+        near = min(fits, key=lambda n: abs(n - num_steps))
+        return f"{text}: {num_steps} is no multiple of {until}; --num_steps={near} with --ratio={ratio} does"
     factors, rest, prime = [], num_steps // until, 2
-    while rest > 1:
+    while prime * prime <= rest:
         while rest % prime == 0:
             factors.append(prime)
             rest //= prime
         prime += 1
+    if rest > 1:
+        factors.append(rest)
     return f"{text}; --ratio={','.join(map(str, factors))} does"
 
 

@@ -25,6 +25,7 @@ from dnnlib.cli import UserError
 from dnnlib.util import format_time
 from torch_utils import distributed as dist
 from torch_utils import training_stats
+from torch_utils.misc import allow_tf32
 
 from . import loss as losses
 from . import networks, pictures, state
@@ -303,7 +304,7 @@ class Trainer:
     def should_dump(self, done: bool) -> bool:
         """EDM's rule for `--dump`, asked after the tick's number has moved on."""
         ticks = self.config.state_dump_ticks
-        return ticks is not None and self.tick > 1 and (done or (self.tick - 1) % ticks == 0)
+        return ticks is not None and (done or (self.tick > 1 and (self.tick - 1) % ticks == 0))
 
     def maintain(self, done: bool, elapsed: float, tick_seconds: float, maintenance: float) -> None:
         """The end of a tick: status line, snapshot, pictures, statistics."""
@@ -492,10 +493,7 @@ class Trainer:
             optimizer = saved["optimizer"]
             for name, parameter in self.net.named_parameters():
                 like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-                for (
-                    field,
-                    tensor,
-                ) in like.items():  # Adam itself would not look, and write beyond the end of a short one
+                for field, tensor in like.items():  # Adam itself would write beyond the end of a short one
                     if optimizer[field][name].shape != tensor.shape or optimizer[field][name].dtype != tensor.dtype:
                         raise KeyError(f"{field} of {name}")
                 self.optimizer.state[parameter] = {
@@ -538,9 +536,7 @@ def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig
 
 def set_precision(config: TrainConfig) -> None:
     """Process-wide switches. fp32 means fp32: no TF32 in products or convolutions, unless a lesser one is asked for."""
-    tf32 = config.precision != "fp32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    allow_tf32(config.precision != "fp32")
     torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
