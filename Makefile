@@ -24,7 +24,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalon
 
 demo: $(TEACHER) $(DEMO)/detector.pt
 	$(TORCHRUN) distill.py --outdir=$(DEMO) --data=$(DEMO)/digits.zip --transfer=$(TEACHER) --num_steps=16 --until=1 \
-	    --duration=0.03 --batch=64 --lr=5e-4 --tick=10 --seed=0 \
+	    --duration=0.03 --batch=64 --lr=5e-4 --tick=10 --save-every=0.5 --seed=0 \
 	    --detector=$(DEMO)/detector.pt --eval-num=2000 --eval-batch=125
 
 $(DEMO)/digits.zip: | env
@@ -36,7 +36,7 @@ $(DEMO)/detector.pt: | $(DEMO)/digits.zip
 $(TEACHER): | $(DEMO)/digits.zip
 	$(TORCHRUN) train.py --outdir=$(DEMO)/teacher --nosubdir --data=$(DEMO)/digits.zip --arch=ddpmpp \
 	    --cbase=32 --cres=1,2 --blocks=1 --batch=64 --duration=0.05 --lr=2e-3 --warmup=0.005 --lr-decay=linear \
-	    --dropout=0 --augment=0 --tick=10 --seed=0
+	    --dropout=0 --augment=0 --tick=10 --save-every=0.5 --seed=0
 
 # The student that example.py brings along: the demo's 4-step one, in half precision.
 assets/digits-student.pkl: demo

@@ -50,7 +50,9 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @click.option("--cond", help="Class-conditional: default as the teacher", metavar="BOOL", type=cli.Bool(), default=None)
 @click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
 @click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))
-@click.option("--ema", help="EMA half-life", metavar="MIMG", type=cli.Number(min=0), default=0.5)
+@click.option(
+    "--ema", help="EMA half-life, at most 5% of the images seen", metavar="MIMG", type=cli.Number(min=0), default=0.5
+)
 @click.option("--dropout", help="Dropout probability", metavar="FLOAT", type=cli.Number(0, 1), default=0)
 @click.option("--augment", help="Augment probability", metavar="FLOAT", type=cli.Number(0, 1), default=0)
 @click.option("--xflip", help="Enable dataset x-flips", metavar="BOOL", type=cli.Bool(), default=False)
@@ -111,19 +113,17 @@ def command(
     from torch_utils import distributed as dist
 
     dist.init(device, timeout_minutes=24 * 60)  # processes may finish their share of a measurement far apart
-    try:
-        from training.ladder import Ladder, LadderOptions, format_table
-        from training.setup import Options
+    from training.ladder import Ladder, LadderOptions, format_table
+    from training.setup import Options
 
-        stages = Options(precond="edm_distillation", **values)
-        options = LadderOptions(num_steps, until, ratio, duration, lr, ref, detector, eval_num, eval_batch)
-        rungs = Ladder(stages, options).run()
-        dist.print0()
-        dist.print0(format_table(rungs))
-        dist.print0()
-        dist.print0(f"Pictures: {stages.outdir}/ladder.png (the curve) and {stages.outdir}/samples.png (the images)")
-    finally:
-        dist.shutdown()
+    stages = Options(precond="edm_distillation", **values)
+    options = LadderOptions(num_steps, until, ratio, duration, lr, ref, detector, eval_num, eval_batch)
+    rungs = Ladder(stages, options).run()
+    dist.print0()
+    dist.print0(format_table(rungs))
+    dist.print0()
+    dist.print0(f"Pictures: {stages.outdir}/ladder.png (the curve) and {stages.outdir}/samples.png (the images)")
+    dist.shutdown()
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -162,7 +162,7 @@ def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -
                 f"wrote {dest}: {facts.accuracy:.1%} of {facts.held_out} held-out images recognised, {facts.classes} "
                 f"classes, {facts.resolution}x{facts.resolution}, trained for {facts.kimg:g} kimg with seed {seed}"
             )
-            if facts.accuracy < 2 / facts.classes:
+            if facts.accuracy < min(2 / facts.classes, (1 + 1 / facts.classes) / 2):
                 _say("warning: that is hardly better than guessing; use a larger --kimg")
         dist.barrier()
 

@@ -73,7 +73,9 @@ NAMES = cli.Choice
     type=NAMES(["none", "linear", "cosine"]),
 )
 @click.option("--warmup", help="Learning-rate ramp: default 10, distillation 0", metavar="MIMG", type=cli.Number(min=0))
-@click.option("--ema", help="EMA half-life", metavar="MIMG", type=cli.Number(min=0), default=0.5)
+@click.option(
+    "--ema", help="EMA half-life, at most 5% of the images seen", metavar="MIMG", type=cli.Number(min=0), default=0.5
+)
 @click.option(
     "--dropout", help="Dropout probability: default 0.13, distillation 0", metavar="FLOAT", type=cli.Number(0, 1)
 )

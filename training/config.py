@@ -73,7 +73,7 @@ class TrainConfig:
     tensorboard: bool = False
     transfer: str | None = None
     transfer_sha256: str | None = None
-    distillation: Kwargs | None = None  # num_steps, ratio, teacher_solver, levels (of the teacher), lineage
+    distillation: Kwargs | None = None  # num_steps, ratio, teacher_solver, teacher_levels, lineage
     trust_network_code: bool = False
     extras: Kwargs = field(default_factory=dict)  # written to training_options.json as they are
 

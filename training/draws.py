@@ -2,7 +2,8 @@
 
 In training, what is drawn for an image depends only on the seed and on the image's position in the run. So the numbers
 of one step are drawn for the whole batch, from a generator keyed by (seed, step), and every process and every round of
-gradient accumulation takes its own slice: world size, accumulation and resumption change nothing.
+gradient accumulation takes its own slice: world size, accumulation and resumption change nothing. (Dropout masks, which
+networks draw for themselves, are the exception: they are repeatable, but depend on how a batch is divided.)
 
 Losses and augmentation ask a `RandomSource`. Called without one they use `DefaultSource`: torch's default generator.
 """

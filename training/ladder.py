@@ -36,6 +36,7 @@ from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import (
     Stats,
+    check_reference,
     check_same_detector,
     frechet_between,
     load_reference,
@@ -248,6 +249,8 @@ class Ladder:
         self.detector_id = self.detector.id if self.detector else detectors.INCEPTION
         if given is not None:
             check_same_detector(self.detector_id, given.detector_id)  # hours of work come after this
+            if self.detector is not None:
+                check_reference(given, self.detector)
             self.reference_id = hashlib.sha256(given.mu.tobytes() + given.sigma.tobytes()).hexdigest()
         else:
             self.reference_id = data_fingerprint

@@ -151,7 +151,7 @@ class EDMDistillationLoss:
     """
 
     def __init__(
-        self, teacher: Any, grid: NoiseGrid, ratio: int = 2, solver: str = "heun", weighting: str = "edm"
+        self, teacher: Any, grid: NoiseGrid, ratio: int = 2, solver: str = "heun", weighting: str = "snr-trunc"
     ) -> None:
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}; there are {', '.join(WEIGHTINGS)}")

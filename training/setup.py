@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 import zipfile
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.atomic import write_text
+from dnnlib.atomic import append_text, write_text
 from dnnlib.cli import UsageError, UserError
 from torch_utils import distributed as dist
 
@@ -124,6 +125,8 @@ class Run:
         say(f"Processes:               {dist.get_world_size()} on {dist.device().type}")
         say(f"Batch size:              {config.batch_size}, for {config.total_nimg / 1000:g} kimg")
         say(f"Precision:               {config.precision}")
+        if config.lr_rampup_kimg >= config.total_nimg / 1000:
+            say(f"Note: the run ends within its --warmup ({config.lr_rampup_kimg / 1000:g} Mimg), far below --lr")
         say("")
 
 
@@ -176,6 +179,8 @@ def _check(options: Options) -> None:
             raise UsageError(f"--{name} is empty")
     if options.desc is not None and re.search(r"[/\\]", options.desc):
         raise UsageError(f"--desc={options.desc} becomes part of a folder's name, which can't hold a slash")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if options.fp16 and options.precision not in (None, "fp16"):
         raise UsageError(f"--fp16=1 contradicts --precision={options.precision}")
     if options.distils:
@@ -439,6 +444,8 @@ def train(options: Options, run: Run) -> Path:
             Path(config.run_dir, "stats.jsonl").unlink(missing_ok=True)
         written = {**config.to_options(), "identity": config.identity()}
         write_text(Path(config.run_dir, "training_options.json"), json.dumps(written, indent=2) + "\n")
+        if found is None:
+            run.announce(lambda line: append_text(Path(config.run_dir, "log.txt"), line + "\n"))
     dist.barrier()
     trainer = Trainer(config, run.dataset, run.stage, run.transfer)
     if found is not None:

@@ -165,6 +165,8 @@ class Trainer:
             self.say(f"Taking weights from {transfer.source}: {copy_matching(transfer.net, self.net)}")
         self.net.train().requires_grad_(True).to(self.device)
         self.net.compute_dtype = compute_dtype(config.precision, self.device)
+        if config.precision == "fp16" and self.device.type != "cuda":
+            self.say(f"Note: fp16 is for CUDA; on {self.device.type} the network computes in fp32")
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.forward = maybe_compile(self.net, config.compile, self.say)
         self.augment_pipe = AugmentPipe(**config.augment_kwargs) if config.augment_kwargs is not None else None
@@ -393,7 +395,7 @@ class Trainer:
             images = grid_sampler(self.ema, latents, self.stage.sampling.grid, class_labels=labels)
         else:
             images = edm_sampler(self.ema, latents, labels)
-        picture = pictures.tile(pictures.to_uint8(images), columns=math.isqrt(count))
+        picture = pictures.tile(pictures.to_uint8(images), columns=math.isqrt(count), gap=2)
         pictures.save_png(self.run_dir / f"samples-{self.nimg // 1000:06d}.png", picture)
 
     @torch.no_grad()
