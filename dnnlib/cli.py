@@ -72,12 +72,15 @@ def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        result = cmd.main(args=None if args is None else list(args), prog_name=prog, standalone_mode=False)
+        with cmd.make_context(prog, list(sys.argv[1:] if args is None else args)) as context:
+            result = cmd.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exc:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt) as exc:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # after the ^C that the terminal shows
         return _fail(prog, "interrupted", 130, exc)
     except (click.UsageError, UsageError) as exc:
         return _fail(prog, _message(exc), 2, exc)
@@ -146,7 +149,8 @@ def _fail(prog: str, message: str, status: int, exc: BaseException) -> int:
         sys.stdout.flush()
     except OSError:  # its reader is gone or its disk full: Python would try again at exit, and say so in many lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(f"{prog}{rank}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{prog}{rank}: error: {' '.join(message.split())}\n")  # at once: print() would let others between
+    sys.stderr.flush()
     return status
 
 

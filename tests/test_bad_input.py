@@ -44,8 +44,8 @@ from training.stage import plan_stage
 from training.training_loop import Trainer
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=12", "--tick=0.1", "--seed=5", "--warmup=0", "--nosubdir"]
-SHORT = [*SMALL, "--duration=0.001"]  # 84 steps, a few seconds
+SMALL = ["--cbase=4", "--cres=1", "--blocks=1", "--batch=100", "--tick=0.1", "--seed=5", "--warmup=0", "--nosubdir"]
+SHORT = [*SMALL, "--duration=0.001"]  # 10 steps, each of them a tick
 DISTIL = ["--precond=edm_distillation", "--batch=12", "--duration=0.001", "--tick=0.1", "--seed=5", "--nosubdir"]
 LADDER = ["--until=2", "--duration=0.001", "--batch=12", "--eval-num=8"]
 
@@ -120,8 +120,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flipped = bytearray(raw)
     flipped[raw.find(b"IDAT") + 10] ^= 0xFF
     (folder / "flipped.zip").write_bytes(flipped)
-    rebuilt(data, folder / "first-cut.zip", {"00000000.png": png(8, "L")[:40]})
-    rebuilt(data, folder / "mid-cut.zip", {"00000017.png": png(8, "L")[:60]})
+    with zipfile.ZipFile(data) as archive:
+        image = archive.read("00000/img00000017.png")
+    rebuilt(data, folder / "first-cut.zip", {"00000000.png": image[:40]})
+    rebuilt(data, folder / "mid-cut.zip", {"00000017.png": image[:60]})
     rebuilt(data, folder / "mid-rgb.zip", {"00000017.png": png(8, "RGB")})
     rebuilt(data, folder / "mid-size.zip", {"00000017.png": png(16, "L")})
 
@@ -142,8 +144,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "page.pkl").write_text("<!DOCTYPE html><html></html>")
     (folder / "hostile.pkl").write_bytes(pickle.dumps({"ema": Explosive()}))
 
-    assert call(train, f"--data={data}", *SMALL, f"--outdir={folder / 'run'}", "--duration=0.0001", "--dump=1") == 0
-    (folder / "run" / "training-state-000000.pt").rename(folder / "run" / "state.pt")
+    assert call(train, f"--data={data}", *SMALL, f"--outdir={folder / 'run'}", "--duration=0.001", "--dump=1") == 0
+    (folder / "run" / "training-state-000001.pt").rename(folder / "run" / "state.pt")
     return folder
 
 
@@ -278,7 +280,6 @@ def test_options_that_contradict_a_student(files: Path, fails: Fails, tmp_path: 
         ("--class=0", "no classes"),
     ):
         fails(2, [option.partition("=")[0], choice], generate, *args, option)
-    fails(2, "--steps=4", fid, "gen", args[0], f"--ref={files / 'text'}", "--steps=5") if False else None
     fails(2, "--steps=4", example, args[0], f"--out={tmp_path / 'a.png'}", "--steps=3")
     assert list(tmp_path.iterdir()) == []
 
@@ -334,7 +335,7 @@ def test_a_bad_image_ends_a_run_by_name(name: str, files: Path, fails: Fails, tm
     """It comes up in a thread that reads ahead, in the middle of the run; what was saved before stays good."""
     words = ["img00000017.png", BAD_IMAGE[name]]
     threads = threading.active_count()
-    fails(1, [*words, name], train, f"--data={files / name}", *SHORT, f"--outdir={tmp_path / 'run'}")
+    fails(1, [*words, name], train, f"--data={files / name}", *SHORT, "--batch=4", f"--outdir={tmp_path / 'run'}")
     assert load_network(tmp_path / "run" / "network-snapshot-000000.pkl").net.img_resolution == 8
     assert threading.active_count() == threads, "the reading threads have ended"
     for dest in ("out.zip", "out"):
@@ -344,10 +345,12 @@ def test_a_bad_image_ends_a_run_by_name(name: str, files: Path, fails: Fails, tm
 
 def test_sizes_that_do_not_fit(files: Path, fails: Fails, tmp_path: Path) -> None:
     out = f"--outdir={tmp_path / 'run'}"
-    fails(1, ["9", "halved", "8 or 10"], train, f"--data={files / 'odd.zip'}", *SHORT, out)
+    fails(1, ["9", "halved", "8 or 10"], train, f"--data={files / 'odd.zip'}", *SHORT, "--cres=1,1", out)
     fails(1, "halved", train, f"--data={files / 'good.zip'}", *SHORT, "--cres=1,1,1,1,1", out)
     fails(1, "multiples of 4", train, f"--data={files / 'good.zip'}", *SHORT, "--cbase=7", out)
-    fails(2, ["--batch-gpu=5", "4, 6"], train, f"--data={files / 'good.zip'}", *SHORT, "--batch-gpu=5", out)
+    fails(
+        2, ["--batch-gpu=5", "4, 6"], train, f"--data={files / 'good.zip'}", *SHORT, "--batch=12", "--batch-gpu=5", out
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -470,11 +473,13 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
-def test_addresses_that_give_no_network(
-    server: str, files: Path, fails: Fails, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeyed = {f"{server}/missing.pkl": "HTTP 404", f"{server}/page.pkl": "web page", "ftp://host/a.pkl": "http(s)://"}
-    for address, words in monkeyed.items():
+def test_addresses_that_give_no_network(server: str, files: Path, fails: Fails, tmp_path: Path) -> None:
+    addresses = {
+        f"{server}/missing.pkl": "HTTP 404",
+        f"{server}/page.pkl": "web page",
+        "ftp://host/a.pkl": "http(s)://",
+    }
+    for address, words in addresses.items():
         with pytest.MonkeyPatch.context() as patch:  # a page that says what is being downloaded is no error
             patch.setattr(
                 util._Download, "_progress", lambda self, position: util.contextlib.nullcontext(util._NoBar())
@@ -504,7 +509,6 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
         fails(1, [name, "not a training state"], train, *run, f"--resume={files / name}")
     fails(1, "no such", train, *run, f"--resume={files / 'run'}")
     fails(1, "no such", train, *run, "--resume=nowhere.pt", "-n")
-    fails(1, "start without it", train, *run[:-1], f"--outdir={tmp_path}", "--resume=latest") if False else None
 
     whole = (files / "run/state.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
@@ -537,26 +541,28 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
 
 def test_a_refused_option_leaves_the_run_as_it_was(files: Path, fails: Fails, tmp_path: Path) -> None:
     """Refused before anything is written: the right command still goes on (its seed is read from the options there)."""
-    run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.0001", "--dump=1"]
+    run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path}"]
     assert call(train, *run) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     fails(1, "seed (was 5, now 6)", train, *run, "--seed=6")
     fails(1, "lr (was", train, *run, "--lr=1e-2")
     fails(1, "lr (was", train, *run, "--lr=1e-2", "-n")
-    (tmp_path / "training-state-000000.pt").unlink()
-    (tmp_path / "network-snapshot-000000.pkl").rename(tmp_path / "network-snapshot-000001.pkl")
+    (tmp_path / "training-state-000001.pt").unlink()
     fails(1, "lr (was", train, *run, "--lr=1e-2")  # without a state too: it would write over the snapshots
-    (tmp_path / "training_options.json").unlink()
+    (tmp_path / "training_options.json").rename(tmp_path / "options")
     fails(1, "another --outdir", train, *run)
-    for name in ("stats.jsonl", "log.txt"):
-        assert (tmp_path / name).read_bytes() == before[name]
+    (tmp_path / "options").rename(tmp_path / "training_options.json")
+    del before["training-state-000001.pt"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_finished_run_elsewhere_is_completed(files: Path, tmp_path: Path) -> None:
-    run = [f"--data={files / 'good.zip'}", *SMALL, "--duration=0.0001", "--dump=1", f"--outdir={tmp_path / 'new'}"]
+def test_a_finished_run_elsewhere_is_completed(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path / 'new'}"]
     assert call(train, *run, f"--resume={files / 'run/state.pt'}") == 0
-    copy = tmp_path / "new/network-snapshot-000000.pkl"
-    assert load_network(copy).sha256 == load_network(files / "run/network-snapshot-000000.pkl").sha256 or copy.is_file()
+    assert "done already" in capsys.readouterr().out
+    original = load_network(files / "run/network-snapshot-000001.pkl").net.state_dict()
+    for name, tensor in load_network(tmp_path / "new/network-snapshot-000001.pkl").net.state_dict().items():
+        assert torch.equal(tensor, original[name])
 
 
 def test_places_that_cannot_be_written(files: Path, fails: Fails, tmp_path: Path) -> None:
@@ -629,13 +635,13 @@ def test_a_full_disk_ends_a_run_and_costs_nothing(
     moment: str, files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The disk fills while the third rolling state is written; the two before are whole, and the next start goes on."""
-    run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.0001", "--save-every=0"]
+    run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
     written = 0
 
     def fdopen(fd: int, *args: Any) -> Any:
         file = os.fdopen(fd, *args)
         full = written == 3 and moment != "at the flush"
-        return FullDisk(file, 0 if moment == "at the first byte" else 100_000) if full else file
+        return FullDisk(file, 0 if moment == "at the first byte" else 10_000) if full else file
 
     def fsync(fd: int) -> None:
         if written == 3 and moment == "at the flush":
@@ -652,22 +658,22 @@ def test_a_full_disk_ends_a_run_and_costs_nothing(
         proxy = SimpleNamespace(**{**vars(os), "fdopen": fdopen, "fsync": fsync})
         patch.setattr(atomic, "os", proxy)
         patch.setattr(state, "save_state", count)
-        fails(1, ["disk is full", "training-state-rolling-0000000036.pt"], train, *run)
+        fails(1, ["disk is full", state.rolling_name(300)], train, *run)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert [name for name in names if "state" in name] == [state.rolling_name(12), state.rolling_name(24)]
+    assert [name for name in names if "state" in name] == [state.rolling_name(100), state.rolling_name(200)]
     assert not any("tmp" in name for name in names)
     for path in state.list_states(tmp_path):
         state.load_state(path)
     assert call(train, *run) == 0
     assert "Going on from" in capsys.readouterr().out
-    assert load_network(tmp_path / "network-snapshot-000000.pkl").net.img_resolution == 8
+    assert load_network(tmp_path / "network-snapshot-000001.pkl").net.img_resolution == 8
 
 
 @pytest.mark.parametrize("name", ["log.txt", "stats.jsonl", "network-snapshot-000000.pkl", "training_options.json"])
 def test_every_file_of_a_run_meets_a_full_disk(
     name: str, files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.0001", "--tick=0.02"]
+    run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001"]
 
     def full_open(path: Any, *args: Any, **kwargs: Any) -> Any:
         return (
@@ -713,7 +719,7 @@ def test_appending_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
             return super().write(data[:3])
 
     monkeypatch.setattr(atomic, "open", lambda path, mode, buffering: Filling(path, "a"), raising=False)
-    with pytest.raises(OSError, match="log.txt"):
+    with pytest.raises(OSError, match=r"log\.txt"):
         atomic.append_text(path, "second, which does not fit\n")
     assert path.read_text(encoding="utf-8") == "first ü\n"
 
@@ -739,7 +745,7 @@ def test_a_full_disk_under_the_other_scripts(
 def test_control_c_ends_a_run_in_one_line(
     files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.0001", "--save-every=0"]
+    run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
     original = Trainer.step
 
     def step(self: Trainer, loader: Loader) -> None:
@@ -841,7 +847,7 @@ def test_names_with_spaces_and_letters_of_the_world(files: Path, tmp_path: Path)
     folder.mkdir()
     data = folder / "смайлы ☺.zip"
     assert call(dataset_tool, f"--source={files / 'good.zip'}", f"--dest={data}") == 0
-    assert call(train, f"--data={data}", *SMALL, f"--outdir={folder / 'a run'}", "--duration=0.0001") == 0
+    assert call(train, f"--data={data}", *SMALL, f"--outdir={folder / 'a run'}", "--duration=0.001") == 0
     network = folder / "a run" / "network-snapshot-000000.pkl"
     assert call(generate, f"--network={network}", "--steps=1", "--seeds=0-3", f"--outdir={folder / 'bild er.zip'}") == 0
     assert call(fid, "detector", f"--data={data}", f"--dest={folder / 'détecteur'}", "--kimg=0.1") == 0
@@ -929,10 +935,9 @@ def test_under_a_launcher_every_rank_says_what_is_wrong(files: Path, tmp_path: P
     result = subprocess.run([*command, *run], env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0 and time.monotonic() - start < 60
     lines = [line for line in result.stderr.splitlines() if line.startswith("train.py")]
-    said = {
-        f"train.py [rank {rank}]: error: --batch=13 cannot be shared by 2 processes; use a multiple of 2"
-        for rank in (0, 1)
-    }
-    assert lines and set(lines) <= said and len(set(lines)) == len(lines), result.stderr
+    assert any(
+        line.endswith("error: --batch=13 cannot be shared by 2 processes; use a multiple of 2") for line in lines
+    )
+    assert len(lines) <= 2 and all("]: error: " in line for line in lines), result.stderr
     assert 'train.py", line' not in result.stderr, "no traceback of ours"
     assert not (tmp_path / "run").exists()

@@ -149,7 +149,8 @@ def prepare(options: Options) -> Run:
         )
     cond = bool(options.cond) if options.cond is not None or stage is None else stage.teacher.net.label_dim > 0
     dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
-    if cond and not dataset.has_labels:
+    asked_for = stage is None or stage.teacher.net.label_dim == 0  # otherwise it is the teacher that wants labels
+    if cond and not dataset.has_labels and asked_for:
         raise UserError(
             f"--cond=1, but {options.data} has no labels: use --cond=0, or make it again from labelled images"
         )
