@@ -12,7 +12,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -193,10 +193,11 @@ def _make_images(
     from torch_utils import distributed as dist
     from training.image_files import BackgroundWriter
     from training.pictures import to_uint8
-    from training.sampling import own_share, sample_batch
+    from training.sampling import own_share, sample_batch, show_progress
 
     with BackgroundWriter(output, work.manifest.name, dist.get_rank()) as writer:
-        for seeds in _with_progress(own_share(work.batches)):
+        total = sum(map(len, work.batches))
+        for seeds in show_progress(own_share(work.batches), len, total, dist.print0):
             batch = sample_batch(net, seeds, plan, where, class_idx)
             if not batch.images.isfinite().all():
                 raise cli.UserError(
@@ -207,29 +208,6 @@ def _make_images(
     dist.barrier()
     if dist.is_main():
         output.finish(work.manifest, dist.get_world_size())
-
-
-def _with_progress(batches: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Yields `batches`, while rank 0 shows how far it is: a bar on a terminal, otherwise a line every ten seconds."""
-    from tqdm import tqdm
-
-    from dnnlib.util import format_time
-    from torch_utils import distributed as dist
-
-    total = sum(map(len, batches))
-    whose = "images of rank 0" if dist.get_world_size() > 1 else "images"
-    on_terminal = dist.is_main() and sys.stderr.isatty()
-    start = said = time.monotonic()
-    done = 0
-    with tqdm(total=total, unit="img", desc=whose, disable=not on_terminal) as bar:
-        for batch in batches:
-            yield batch
-            done += len(batch)
-            bar.update(len(batch))
-            now = time.monotonic()
-            if now - said >= 10 and done < total and not on_terminal:
-                said = now
-                dist.print0(f"  {done} of {total} {whose}, {format_time((now - start) / done * (total - done))} to go")
 
 
 def main(args: Sequence[str] | None = None) -> int:

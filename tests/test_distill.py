@@ -601,7 +601,7 @@ def test_progress_is_said_now_and_then(monkeypatch):
     now = iter([0, 4, 11, 15, 22])
     monkeypatch.setattr(ladder_module.time, "monotonic", lambda: next(now))
     lines = []
-    assert len(list(show_progress(batches([10] * 4), 40, lines.append))) == 4
+    assert len(list(show_progress(batches([10] * 4), lambda batch: len(batch.seeds), 40, lines.append))) == 4
     assert lines == ["  20 of 40 images, 11s to go"]
 
 

@@ -138,3 +138,24 @@ def test_unknown_settings_are_refused():
         EDMDistillationLoss(gaussian(), grid, solver="rk4")
     with pytest.raises(ValueError, match="3 at a time"):
         EDMDistillationLoss(gaussian(), grid, ratio=3)
+
+
+def test_teacher_and_student_are_told_the_same(monkeypatch):
+    """Class and augmentation labels reach every call of the teacher and the student's one, unchanged."""
+    from helpers import small_network
+    from training.augment import AugmentPipe
+
+    teacher, net = small_network(label_dim=4, augment_dim=9).eval(), small_network(label_dim=4, augment_dim=9).eval()
+    told = []
+    for module in (teacher, net):
+        monkeypatch.setattr(
+            module, "forward", lambda x, t, labels, augment_labels: told.append((labels, augment_labels)) or x / 2
+        )
+    labels = torch.eye(4)
+    loss = EDMDistillationLoss(teacher, network_grid(teacher, 4), 2, "heun")
+    loss(net, torch.rand(4, 1, 8, 8), labels, None, StepDraws(0, 0, 4, "cpu").part(0, 4))
+    assert len(told) == 5 and all(a is labels and not b.any() and b.shape == (4, 9) for a, b in told)
+    told.clear()
+    pipe = AugmentPipe(p=1, scale=1, xflip=1e8, yflip=1, rotate_frac=1, aniso=1, translate_frac=1)
+    loss(net, torch.rand(4, 1, 8, 8), labels, pipe, StepDraws(0, 0, 4, "cpu").part(0, 4))
+    assert len(told) == 5 and all(a is labels and b is told[0][1] and b.any() for a, b in told)

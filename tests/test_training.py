@@ -456,6 +456,8 @@ def test_ema_lags_behind_the_weights(data, tmp_path):
     name = "model.dec.8x8_aux_conv.weight"
     moved = (saved["net"][name] - saved["ema"][name]).abs().max()
     assert 0 < moved < 0.1
+    start = load_network(tmp_path / "network-snapshot-000000.pkl").net.state_dict()[name]
+    assert (saved["ema"][name] - start).abs().max() > 0.1 * moved, "the average follows the weights"
     snapshot = load_network(tmp_path / "network-snapshot-000001.pkl").net
     assert torch.equal(snapshot.state_dict()[name], saved["ema"][name]), "a snapshot holds the EMA"
 

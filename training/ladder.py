@@ -16,7 +16,6 @@ import csv
 import hashlib
 import io
 import json
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dnnlib.atomic import atomic_write, write_text
 from dnnlib.cli import UsageError, UserError
-from dnnlib.util import format_time, open_url
+from dnnlib.util import open_url
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import (
@@ -49,7 +47,7 @@ from . import pictures
 from .config import check_run_dir, differences
 from .grids import Sampling
 from .network_files import NetworkFile
-from .sampling import Batch, iterate_images, plan_sampling
+from .sampling import Batch, iterate_images, plan_sampling, show_progress
 from .setup import Options, Run, load_everywhere, prepare, train
 from .stage import plan_ladder
 from .state import list_states
@@ -59,7 +57,6 @@ END_POINT_IMAGES = 2048  # compared with the teacher's: the end-point error has 
 END_POINT_VALUES = 1 << 25  # fewer of large images: 128 MiB of them are kept
 SHOWN = 16  # images of every rung in samples.png
 PATIENCE = 4.0  # seconds of silence after which a try (of three) to download the Inception weights is given up
-SAY_EVERY = 10.0  # seconds between lines that say how far a measurement is, where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
@@ -345,7 +342,8 @@ class Ladder:
         batches = iterate_images(
             network, range(self.options.eval_num), max_batch=self.options.eval_batch, device=dist.device()
         )
-        seen = show_progress(first.watch(checked(timing.watch(batches), network)), self.options.eval_num, self.say)
+        seen = first.watch(checked(timing.watch(batches), network))
+        seen = show_progress(seen, lambda batch: len(batch.seeds), self.options.eval_num, self.say)
         images = (pictures.to_uint8(batch.images) for batch in seen)
         fd = None
         if self.detector is not None and self.reference is not None:
@@ -497,23 +495,6 @@ def checked(batches: Iterator[Batch], network: NetworkFile) -> Iterator[Batch]:
                 "if it was just trained, a lower --lr in a new --outdir may help"
             )
         yield batch
-
-
-def show_progress(batches: Iterator[Batch], total: int, say: Callable[[str], None]) -> Iterator[Batch]:
-    """Passes batches on; rank 0 shows how far all are: a bar on a terminal, elsewhere a line every ten seconds."""
-    on_terminal = dist.is_main() and sys.stderr.isatty()
-    start = said = time.monotonic()
-    done = 0
-    with tqdm(total=total, unit="img", leave=False, disable=not on_terminal) as bar:
-        for batch in batches:
-            yield batch
-            step = min(len(batch.seeds) * dist.get_world_size(), total - done)
-            done += step
-            bar.update(step)
-            now = time.monotonic()
-            if now - said >= SAY_EVERY and done < total and not on_terminal:
-                said = now
-                say(f"  {done} of {total} images, {format_time((now - start) / done * (total - done))} to go")
 
 
 def rmse(images: Tensor, others: Tensor) -> float:

@@ -410,11 +410,10 @@ def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     config = run.config
     if options.resume not in (None, "latest"):
         path = Path(str(options.resume))
+        saved = state.load_state(path)
         if options.seed is None:
-            saved = state.load_state(path)
             config.seed = saved["options"]["seed"]
-            return path, saved
-        return path, state.load_state(path)
+        return path, saved
     if options.nosubdir:
         return state.load_newest(config.run_dir, dist.print0)
     if options.resume is None:
