@@ -45,7 +45,23 @@ POSITIVE = cli.Number(min=0, min_open=True)
     "--teacher-solver", help="How the first teacher steps: default heun if undistilled", type=NAMES(["heun", "euler"])
 )
 @click.option(
-    "--weighting", help="Weight of noise levels", type=NAMES(["edm", "snr-trunc", "snr+1", "jump"]), default="snr-trunc"
+    "--weighting",
+    help="Weight of noise levels",
+    type=NAMES(["edm", "snr-trunc", "snr+1", "jump", "landing", "endpoint"]),
+    default="snr-trunc",
+)
+@click.option(
+    "--intervals", help="Train jumps equally often, or by loss", type=NAMES(["uniform", "loss"]), default="uniform"
+)
+@click.option("--self-teacher", help="The student's average makes all but a jump's first step", is_flag=True)
+@click.option(
+    "--ema-std",
+    help="Power-function EMA of this relative width instead",
+    metavar="FLOAT",
+    type=cli.Number(0, 0.28, min_open=True),
+)
+@click.option(
+    "--clip", help="Largest gradient norm  [default: none]", metavar="FLOAT", type=cli.Number(min=0, min_open=True)
 )
 @click.option("--cond", help="Class-conditional: default as the teacher", metavar="BOOL", type=cli.Bool(), default=None)
 @click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)

@@ -41,9 +41,13 @@ NAMES = cli.Choice
 @click.option(
     "--weighting",
     help="Distillation: weight of noise levels in the loss",
-    type=NAMES(["edm", "snr-trunc", "snr+1", "jump"]),
+    type=NAMES(["edm", "snr-trunc", "snr+1", "jump", "landing", "endpoint"]),
     default="snr-trunc",
 )
+@click.option(
+    "--intervals", help="Train jumps equally often, or by loss", type=NAMES(["uniform", "loss"]), default="uniform"
+)
+@click.option("--self-teacher", help="The student's average makes all but a jump's first step", is_flag=True)
 @click.option(
     "--targets", help="Distillation: how often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1)
 )
@@ -75,6 +79,15 @@ NAMES = cli.Choice
 @click.option("--warmup", help="Learning-rate ramp: default 10, distillation 0", metavar="MIMG", type=cli.Number(min=0))
 @click.option(
     "--ema", help="EMA half-life, at most 5% of the images seen", metavar="MIMG", type=cli.Number(min=0), default=0.5
+)
+@click.option(
+    "--ema-std",
+    help="Power-function EMA of this relative width instead",
+    metavar="FLOAT",
+    type=cli.Number(0, 0.28, min_open=True),
+)
+@click.option(
+    "--clip", help="Largest gradient norm  [default: none]", metavar="FLOAT", type=cli.Number(min=0, min_open=True)
 )
 @click.option(
     "--dropout", help="Dropout probability: default 0.13, distillation 0", metavar="FLOAT", type=cli.Number(0, 1)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from helpers import gaussian
+from torch_utils import training_stats
 from training.draws import StepDraws
 from training.grids import NoiseGrid, network_grid
+from training.intervals import Intervals
 from training.loss import WEIGHTINGS, EDMDistillationLoss, edm_weight
 from training.samplers import edm_sampler, grid_sampler
 from training.solvers import euler_jump, jump_target
@@ -99,6 +101,7 @@ def test_weightings():
     assert close("snr-trunc", [100.0, 1.0])
     assert close("snr+1", [101.0, 1.25])
     assert close("jump", [104 * 0.25, 4.25])
+    assert close("landing", [0.25, 1.0])
     assert torch.allclose(edm_weight(t, None), torch.tensor([100.0, 0.25]))
 
 
@@ -132,6 +135,8 @@ def test_intervals_are_uniform_and_drawn_per_image():
 
 def test_unknown_settings_are_refused():
     grid = NoiseGrid((2.0, 1.0, 0.0))
+    with pytest.raises(ValueError, match="rule"):
+        EDMDistillationLoss(gaussian(), grid, intervals="often")
     with pytest.raises(ValueError, match="weighting"):
         EDMDistillationLoss(gaussian(), grid, weighting="best")
     with pytest.raises(ValueError, match="solver"):
@@ -159,3 +164,166 @@ def test_teacher_and_student_are_told_the_same(monkeypatch):
     pipe = AugmentPipe(p=1, scale=1, xflip=1e8, yflip=1, rotate_frac=1, aniso=1, translate_frac=1)
     loss(net, torch.rand(4, 1, 8, 8), labels, pipe, StepDraws(0, 0, 4, "cpu").part(0, 4))
     assert len(told) == 5 and all(a is labels and b is told[0][1] and b.any() for a, b in told)
+
+
+# -- the self-teacher --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+@pytest.mark.parametrize(("steps", "ratio"), [(8, 4), (9, 3), (6, 6), (4, 2), (3, 1)])
+def test_self_teachers_target_is_the_exact_solution_for_every_start(solver, steps, ratio):
+    """One step of the teacher, then one jump of another network to the end of the segment, and no more."""
+    teacher, other = gaussian(), gaussian(seed=7)
+    loss = EDMDistillationLoss(teacher, network_grid(teacher, steps), ratio, solver, self_teacher=other)
+    assert loss.starts == loss.grid.levels[:-1]
+    clean = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.5
+    noise = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for j, t in enumerate(loss.starts):
+        u, s = loss.grid.levels[j + 1], loss.student_grid.levels[j // ratio + 1]
+        jump = loss.jumps(clean, torch.full([3], j), noise)
+        x = clean + t * noise
+        landing = exact_landing(teacher, x, [t, u], solver)
+        if u > s:
+            landing = exact_landing(other, landing, [u, s], "euler")
+        assert (jump.x - x).abs().max() < 1e-12 and (jump.t == t).all() and (jump.s == s).all()
+        assert (jump.target - (landing - s / t * x) / (1 - s / t)).abs().max() < 1e-10
+
+
+class PerfectSelf(torch.nn.Module):
+    """Jumps from every teacher level to where the teacher's remaining steps of the segment lead."""
+
+    def __init__(self, teacher, grid, ratio, solver):
+        super().__init__()
+        self.teacher, self.grid, self.ratio, self.solver = teacher, grid, ratio, solver
+
+    def forward(self, x, sigma, class_labels=None, **_):
+        rows = []
+        for image, level in zip(x, sigma, strict=True):
+            j = self.grid.levels.index(float(level))
+            end = (j // self.ratio + 1) * self.ratio
+            landing = exact_landing(self.teacher, image, self.grid.levels[j : end + 1], self.solver)
+            rows.append(jump_target(image, landing, level, torch.tensor(self.grid.levels[end], dtype=torch.float64)))
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("steps", "ratio"), [(8, 4), (8, 8)])
+def test_a_self_teacher_that_has_learnt_it_gives_the_targets_of_all_the_teachers_steps(steps, ratio):
+    """The fixed point of the self-teacher is the student of progressive distillation at the same ratio."""
+    teacher = gaussian()
+    grid = network_grid(teacher, steps)
+    perfect = PerfectSelf(teacher, grid, ratio, "heun")
+    mine = EDMDistillationLoss(teacher, grid, ratio, "heun", self_teacher=perfect)
+    plain = EDMDistillationLoss(teacher, grid, ratio, "heun")
+    clean, noise = torch.rand(2, 2, 4, 4).double(), torch.randn(2, 2, 4, 4).double()
+    for i in range(steps // ratio):
+        own = mine.jumps(clean, torch.full([2], i * ratio), noise)
+        assert (own.target - plain.jumps(clean, torch.full([2], i), noise).target).abs().max() < 1e-9
+
+
+def test_mixed_starts_in_one_batch_equal_single_ones():
+    loss = EDMDistillationLoss(gaussian(), network_grid(gaussian(), 8), 4, "heun", self_teacher=gaussian(seed=2))
+    clean, noise = torch.zeros(8, 2, 4, 4), torch.randn(8, 2, 4, 4)
+    together = loss.jumps(clean, torch.arange(8), noise).target
+    assert together.isfinite().all()
+    for j in range(8):
+        alone = loss.jumps(clean[j : j + 1], torch.tensor([j]), noise[j : j + 1]).target
+        assert torch.equal(together[j : j + 1], alone)
+
+
+def test_self_teaching_starts_from_every_level():
+    loss = EDMDistillationLoss(gaussian(), network_grid(gaussian(), 8), 4, "heun", self_teacher=gaussian(seed=2))
+    seen = []
+    original = loss.jumps
+    loss.jumps = lambda clean, interval, *rest: seen.append(interval) or original(clean, interval, *rest)
+    for step in range(20):
+        loss(gaussian(seed=3), torch.rand(64, 2, 4, 4), draws=StepDraws(1, step, 64, "cpu").part(0, 64))
+    counts = torch.bincount(torch.cat(seen), minlength=8)
+    assert (counts / counts.sum() - 1 / 8).abs().max() < 0.03
+
+
+# -- how often each jump is trained ------------------------------------------------------------------------------------------
+
+
+def taught(losses, rule="loss", images=64, steps=3):
+    """Intervals that have seen `images` of each interval, with these losses, in each of some steps."""
+    intervals = Intervals(len(losses), rule)
+    for _ in range(steps):
+        which = torch.arange(len(losses)).repeat_interleave(images)
+        intervals.note(which, torch.tensor(losses)[which])
+        intervals.end_step()
+    return intervals
+
+
+def test_intervals_are_drawn_by_the_root_of_their_loss_and_a_quarter_uniformly():
+    p = taught([4.0, 1.0, 0.0, 9.0]).probabilities()
+    want = torch.tensor([2 / 6, 1 / 6, 0, 3 / 6], dtype=torch.float64) * 0.75 + 0.25 / 4
+    assert (p - want).abs().max() < 1e-12 and abs(float(p.sum()) - 1) < 1e-12
+    draws = torch.cat(
+        [taught([4.0, 1.0, 0.0, 9.0]).draw(StepDraws(3, k, 500, "cpu").part(0, 500), 500)[0] for k in range(40)]
+    )
+    assert (torch.bincount(draws, minlength=4) / len(draws) - want).abs().max() < 0.012
+
+
+def test_the_expected_loss_is_that_of_uniform_intervals():
+    """Sum over intervals of probability x correction x loss = mean loss, for any probabilities."""
+    intervals = taught([4.0, 1.0, 0.01, 9.0])
+    p = intervals.probabilities()
+    interval, correction = intervals.draw(StepDraws(0, 0, 4000, "cpu").part(0, 4000), 4000)
+    assert torch.equal(correction, 1 / (4 * p[interval]))
+    values = torch.tensor([3.0, 5.0, 7.0, 11.0], dtype=torch.float64)
+    assert float((p / (4 * p) * values).sum()) == pytest.approx(float(values.mean()))
+    drawn = correction * values[interval]
+    assert abs(float(drawn.mean() - values.mean())) < 4 * float(drawn.std()) / 4000**0.5
+    assert float(correction.max()) <= 4.0
+
+
+def test_intervals_are_uniform_until_all_are_known_and_when_asked_for():
+    fresh = Intervals(3, "loss")
+    assert torch.equal(fresh.probabilities(), torch.full([3], 1 / 3, dtype=torch.float64))
+    fresh.note(torch.tensor([0] * 50 + [1] * 50), torch.ones(100))
+    fresh.end_step()
+    assert torch.equal(fresh.probabilities(), torch.full([3], 1 / 3, dtype=torch.float64)), "2 was never seen"
+    assert torch.equal(taught([1.0, 9.0], "uniform").probabilities(), torch.full([2], 0.5, dtype=torch.float64))
+    assert torch.equal(taught([0.0, 0.0]).probabilities(), torch.full([2], 0.5, dtype=torch.float64))
+
+
+def test_intervals_forget_and_survive_bad_numbers_and_a_state():
+    intervals = taught([4.0, 1.0])
+    before = intervals.probabilities()
+    intervals.note(torch.tensor([0, 1]), torch.tensor([float("nan"), 1.0]))
+    intervals.end_step()
+    assert torch.allclose(intervals.probabilities(), before) and intervals.seen.isfinite().all()
+    for _ in range(600):
+        intervals.note(torch.tensor([0, 1]).repeat(32), torch.tensor([1.0, 4.0]).repeat(32))
+        intervals.end_step()
+    after = intervals.probabilities()
+    assert torch.allclose(after, before.flip(0), atol=1e-4)
+    other = Intervals(2, "loss")
+    other.load_state_dict(intervals.state_dict())
+    assert torch.equal(other.probabilities(), after)
+    with pytest.raises(ValueError, match="expected"):
+        Intervals(3, "loss").load_state_dict(intervals.state_dict())
+
+
+def test_losses_by_interval_are_reported_and_weighed():
+    """What `Loss/interval` says is each interval's mean loss, before the correction of its rarity."""
+    training_stats.clear()
+    teacher, net = gaussian(), gaussian(seed=3)
+    loss = EDMDistillationLoss(teacher, network_grid(teacher, 8), 2, intervals="loss")
+    loss.intervals = taught([4.0, 1.0, 0.5, 9.0])
+    images = torch.rand(64, 2, 4, 4)
+    source = lambda: StepDraws(1, 0, 64, "cpu").part(0, 64)  # noqa: E731
+    value = loss(net, images, draws=source())
+    collector = training_stats.Collector()
+    drawn_with = Intervals(4, "loss")
+    drawn_with.load_state_dict(loss.intervals.state_dict())
+    training_stats.report_moments("Loss/interval", loss.intervals.end_step())
+    collector.update()
+    interval, correction = drawn_with.draw(source(), 64)
+    each = (value.double() / correction.reshape(-1, 1, 1, 1)).flatten(1).mean(1)
+    for i in range(4):
+        assert collector.num(f"Loss/interval/{i}") == int((interval == i).sum()) > 0
+        assert collector.mean(f"Loss/interval/{i}") == pytest.approx(float(each[interval == i].mean()), rel=1e-6)
+        assert collector.std(f"Loss/interval/{i}") == pytest.approx(
+            float(each[interval == i].std(correction=0)), rel=1e-5
+        )

@@ -19,7 +19,7 @@ from training import state
 from training.config import TrainConfig, check_batch, differences, next_run_number
 from training.loader import Batch, Loader, Order
 from training.network_files import load_network, save_network
-from training.training_loop import Trainer, cut_lines, ema_factor, learning_rate
+from training.training_loop import Gradients, Trainer, cut_lines, ema_factor, learning_rate
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=12", "--tick=0.1", "--seed=5", "--lr=5e-4", "--warmup=0"]
@@ -115,6 +115,32 @@ def test_decay_reaches_zero_at_the_end():
         assert learning_rate(0, settings) == 1.0
         assert learning_rate(5000, settings) == pytest.approx(half)
         assert learning_rate(10000, settings) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("std", [0.05, 0.1, 0.25])
+def test_power_function_average(std):
+    """The weights of all steps add up to 1, grow as a power of the step, and have the deviation asked for."""
+    steps = 4000
+    factors = np.array([ema_factor(k * 64, config(batch_size=64, ema_std=std)) for k in range(steps)])
+    assert factors[0] == 0 and (np.diff(factors) > 0).all()
+    weights = (1 - factors) * np.append(np.cumprod(factors[:0:-1])[::-1], 1.0)
+    assert weights.sum() == pytest.approx(1)
+    time = np.arange(1, steps + 1) / steps
+    mean = (weights * time).sum()
+    assert np.sqrt((weights * (time - mean) ** 2).sum()) == pytest.approx(std, rel=2e-2)
+
+
+def test_clipping_shortens_a_gradient_and_keeps_its_direction():
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+    gradients = Gradients(parameters)
+    values = torch.tensor([3.0, 0, 0, 4.0, 0, 0, 0])
+    for limit, length in ((10.0, 5.0), (5.0, 5.0), (1.0, 1.0)):
+        gradients.flat.copy_(values)
+        gradients.clip(limit)
+        assert torch.allclose(gradients.flat, values * length / 5)
+    gradients.zero()
+    gradients.clip(1.0)
+    assert not gradients.flat.any()
 
 
 def test_golden_training_steps():
@@ -290,6 +316,15 @@ def interrupt_at(monkeypatch, step):
     [
         ["--augment=0.2", "--dropout=0.2", "--cond=1", "--xflip=1"],
         ["--precond=edm_distillation", "--num_steps=4", "--ratio=2"],
+        [
+            "--precond=edm_distillation",
+            "--num_steps=4",
+            "--ratio=4",
+            "--self-teacher",
+            "--intervals=loss",
+            "--clip=3",
+            "--ema-std=0.1",
+        ],
     ],
 )
 def test_a_resumed_run_is_the_same_run(data, teacher, tmp_path, monkeypatch, extra):
@@ -425,6 +460,11 @@ def test_a_stage_and_the_next(data, teacher, tmp_path, capsys):
     assert student_path.stat().st_size < 1.5 * teacher.stat().st_size, "the teacher is not in the student's file"
     saved = state.load_state(tmp_path / "a/training-state-000001.pt")
     assert saved["net"].keys() == student.net.state_dict().keys()
+    for line in stats(tmp_path / "a"):  # every jump's own loss, and together the loss
+        jumps = [line[f"Loss/interval/{i}"] for i in range(2)]
+        together = sum(jump["num"] * jump["mean"] for jump in jumps) / sum(jump["num"] for jump in jumps)
+        assert together == pytest.approx(line["Loss/loss"]["mean"], rel=1e-5)
+        assert sum(jump["num"] for jump in jumps) * 64 == line["Loss/loss"]["num"]
     assert (tmp_path / "a/targets-000001.png").is_file() and (tmp_path / "a/samples-000001.png").is_file()
     assert "4 heun steps -> 2" in capsys.readouterr().out
 

@@ -14,7 +14,8 @@ import torch
 
 from . import distributed
 
-_pending: dict[str, torch.Tensor] = {}  # name -> float64 [3]: count, sum, sum of squares since the last update
+# name -> float64 [3]: count, sum, sum of squares since the last update; [k, 3] for a statistic of k kinds of values
+_pending: dict[str, torch.Tensor] = {}
 
 
 def report(name: str, value: Any) -> Any:
@@ -26,6 +27,11 @@ def report(name: str, value: Any) -> Any:
     moments = torch.stack([torch.full_like(values.sum(), values.numel()), values.sum(), values.square().sum()])
     _pending[name] = _pending[name] + moments if name in _pending else moments
     return value
+
+
+def report_moments(name: str, moments: torch.Tensor) -> None:
+    """Adds to the statistics `name`/0, `name`/1, ... their counts, sums and sums of squares: float64 [k, 3]."""
+    _pending[name] = _pending[name] + moments if name in _pending else moments.clone()
 
 
 def report0(name: str, value: Any) -> Any:
@@ -47,54 +53,70 @@ class Collector:
         if not names:
             return
         target = distributed.device()
-        moments = torch.stack([_pending.pop(name).to(target) for name in names])
+        parts = [_pending.pop(name).to(target) for name in names]
+        moments = torch.cat([part.reshape(-1, 3) for part in parts])
         distributed.all_reduce_sum([moments])
-        for name, row in zip(names, moments, strict=True):
-            self._totals[name] = self._totals[name] + row if name in self._totals else row
+        for name, part, rows in zip(names, parts, moments.split([part.numel() // 3 for part in parts]), strict=True):
+            rows = rows.reshape(part.shape)
+            self._totals[name] = self._totals[name] + rows if name in self._totals else rows
 
     def reset(self) -> None:
         """Starts all totals afresh."""
         self._totals.clear()
 
     def names(self) -> list[str]:
-        """Names that have totals, sorted."""
-        return sorted(self._totals)
+        """Names that have totals, sorted; those of `report_moments` as name/0, name/1, ... with leading zeros."""
+        return sorted(self._rows())
+
+    def _rows(self) -> dict[str, torch.Tensor]:
+        rows: dict[str, torch.Tensor] = {}
+        for name, total in self._totals.items():
+            if total.ndim == 1:
+                rows[name] = total
+            else:
+                digits = len(str(len(total) - 1))
+                rows |= {f"{name}/{kind:0{digits}d}": row for kind, row in enumerate(total)}
+        return rows
 
     def num(self, name: str) -> int:
         """How many values were reported; 0 for an unknown name."""
-        return int(self._totals[name][0]) if name in self._totals else 0
+        return _moments(self._rows().get(name))[0]
 
     def mean(self, name: str) -> float:
         """Mean of the reported values, NaN when there are none."""
-        if not self.num(name):
-            return float("nan")
-        count, total, _ = self._totals[name].tolist()
-        return total / count
+        return _moments(self._rows().get(name))[1]
 
     def std(self, name: str) -> float:
         """Deviation (over N) of the reported values, NaN when there are none."""
-        if not self.num(name):
-            return float("nan")
-        count, total, squares = self._totals[name].tolist()
-        mean = total / count
-        return math.sqrt(max(squares / count - mean * mean, 0.0)) if math.isfinite(mean) else float("nan")
+        return _moments(self._rows().get(name))[2]
 
     def __getitem__(self, name: str) -> float:
         return self.mean(name)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """name -> {num, mean, std}, as one line of `stats.jsonl` holds them."""
-        return {name: {"num": self.num(name), "mean": self.mean(name), "std": self.std(name)} for name in self.names()}
+        """name -> {num, mean, std}, as one line of `stats.jsonl` holds them; what was never reported is left out."""
+        table = {name: _moments(row) for name, row in sorted(self._rows().items())}
+        return {name: {"num": num, "mean": mean, "std": std} for name, (num, mean, std) in table.items() if num}
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def state_dict(self) -> dict[str, list[Any]]:
         """Totals as plain numbers, for a training state."""
-        return {name: row.tolist() for name, row in self._totals.items()}
+        return {name: rows.tolist() for name, rows in self._totals.items()}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
         """Puts totals back as they were."""
         self._totals = {
-            name: torch.tensor(row, dtype=torch.float64, device=distributed.device()) for name, row in state.items()
+            name: torch.tensor(rows, dtype=torch.float64, device=distributed.device()) for name, rows in state.items()
         }
+
+
+def _moments(row: torch.Tensor | None) -> tuple[int, float, float]:
+    """Count, mean and deviation of [count, sum, sum of squares]; 0 and NaN when there is nothing."""
+    count, total, squares = row.tolist() if row is not None else (0.0, 0.0, 0.0)
+    if not count:
+        return 0, float("nan"), float("nan")
+    mean = total / count
+    deviation = math.sqrt(max(squares / count - mean * mean, 0.0)) if math.isfinite(mean) else float("nan")
+    return int(count), mean, deviation
 
 
 def init_multiprocessing(rank: int, sync_device: torch.device | None) -> None:

@@ -60,6 +60,8 @@ class TrainConfig:
     loss_scaling: float = 1.0
     ema_halflife_kimg: float = 500
     ema_rampup_ratio: float | None = 0.05
+    ema_std: float | None = None  # a power-function average of this relative width instead
+    clip: float | None = None  # largest length of the gradient
     precision: str = "fp32"
     compile: bool = False
     cudnn_benchmark: bool = True
@@ -73,7 +75,7 @@ class TrainConfig:
     tensorboard: bool = False
     transfer: str | None = None
     transfer_sha256: str | None = None
-    distillation: Kwargs | None = None  # num_steps, ratio, teacher_solver, teacher_levels, lineage
+    distillation: Kwargs | None = None  # num_steps, ratio, teacher_solver, self_teacher, teacher_levels, lineage
     trust_network_code: bool = False
     extras: Kwargs = field(default_factory=dict)  # written to training_options.json as they are
 
@@ -140,7 +142,8 @@ class TrainConfig:
             "lr-decay": self.lr_decay,
             "duration": length,
             "ls": self.loss_scaling,
-            "ema": [self.ema_halflife_kimg, self.ema_rampup_ratio],
+            "ema": [self.ema_halflife_kimg, self.ema_rampup_ratio] if self.ema_std is None else ["std", self.ema_std],
+            "clip": self.clip,
             "precision": self.precision,
             "transfer": self.transfer_sha256,
             "distillation": self.distillation and {k: v for k, v in self.distillation.items() if k != "lineage"},

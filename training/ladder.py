@@ -168,7 +168,7 @@ class Ladder:
     def recipe(self, index: int, first: Run) -> dict[str, Any]:
         """All options that alter the student of stage `index`, with defaults filled in and files told by content."""
         assert first.stage is not None
-        same = ("weighting", "lr_decay", "warmup", "batch", "ema", "dropout", "augment", "xflip", "precision", "seed")
+        same = "weighting intervals self_teacher lr_decay warmup batch ema ema_std clip dropout augment xflip precision"
         return {
             "--transfer": self.teacher.sha256,
             "--data": first.config.extras["data_fingerprint"],
@@ -178,7 +178,7 @@ class Ladder:
             "--ratio": self.ratios[: index + 1],
             "--duration": self.durations[index],
             "--lr": self.lrs[index],
-            **{f"--{name.replace('_', '-')}": getattr(self.base, name) for name in same},
+            **{f"--{name.replace('_', '-')}": getattr(self.base, name) for name in [*same.split(), "seed"]},
         }
 
     def check_stages(self, first: Run) -> None:

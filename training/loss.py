@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .draws import DefaultSource, RandomSource
 from .grids import NoiseGrid
-from .solvers import jump_target, teacher_landing
+from .intervals import Intervals
+from .solvers import Denoiser, jump_target, segment_landing, teacher_landing
 
 AugmentPipe = Callable[..., tuple[Tensor, Tensor]]
 
@@ -118,6 +119,8 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float | None], Tensor]] = {
     "snr-trunc": lambda t, s, sigma_data: (1 / t**2).clamp(min=1),
     "snr+1": lambda t, s, sigma_data: 1 / t**2 + 1,
     "jump": lambda t, s, sigma_data: edm_weight(t, sigma_data) * (1 - s / t) ** 2,
+    "landing": lambda t, s, sigma_data: (1 - s / t) ** 2,
+    "endpoint": lambda t, s, sigma_data: (1 - s / t) ** 2 / (1 + (s / (4 * (sigma_data or 0.5))) ** 2),
 }
 """lambda(t, s, sigma_data): how much an error in the student's answer counts on the jump from t to s.
 
@@ -132,7 +135,7 @@ jump       edm times (1 - s/t)^2: counts the error where the jump lands rather t
 class Jump:
     """A batch of jumps that a student is to learn. All noise levels are [N, 1, 1, 1], everything float64."""
 
-    interval: Tensor  # [N] int64: which of the student's steps
+    interval: Tensor  # [N] int64: which of the loss's `starts`
     x: Tensor  # noisy images at t
     t: Tensor
     s: Tensor
@@ -143,30 +146,53 @@ class Jump:
 class EDMDistillationLoss:
     """One stage of progressive distillation (Salimans & Ho 2022, Alg. 2, in EDM's variables).
 
-    teacher    network in eval mode without gradients; it is no part of what is trained or stored
-    grid       the teacher's noise grid, N steps from sigma_max to 0
-    ratio      teacher steps per student step K; the student's grid is every K-th level, the last one 0
-    solver     'heun' for an undistilled teacher, 'euler' for a student
-    weighting  a name in WEIGHTINGS
+    teacher       network in eval mode without gradients; it is no part of what is trained or stored
+    grid          the teacher's noise grid, N steps from sigma_max to 0
+    ratio         teacher steps per student step K; the student's grid is every K-th level, the last one 0
+    solver        'heun' for an undistilled teacher, 'euler' for a student
+    weighting     a name in WEIGHTINGS
+    intervals     a name in training.intervals.INTERVALS: how often each jump is trained
+    self_teacher  None, or the student's own moving average: then the teacher makes one step only, from any of its
+                  levels, and the self-teacher jumps from there to the end of the segment of K (TRACT, Berthelot et al.
+                  2023; with a single segment, consistency distillation, Song et al. 2023)
+
+    `starts` are the levels at which jumps begin: the student's, or with a self-teacher all of the teacher's.
     """
 
     def __init__(
-        self, teacher: Any, grid: NoiseGrid, ratio: int = 2, solver: str = "heun", weighting: str = "snr-trunc"
+        self,
+        teacher: Any,
+        grid: NoiseGrid,
+        ratio: int = 2,
+        solver: str = "heun",
+        weighting: str = "snr-trunc",
+        intervals: str = "uniform",
+        self_teacher: Any = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}; there are {', '.join(WEIGHTINGS)}")
         if solver not in ("heun", "euler"):
             raise ValueError(f"unknown solver {solver!r}; there are heun and euler")
         self.teacher, self.grid, self.ratio, self.solver, self.weighting = teacher, grid, ratio, solver, weighting
+        self.self_teacher = self_teacher
         self.student_grid = grid.every(ratio)
+        self.starts = (self.student_grid if self_teacher is None else grid).levels[:-1]
+        self.intervals = Intervals(len(self.starts), intervals, device)
         self._levels: Tensor | None = None
 
     def levels(self, interval: Tensor) -> Tensor:
-        """The teacher's levels g_Ki ... g_K(i+1) within student step i: float64 [K + 1, N, 1, 1, 1]."""
+        """The teacher's levels from each image's start to where its jump ends: float64 [K + 1, N, 1, 1, 1].
+
+        With a self-teacher [3, N, 1, 1, 1]: start, end of the teacher's one step, end of the segment.
+        """
         if self._levels is None or self._levels.device != interval.device:
             self._levels = torch.tensor(self.grid.levels, dtype=torch.float64, device=interval.device)
-        offsets = torch.arange(self.ratio + 1, device=interval.device)
-        return self._levels[offsets[:, None] + interval[None] * self.ratio].reshape(self.ratio + 1, -1, 1, 1, 1)
+        if self.self_teacher is None:
+            index = torch.arange(self.ratio + 1, device=interval.device)[:, None] + interval * self.ratio
+        else:
+            index = torch.stack([interval, interval + 1, (interval // self.ratio + 1) * self.ratio])
+        return self._levels[index].reshape(len(index), -1, 1, 1, 1)
 
     @torch.no_grad()
     def jumps(
@@ -181,12 +207,15 @@ class EDMDistillationLoss:
         sub-steps, and asks for the denoiser output that gets there in one jump. float64 throughout, because an error
         in the landing grows by t / (t - s) in the target; the network itself sees what its own precision sees."""
 
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return _call(self.teacher, x, sigma.flatten(), labels, augment_labels).to(torch.float64)
+        def denoiser(net: Any) -> Denoiser:
+            return lambda x, sigma: _call(net, x, sigma.flatten(), labels, augment_labels).to(torch.float64)
 
         levels = self.levels(interval)
         x = clean.to(torch.float64) + levels[0] * noise.to(torch.float64)
-        landing = teacher_landing(denoise, x, levels, self.solver)
+        if self.self_teacher is None:
+            landing = teacher_landing(denoiser(self.teacher), x, levels, self.solver)
+        else:
+            landing = segment_landing(denoiser(self.teacher), denoiser(self.self_teacher), x, levels, self.solver)
         return Jump(interval, x, levels[0], levels[-1], jump_target(x, landing, levels[0], levels[-1]), augment_labels)
 
     def __call__(
@@ -198,9 +227,11 @@ class EDMDistillationLoss:
         draws: RandomSource | None = None,
     ) -> Tensor:
         draws = draws or DefaultSource(images.device)
-        interval = draws.randint(self.student_grid.steps, len(images))
+        interval, correction = self.intervals.draw(draws, len(images))
         clean, augment_labels = _augment(net, images, augment_pipe, draws)
         jump = self.jumps(clean, interval, draws.randn(*clean.shape), labels, augment_labels)
         answer = _call(net, jump.x, jump.t.flatten(), labels, augment_labels)
         weight = WEIGHTINGS[self.weighting](jump.t, jump.s, getattr(net, "sigma_data", None))
-        return weight.to(answer.dtype) * (answer - jump.target.to(answer.dtype)) ** 2
+        loss = weight.to(answer.dtype) * (answer - jump.target.to(answer.dtype)) ** 2
+        self.intervals.note(interval, loss.flatten(1).mean(dim=1))
+        return loss if self.intervals.rule == "uniform" else loss * correction.to(loss.dtype).reshape(-1, 1, 1, 1)

@@ -59,6 +59,8 @@ class Options:
     ratio: int = 2
     teacher_solver: str | None = None
     weighting: str = "snr-trunc"
+    intervals: str = "uniform"
+    self_teacher: bool = False
     duration: float | None = None  # Mimg
     batch: int = 512
     batch_gpu: int | None = None
@@ -66,6 +68,8 @@ class Options:
     lr_decay: str | None = None
     warmup: float | None = None  # Mimg
     ema: float = 0.5  # Mimg
+    ema_std: float | None = None
+    clip: float | None = None
     dropout: float | None = None
     augment: float | None = None
     xflip: bool = False
@@ -118,7 +122,8 @@ class Run:
             say(f"Teacher:                 {teacher.source} (sha256 {teacher.sha256[:16]})")
             say(f"Distillation:            {self.stage.describe()}")
             say(
-                f"Distillation's settings: weighting {config.loss_kwargs['weighting']}, lr {config.lr:g}, decay "
+                f"Distillation's settings: weighting {config.loss_kwargs['weighting']}, intervals "
+                f"{config.loss_kwargs['intervals']}, lr {config.lr:g}, decay "
                 f"{config.lr_decay}, dropout {config.network_kwargs['dropout']:g}, augmentation "
                 f"{(config.augment_kwargs or {}).get('p', 0):g}"
             )
@@ -142,7 +147,7 @@ def prepare(options: Options) -> Run:
     stage = None
     if options.distils:
         assert teacher is not None
-        stage = plan_stage(teacher, options.num_steps, options.ratio, options.teacher_solver)
+        stage = plan_stage(teacher, options.num_steps, options.ratio, options.teacher_solver, options.self_teacher)
     elif teacher is not None and teacher.sampling is not None:
         raise UsageError(
             f"--transfer={options.transfer} is a distilled network; only --precond=edm_distillation takes those"
@@ -195,6 +200,8 @@ def _check(options: Options) -> None:
                 )
     elif options.num_steps is not None or options.teacher_solver is not None or options.targets is not None:
         raise UsageError("--num_steps, --teacher-solver and --targets belong to --precond=edm_distillation")
+    elif options.self_teacher or options.intervals != "uniform":
+        raise UsageError("--self-teacher and --intervals belong to --precond=edm_distillation")
     elif options.precond != "edm" and (options.p_mean is not None or options.p_std is not None or options.sigma_data):
         raise UsageError("--p-mean, --p-std and --sigma-data belong to --precond=edm")
 
@@ -246,6 +253,8 @@ def _config(
         if options.ema * 1000 == int(options.ema * 1000)
         else options.ema * 1000,
         ema_rampup_ratio=None if options.transfer and not distils else 0.05,
+        ema_std=options.ema_std,
+        clip=options.clip,
         precision=precision,
         compile=options.compile,
         cudnn_benchmark=options.bench,
@@ -270,6 +279,7 @@ def _distillation(stage: Stage) -> Kwargs:
         "num_steps": stage.grid.steps,
         "ratio": stage.ratio,
         "teacher_solver": stage.solver,
+        "self_teacher": stage.self_teacher,
         "teacher_levels": list(stage.grid.levels),
         "lineage": [dict(entry) for entry in stage.sampling.lineage],
     }
@@ -310,6 +320,7 @@ def _student_kwargs(stage: Stage, dropout: float, precision: str, options: Optio
         "ratio": stage.ratio,
         "teacher_solver": stage.solver,
         "weighting": options.weighting,
+        "intervals": options.intervals,
     }
     return network, loss_kwargs
 
@@ -501,7 +512,8 @@ def describe_cost(run: Run) -> list[str]:
     config, cost = run.config, network_cost(run.config, run.dataset)
     calls = 3.0  # forward and backward of what is trained
     if run.stage is not None:
-        calls += run.stage.ratio * (2 if run.stage.solver == "heun" else 1)
+        step = 2 if run.stage.solver == "heun" else 1
+        calls += step + 1 if run.stage.self_teacher else run.stage.ratio * step
     per_image = calls * cost.flops
     size, _ = check_batch(config.batch_size, config.batch_gpu, dist.get_world_size())
     weights = 4 * cost.parameters

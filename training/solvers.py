@@ -55,3 +55,14 @@ def teacher_landing(denoise: Denoiser, x: Tensor, levels: Tensor, solver: str) -
     for t, s in pairwise(levels):
         x = heun_step(denoise, x, t, s) if solver == "heun" else euler_jump(x, denoise(x, t), t, s)
     return x
+
+
+def segment_landing(denoise: Denoiser, rest: Denoiser, x: Tensor, levels: Tensor, solver: str) -> Tensor:
+    """One step of the teacher, then one jump of a student that is its own teacher to the end of the segment.
+
+    levels: [3, N, 1, 1, 1]: t, u, s of each image, t > u >= s. Where u = s the teacher's step alone arrives.
+    """
+    t, u, s = levels
+    x = teacher_landing(denoise, x, levels[:2], solver)
+    level = torch.where(u > s, u, t)  # any level will do where no jump is left
+    return torch.where(u > s, euler_jump(x, rest(x, level), level, s), x)

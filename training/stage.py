@@ -23,17 +23,20 @@ class Stage:
     grid: NoiseGrid
     ratio: int
     solver: Solver
+    self_teacher: bool = False  # the teacher makes one step of a jump, the student's own average the rest
 
     @property
     def sampling(self) -> Sampling:
         """What the student's file says: its own grid, and all teachers before it, the first one first."""
         before = self.teacher.sampling.lineage if self.teacher.sampling else ()
-        entry = {
+        entry: dict[str, Any] = {
             "network": str(self.teacher.source),
             "sha256": self.teacher.sha256,
             "steps": self.grid.steps,
             "solver": self.solver,
         }
+        if self.self_teacher:
+            entry["self_teacher"] = True
         return Sampling(self.grid.every(self.ratio), "euler", self.ratio, (*before, entry))
 
     def describe(self) -> str:
@@ -42,7 +45,8 @@ class Stage:
         shown = [f"{level:.4g}" for level in levels]
         if len(shown) > 8:
             shown = [*shown[:3], "...", *shown[-3:]]
-        return f"{self.grid.steps} {self.solver} steps -> {len(levels) - 1}, noise levels {', '.join(shown)}"
+        how = " with a self-teacher" if self.self_teacher else ""
+        return f"{self.grid.steps} {self.solver} steps -> {len(levels) - 1}{how}, noise levels {', '.join(shown)}"
 
 
 def check_steps(num_steps: int | None, ratio: int) -> None:
@@ -61,7 +65,9 @@ def check_steps(num_steps: int | None, ratio: int) -> None:
         raise UsageError(f"--num_steps={num_steps} is not divisible by --ratio={ratio}; {hint}")
 
 
-def plan_stage(teacher: Any, num_steps: int | None, ratio: int = 2, solver: str | None = None) -> Stage:
+def plan_stage(
+    teacher: Any, num_steps: int | None, ratio: int = 2, solver: str | None = None, self_teacher: bool = False
+) -> Stage:
     """Checks what is asked for against what the teacher is, and returns the stage. Raises UsageError.
 
     teacher: a `network_files.NetworkFile`. Undistilled (no grid in its file), it needs `num_steps`, gets the rho
@@ -75,7 +81,7 @@ def plan_stage(teacher: Any, num_steps: int | None, ratio: int = 2, solver: str 
             grid = network_grid(teacher.net, num_steps)
         except ValueError as exc:
             raise UsageError(f"--num_steps={num_steps}: {exc}") from exc
-        return Stage(teacher, grid, ratio, "euler" if solver == "euler" else "heun")
+        return Stage(teacher, grid, ratio, "euler" if solver == "euler" else "heun", self_teacher)
     grid = teacher.sampling.grid
     if num_steps not in (None, grid.steps):
         raise UsageError(
@@ -87,7 +93,7 @@ def plan_stage(teacher: Any, num_steps: int | None, ratio: int = 2, solver: str 
         raise UsageError(
             "--teacher-solver=heun: this teacher is a student, its output is a jump and not a slope; use euler"
         )
-    return Stage(teacher, grid, ratio, teacher.sampling.solver)
+    return Stage(teacher, grid, ratio, teacher.sampling.solver, self_teacher)
 
 
 def plan_ladder(num_steps: int, until: int, ratios: Sequence[int]) -> list[int]:

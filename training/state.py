@@ -7,7 +7,8 @@ A state is a dict for `torch.save`, read back with `weights_only=True`, so that 
     net, ema    name -> tensor (parameters and buffers)
     optimizer   exp_avg, exp_avg_sq, step: name of the parameter -> tensor
     scaler      loss scale and growth count under fp16
-    stats       name -> [count, sum, sum of squares] since the last tick
+    stats       name -> [count, sum, sum of squares] since the last tick, or a list of such
+    intervals   of a distillation: `seen`, fading numbers of images and sums of losses of every interval
     options     what the run was started with, as far as it alters the result
     world_size, device
 
@@ -89,9 +90,17 @@ def _is_complete(state: dict[str, Any]) -> bool:
                 all(isinstance(number, int) and number >= 0 for number in numbers)
                 and isinstance(position.get("elapsed_sec"), float)
                 and all(isinstance(tensor, Tensor) for tensor in tensors)
-                and all(isinstance(row, list) and len(row) == 3 for row in stats.values())
+                and all(
+                    _is_moments(rows) or (isinstance(rows, list) and all(map(_is_moments, rows)))
+                    for rows in stats.values()
+                )
+                and isinstance(state.get("intervals", {}), dict)
             )
     return False
+
+
+def _is_moments(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 3 and all(isinstance(number, float) for number in row)
 
 
 def rolling_name(nimg: int) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from .augment import AugmentPipe
 from .config import TrainConfig, check_batch, differences
 from .dataset import ImageFolderDataset
 from .draws import StepDraws, key
+from .intervals import Intervals
 from .loader import Batch, Loader
 from .network_files import save_network
 from .samplers import edm_sampler, grid_sampler
 from .stage import Stage
 
+MAX_ROWS = 64  # of a sheet of targets
 NETWORKS = {name: getattr(networks, name) for name in ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")}
 LOSSES = {name: getattr(losses, name) for name in ("EDMLoss", "VPLoss", "VELoss")}
 
@@ -66,10 +69,28 @@ def learning_rate(nimg: int, config: TrainConfig) -> float:
 
 def ema_factor(nimg: int, config: TrainConfig) -> float:
     """How much of the old average stays: 0.5^(batch / half-life), the half-life ramped up with the images seen."""
+    if config.ema_std is not None:
+        return power_ema_factor(nimg // config.batch_size + 1, config.ema_std)
     halflife = config.ema_halflife_kimg * 1000
     if config.ema_rampup_ratio is not None:
         halflife = min(halflife, nimg * config.ema_rampup_ratio)
     return float(0.5 ** (config.batch_size / max(halflife, 1e-8)))
+
+
+def power_ema_factor(step: int, std: float) -> float:
+    """Of a power-function average at step 1, 2, ...: (1 - 1 / step)^(gamma + 1), eq. 2 of Karras et al. 2024 (EDM2).
+
+    The average's weights grow as a power of training time; `std`, EDM2's sigma_rel, is their deviation as a part of
+    it, and gamma the largest root of (gamma + 1) = std^2 (gamma + 2)^2 (gamma + 3) (eq. 3).
+    """
+    return float((1 - 1 / step) ** (ema_exponent(std) + 1))
+
+
+@lru_cache(maxsize=8)
+def ema_exponent(std: float) -> float:
+    """gamma of `power_ema_factor`, 0 < std < 0.288 or so (the deviation of equal weights)."""
+    square = std**-2
+    return float(np.roots([1, 7, 16 - square, 12 - square]).real.max())
 
 
 class Gradients:
@@ -94,6 +115,10 @@ class Gradients:
     def sum_over_processes(self) -> None:
         """After the last round of a step."""
         dist.all_reduce_sum([self.flat])
+
+    def clip(self, limit: float) -> None:
+        """Shortens the gradient to Euclidean length `limit` where it is longer, without waiting for the device."""
+        self.flat.mul_((limit / torch.linalg.vector_norm(self.flat).clamp(min=limit)).clamp(max=1))
 
 
 class LossScale:
@@ -158,7 +183,6 @@ class Trainer:
 
         torch.manual_seed(key(config.seed, 0, "init"))
         self.net = build_network(config.network_kwargs, dataset.resolution, dataset.num_channels, dataset.label_dim)
-        self.loss_fn = self._make_loss()
         if stage is not None:
             self.net.load_state_dict(stage.teacher.net.state_dict())
         elif transfer is not None:
@@ -168,6 +192,8 @@ class Trainer:
         if config.precision == "fp16" and self.device.type != "cuda":
             self.say(f"Note: fp16 is for CUDA; on {self.device.type} the network computes in fp32")
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.loss_fn = self._make_loss()
+        self.intervals: Intervals | None = getattr(self.loss_fn, "intervals", None)
         self.forward = maybe_compile(self.net, config.compile, self.say)
         self.augment_pipe = AugmentPipe(**config.augment_kwargs) if config.augment_kwargs is not None else None
 
@@ -192,8 +218,19 @@ class Trainer:
         teacher = self.stage.teacher.net.eval().requires_grad_(False).to(self.device)
         teacher.compute_dtype = torch.float32  # targets amplify the teacher's rounding errors by t / (t - s)
         teacher = maybe_compile(teacher, self.config.compile, self.say)
+        self_teacher = None
+        if self.stage.self_teacher:
+            self.ema.compute_dtype = torch.float32  # as the teacher
+            self_teacher = maybe_compile(self.ema, self.config.compile, self.say)
         return losses.EDMDistillationLoss(
-            teacher, self.stage.grid, self.stage.ratio, self.stage.solver, weighting=kwargs["weighting"]
+            teacher,
+            self.stage.grid,
+            self.stage.ratio,
+            self.stage.solver,
+            weighting=kwargs["weighting"],
+            intervals=kwargs["intervals"],
+            self_teacher=self_teacher,
+            device=self.device,
         )
 
     # -- the method ------------------------------------------------------------------------------------------------
@@ -211,6 +248,8 @@ class Trainer:
         self.gradients.sum_over_processes()
         self.apply_gradients()
         self.update_ema()
+        if self.intervals is not None:
+            training_stats.report_moments("Loss/interval", self.intervals.end_step())
         self.collector.update()
         self.nimg += self.config.batch_size
         self.step_count += 1
@@ -228,6 +267,8 @@ class Trainer:
         """Adam, unless a gradient is not finite: then nothing moves and the step is counted. No wait for the device."""
         self.scale.unscale(self.gradients.flat)
         found_inf = (~torch.isfinite(torch.linalg.vector_norm(self.gradients.flat, math.inf))).float()
+        if self.config.clip is not None:
+            self.gradients.clip(self.config.clip)
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused Adam looks at it on the device
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
@@ -404,7 +445,7 @@ class Trainer:
         if not dist.is_main():
             return
         assert isinstance(self.loss_fn, losses.EDMDistillationLoss)
-        grid, count = self.loss_fn.student_grid, 4
+        count = 4
         items = [self.dataset[i % len(self.dataset)] for i in range(count)]
         clean = torch.from_numpy(np.stack([image for image, _ in items])).to(self.device).float() / 127.5 - 1
         labels = None
@@ -413,9 +454,10 @@ class Trainer:
         generator = torch.Generator().manual_seed(key(self.config.seed, 0, "targets"))
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
         rows, names = [], []
-        for step, (t, s) in enumerate(zip(grid.levels, grid.levels[1:], strict=False)):
-            interval = torch.full([count], step, device=self.device)
+        for start in spread(len(self.loss_fn.starts), MAX_ROWS):
+            interval = torch.full([count], start, device=self.device)
             jump = self.loss_fn.jumps(clean, interval, noise, labels)
+            t, s = float(jump.t[0]), float(jump.s[0])
             answer = self.ema(jump.x, jump.t.flatten(), labels)
             shown = jump.x / (1 + jump.t**2).sqrt()  # the noisy image at a scale that can be looked at
             rows.append(torch.cat([pictures.to_uint8(x) for x in (shown, jump.target, answer)]))
@@ -481,6 +523,7 @@ class Trainer:
             },
             "scaler": self.scale.state_dict(),
             "stats": self.collector.state_dict(),
+            "intervals": self.intervals.state_dict() if self.intervals else {},
             "options": json.loads(json.dumps(self.config.identity())),
             "world_size": self.world_size,
             "device": self.device.type,
@@ -504,6 +547,8 @@ class Trainer:
             position = saved["position"]
             self.scale.load_state_dict(saved["scaler"])
             self.collector.load_state_dict(saved["stats"])
+            if self.intervals is not None:
+                self.intervals.load_state_dict(saved["intervals"])
             self.nimg, self.step_count, self.tick = position["nimg"], position["step"], position["tick"]
             self.tick_start_nimg, self.tick_start_step = position["tick_start_nimg"], position["tick_start_step"]
             self.skipped.fill_(position["skipped"])
@@ -525,6 +570,11 @@ class Trainer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def spread(count: int, most: int) -> list[int]:
+    """All of 0 ... count - 1, or `most` of them from the first to the last."""
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)] if count > most else list(range(count))
 
 
 def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig) -> None:
