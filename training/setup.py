@@ -445,7 +445,7 @@ def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     raise UserError(f"--resume=latest: {options.outdir} has no run of these options with a state; start without it")
 
 
-def train(options: Options, run: Run) -> Path:
+def train(options: Options, run: Run, trainer_class: type[Trainer] = Trainer) -> Path:
     """Runs what `prepare` returned, going on where there is a state, and returns the path of the final snapshot."""
     found = find_state(options, run)
     config = run.config
@@ -458,7 +458,7 @@ def train(options: Options, run: Run) -> Path:
         if found is None:
             run.announce(lambda line: append_text(Path(config.run_dir, "log.txt"), line + "\n"))
     dist.barrier()
-    trainer = Trainer(config, run.dataset, run.stage, run.transfer)
+    trainer = trainer_class(config, run.dataset, run.stage, run.transfer)
     if found is not None:
         trainer.load_state(*found)
     return trainer.run()

@@ -169,6 +169,8 @@ class Trainer:
     transfer: network to take matching weights from at the start (training from data alone).
     """
 
+    distillation_loss = losses.EDMDistillationLoss
+
     def __init__(
         self, config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None, transfer: Any = None
     ) -> None:
@@ -222,7 +224,7 @@ class Trainer:
         if self.stage.self_teacher:
             self.ema.compute_dtype = torch.float32  # as the teacher
             self_teacher = maybe_compile(self.ema, self.config.compile, self.say)
-        return losses.EDMDistillationLoss(
+        return self.distillation_loss(
             teacher,
             self.stage.grid,
             self.stage.ratio,
