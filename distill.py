@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dnnlib import cli
+from training.config import INTERVALS, WEIGHTINGS
 
 NAMES = cli.Choice
 POSITIVE = cli.Number(min=0, min_open=True)
@@ -47,13 +48,15 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @click.option(
     "--weighting",
     help="Weight of noise levels",
-    type=NAMES(["edm", "snr-trunc", "snr+1", "jump", "landing", "endpoint"]),
-    default="snr-trunc",
+    type=NAMES(WEIGHTINGS),
+    default="geomean",
 )
 @click.option(
-    "--intervals", help="Train jumps equally often, or by loss", type=NAMES(["uniform", "loss"]), default="uniform"
+    "--intervals",
+    help="Train a student's jumps equally often, or where the loss is: default loss",
+    type=NAMES(INTERVALS),
 )
-@click.option("--self-teacher", help="The student's average makes all but a jump's first step", is_flag=True)
+@click.option("--self-teacher", help="The student's own EMA makes all but the first step of a jump", is_flag=True)
 @click.option(
     "--ema-std",
     help="Power-function EMA of this relative width instead",

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dnnlib import cli
+from training.config import INTERVALS, WEIGHTINGS
 
 NAMES = cli.Choice
 
@@ -41,13 +42,15 @@ NAMES = cli.Choice
 @click.option(
     "--weighting",
     help="Distillation: weight of noise levels in the loss",
-    type=NAMES(["edm", "snr-trunc", "snr+1", "jump", "landing", "endpoint"]),
-    default="snr-trunc",
+    type=NAMES(WEIGHTINGS),
+    default="geomean",
 )
 @click.option(
-    "--intervals", help="Train jumps equally often, or by loss", type=NAMES(["uniform", "loss"]), default="uniform"
+    "--intervals",
+    help="Train a student's jumps equally often, or where the loss is: default loss",
+    type=NAMES(INTERVALS),
 )
-@click.option("--self-teacher", help="The student's average makes all but a jump's first step", is_flag=True)
+@click.option("--self-teacher", help="The student's own EMA makes all but the first step of a jump", is_flag=True)
 @click.option(
     "--targets", help="Distillation: how often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1)
 )

@@ -22,26 +22,57 @@ from typing import Any
 
 import click
 
+from training.config import WEIGHTINGS
+
 ROOT = Path(__file__).resolve().parent.parent
 
-# What all runs share; a variant's own options come after and win.
-SHORT = "--num_steps=16 --until=8 --duration=0.02 --batch=64 --lr=5e-4 --weighting=snr-trunc"  # the first halving
-LADDER = "--num_steps=16 --until=1 --duration=0.04 --batch=64 --lr=5e-4"
+# What all runs of a screen share; a variant's own options come after and win.
+SHORT = "--num_steps=16 --until=8 --duration=0.02 --batch=64 --lr=5e-4"  # the first halving
+OLD = f"{SHORT} --weighting=snr-trunc --intervals=uniform"  # what the defaults were before these screens
+LADDER = "--num_steps=16 --until=1 --duration=0.04 --batch=64 --lr=5e-4"  # the demo's, with the defaults
 
 Screen = tuple[str, dict[str, str]]
 SCREENS: dict[str, Screen] = {
-    "rates": (SHORT, {f"lr {lr}": f"--lr={lr}" for lr in ("1e-3", "5e-4", "3.5e-4", "2.5e-4")}),
-    "weightings": (
-        SHORT,
-        {name: f"--weighting={name}" for name in ("edm", "snr-trunc", "snr+1", "jump", "landing", "endpoint")},
-    ),
-    "intervals": (
+    "weightings": (OLD, {name: f"--weighting={name}" for name in WEIGHTINGS}),
+    "intervals": (SHORT, {f"{name}, by loss": f"--weighting={name} --intervals=loss" for name in WEIGHTINGS}),
+    "rates": (OLD, {f"lr {lr}": f"--lr={lr}" for lr in ("1e-3", "5e-4", "3.5e-4", "2.5e-4")}),
+    "rates-new": (SHORT, {f"lr {lr}": f"--lr={lr}" for lr in ("1e-3", "7e-4", "5e-4", "3.5e-4", "2.5e-4")}),
+    "optimiser": (
         SHORT,
         {
-            f"{name}, by loss": f"--weighting={name} --intervals=loss"
-            for name in ("edm", "snr-trunc", "jump", "landing", "endpoint")
+            "batch 32": "--batch=32",
+            "batch 128": "--batch=128",
+            "warm-up 2 kimg": "--warmup=0.002",
+            "clipped at 1": "--clip=1",
+            "cosine decay": "--lr-decay=cosine",
+            "no decay": "--lr-decay=none",
+            "no decay, EMA of width 0.1": "--lr-decay=none --ema-std=0.1",
+            "no decay, EMA of width 0.05": "--lr-decay=none --ema-std=0.05",
+            "EMA of width 0.05": "--ema-std=0.05",
+            "no EMA": "--ema=0",
+            "dropout 0.13": "--dropout=0.13",
         },
     ),
+    "teachers": (SHORT, {"heun": "", "euler": "--teacher-solver=euler"}),
+    "ladders": (
+        LADDER,
+        {
+            "defaults": "",
+            "old defaults": "--weighting=snr-trunc --intervals=uniform",
+            "jump": "--weighting=jump",
+            "landing": "--weighting=landing",
+            "longer last stages": "--duration=0.03,0.03,0.05,0.05",
+            "longer first stage": "--duration=0.07,0.03,0.03,0.03",
+            "from 32": "--num_steps=32 --duration=0.032",
+            "16 -> 4 -> 1": "--ratio=4 --duration=0.08",
+            "8 -> 1": "--num_steps=8 --duration=0.0533",
+            "16 -> 1 at once": "--ratio=16 --duration=0.16",
+            "16 -> 1, self-teacher": "--ratio=16 --self-teacher --duration=0.16",
+            "16 -> 1, self-teacher, equal time": "--ratio=16 --self-teacher --duration=0.147",
+            "16 -> 4 -> 1, self-teacher": "--ratio=4 --self-teacher --duration=0.08",
+        },
+    ),
+    "budgets": (LADDER, {f"{kimg} kimg a stage": f"--duration={kimg / 1000}" for kimg in (10, 20, 40, 80)}),
 }
 
 

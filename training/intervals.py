@@ -14,11 +14,11 @@ from torch import Tensor
 
 from torch_utils import distributed as dist
 
+from .config import INTERVALS
 from .draws import RandomSource
 
-INTERVALS = ("uniform", "loss")
 MEMORY = 0.98  # of the running means per step: they look back some 50 steps
-UNIFORM_PART = 0.25  # of all draws, whatever the losses: nothing is forgotten, and weights 1 / (n p) stay below 4
+UNIFORM_PART = 0.1  # of all draws, whatever the losses: nothing is forgotten, and weights 1 / (n p) stay below 10
 ENOUGH = 16.0  # images that every interval must have seen before its mean is believed
 
 
@@ -27,8 +27,8 @@ class Intervals:
 
     count  number of intervals n
     rule   uniform  p_i = 1 / n
-           loss     p_i = a quarter uniform, the rest in proportion to the square root of the interval's mean loss: the
-                    deviation of its share of the gradient, roughly, and so the distribution of least noise
+           loss     p_i = a tenth uniform, the rest in proportion to the interval's mean loss. (Least noise would be the
+                    square root, roughly; the more eager rule measured better, see docs/results.md.)
     """
 
     def __init__(self, count: int, rule: str = "uniform", device: torch.device | str = "cpu") -> None:
@@ -44,7 +44,7 @@ class Intervals:
         if self.rule == "uniform":
             return uniform
         images, total = self.seen
-        need = (total / images.clamp(min=1e-12)).sqrt()
+        need = total / images.clamp(min=1e-12)
         known = (images >= ENOUGH).all() & (need.sum() > 0)
         return torch.where(
             known, UNIFORM_PART * uniform + (1 - UNIFORM_PART) * need / need.sum().clamp(min=1e-300), uniform

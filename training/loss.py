@@ -119,6 +119,7 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float | None], Tensor]] = {
     "snr-trunc": lambda t, s, sigma_data: (1 / t**2).clamp(min=1),
     "snr+1": lambda t, s, sigma_data: 1 / t**2 + 1,
     "jump": lambda t, s, sigma_data: edm_weight(t, sigma_data) * (1 - s / t) ** 2,
+    "geomean": lambda t, s, sigma_data: edm_weight(t, sigma_data).sqrt() * (1 - s / t) ** 2,
     "landing": lambda t, s, sigma_data: (1 - s / t) ** 2,
     "endpoint": lambda t, s, sigma_data: (1 - s / t) ** 2 / (1 + (s / (4 * (sigma_data or 0.5))) ** 2),
 }
@@ -127,7 +128,10 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float | None], Tensor]] = {
 edm        1 / c_out^2 of the network's own preconditioning
 snr-trunc  max(1 / t^2, 1): truncated SNR of Salimans & Ho 2022
 snr+1      1 / t^2 + 1: SNR + 1 of Salimans & Ho 2022
-jump       edm times (1 - s/t)^2: counts the error where the jump lands rather than in the denoiser's output
+jump       edm times (1 - s/t)^2: as edm, but for where the jump lands rather than for the denoiser's output
+landing    (1 - s/t)^2: the error in the image on which the jump lands
+geomean    the geometric mean of jump and landing
+endpoint   landing, less what the rest of the way down shrinks it (for Gaussian data of deviation 4 sigma_data)
 """
 
 
@@ -151,7 +155,7 @@ class EDMDistillationLoss:
     ratio         teacher steps per student step K; the student's grid is every K-th level, the last one 0
     solver        'heun' for an undistilled teacher, 'euler' for a student
     weighting     a name in WEIGHTINGS
-    intervals     a name in training.intervals.INTERVALS: how often each jump is trained
+    intervals     'loss' or 'uniform': how often each jump is trained (training.intervals)
     self_teacher  None, or the student's own moving average: then the teacher makes one step only, from any of its
                   levels, and the self-teacher jumps from there to the end of the segment of K (TRACT, Berthelot et al.
                   2023; with a single segment, consistency distillation, Song et al. 2023)
@@ -165,8 +169,8 @@ class EDMDistillationLoss:
         grid: NoiseGrid,
         ratio: int = 2,
         solver: str = "heun",
-        weighting: str = "snr-trunc",
-        intervals: str = "uniform",
+        weighting: str = "geomean",
+        intervals: str = "loss",
         self_teacher: Any = None,
         device: torch.device | str = "cpu",
     ) -> None:

@@ -58,8 +58,8 @@ class Options:
     num_steps: int | None = None
     ratio: int = 2
     teacher_solver: str | None = None
-    weighting: str = "snr-trunc"
-    intervals: str = "uniform"
+    weighting: str = "geomean"
+    intervals: str | None = None  # loss
     self_teacher: bool = False
     duration: float | None = None  # Mimg
     batch: int = 512
@@ -200,7 +200,7 @@ def _check(options: Options) -> None:
                 )
     elif options.num_steps is not None or options.teacher_solver is not None or options.targets is not None:
         raise UsageError("--num_steps, --teacher-solver and --targets belong to --precond=edm_distillation")
-    elif options.self_teacher or options.intervals != "uniform":
+    elif options.self_teacher or options.intervals is not None:
         raise UsageError("--self-teacher and --intervals belong to --precond=edm_distillation")
     elif options.precond != "edm" and (options.p_mean is not None or options.p_std is not None or options.sigma_data):
         raise UsageError("--p-mean, --p-std and --sigma-data belong to --precond=edm")
@@ -320,7 +320,7 @@ def _student_kwargs(stage: Stage, dropout: float, precision: str, options: Optio
         "ratio": stage.ratio,
         "teacher_solver": stage.solver,
         "weighting": options.weighting,
-        "intervals": options.intervals,
+        "intervals": options.intervals or "loss",
     }
     return network, loss_kwargs
 
