@@ -115,7 +115,7 @@ def test_edm_weighting_is_a_plain_loss_in_the_networks_own_output():
 
     net = small_network(sigma_data=0.7).eval()
     teacher = small_network(sigma_data=0.7).eval().requires_grad_(False)
-    loss = EDMDistillationLoss(teacher, network_grid(teacher, 4), 2, "heun", "edm")
+    loss = EDMDistillationLoss(teacher, network_grid(teacher, 4), 2, "heun", "edm", "uniform")
     images = torch.rand(4, 1, 8, 8) * 2 - 1
     draws = lambda: StepDraws(0, 0, 4, "cpu").part(0, 4)  # noqa: E731
     value = loss(net, images, draws=draws())
