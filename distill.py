@@ -84,7 +84,27 @@ POSITIVE = cli.Number(min=0, min_open=True)
     type=cli.Whole(min=2),
     default=50000,
 )
+@click.option(
+    "--eval-sets",
+    help="Measure a rung so many times, each with --eval-num other seeds: fd becomes mean ± std",
+    metavar="INT",
+    type=cli.Whole(min=1),
+    default=3,
+)
 @click.option("--eval-batch", help="Batch size when measuring", metavar="INT", type=cli.Whole(min=1), default=64)
+@click.option(
+    "--curve",
+    help="Also measure an undistilled teacher itself at the students' costs",
+    metavar="BOOL",
+    type=cli.Bool(),
+    default=True,
+)
+@click.option(
+    "--stop-if-worse",
+    help="End where a student's endpoint_rmse is so many times that of the one before, such as 1.5",
+    metavar="FACTOR",
+    type=POSITIVE,
+)
 @click.option("--device", help="Where to compute", type=NAMES(["auto", "cuda", "cpu"]), default="auto")
 @click.option(
     "--precision", help="Arithmetic of the student", type=NAMES(["fp32", "tf32", "bf16", "fp16"]), default="fp32"
@@ -113,6 +133,9 @@ def command(
     detector: str,
     eval_num: int,
     eval_batch: int,
+    eval_sets: int,
+    curve: bool,
+    stop_if_worse: float | None,
     **values: Any,
 ) -> None:
     """Distil a teacher into students of half its steps, again and again, and measure every rung of the ladder.
@@ -122,7 +145,8 @@ def command(
       torchrun --standalone --nproc_per_node=8 distill.py --outdir=ladder --data=datasets/cifar10-32x32.zip \\
           --transfer=teacher.pkl --num_steps=32 --until=1 --duration=20 --ref=cifar10-32x32.npz
 
-    Leaves ladder.json, ladder.csv, ladder.png and samples.png in --outdir, and a run directory for every stage.
+    Leaves ladder.json, ladder.csv, ladder.png and samples.png in --outdir, teacher-curve.json and .csv (the teacher
+    itself with as few steps), and a run directory for every stage. The same command started again goes on there.
     """
     if num_steps is not None:
         from training.stage import plan_ladder
@@ -132,14 +156,29 @@ def command(
     from torch_utils import distributed as dist
 
     dist.init(device, timeout_minutes=24 * 60)  # processes may finish their share of a measurement far apart
-    from training.ladder import Ladder, LadderOptions, format_table
+    from training.ladder import Ladder, LadderOptions
+    from training.ladder_report import format_table
     from training.setup import Options
 
     stages = Options(precond="edm_distillation", **values)
-    options = LadderOptions(num_steps, until, ratio, duration, lr, ref, detector, eval_num, eval_batch)
-    rungs = Ladder(stages, options).run()
+    options = LadderOptions(
+        num_steps,
+        until,
+        ratio,
+        duration,
+        lr,
+        ref=ref,
+        detector=detector,
+        eval_num=eval_num,
+        eval_batch=eval_batch,
+        eval_sets=eval_sets,
+        curve=curve,
+        stop_if_worse=stop_if_worse,
+    )
+    ladder = Ladder(stages, options)
+    rungs = ladder.run()
     dist.print0()
-    dist.print0(format_table(rungs))
+    dist.print0(format_table(rungs, ladder.curve, ladder.halves))
     dist.print0()
     dist.print0(f"Pictures: {stages.outdir}/ladder.png (the curve) and {stages.outdir}/samples.png (the images)")
     dist.shutdown()

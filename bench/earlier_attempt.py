@@ -30,7 +30,8 @@ from dnnlib import cli
 from torch_utils import distributed as dist
 from training import setup
 from training.grids import Solver, network_grid
-from training.ladder import Ladder, LadderOptions, format_table
+from training.ladder import Ladder, LadderOptions
+from training.ladder_report import format_table
 from training.loss import EDMDistillationLoss
 from training.network_files import NetworkFile
 from training.setup import Options, Run

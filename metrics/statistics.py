@@ -128,23 +128,29 @@ class FeatureStatistics:
         return mu.cpu().numpy(), sigma.cpu().numpy(), num
 
 
-def statistics_of_images(batches: Iterable[Tensor], detector: Detector) -> Stats:
+def statistics_of_images(batches: Iterable[Tensor], detector: Detector, *, warn: bool = True) -> Stats:
     """Statistics of images given in batches uint8 [n, C, H, W]; each process brings its own share, all get the result.
 
-    Warns (rank 0, standard error) when there are too few images for the number of features.
+    Warns (rank 0, standard error) when there are too few images for the number of features, unless told not to.
     """
     sums = FeatureStatistics(detector.dim, detector.device)
     for images in batches:
         sums.append(detector(images))
     sums.reduce()
     mu, sigma, num = sums.mean_cov()
+    if warn:
+        warn_of_few(num, detector)
+    return Stats(mu, sigma, num, detector.id)
+
+
+def warn_of_few(num: int, detector: Detector) -> None:
+    """One line on rank 0's standard error where there are too few images for the number of features."""
     if num <= detector.dim:
         dist.print0(
             f"warning: {num} images are few for {detector.dim} features: the covariance has not its full rank, and the "
             "distance comes out too large; compare it only with distances of equally many images",
             file=sys.stderr,
         )
-    return Stats(mu, sigma, num, detector.id)
 
 
 def statistics_of_dataset(
@@ -175,6 +181,62 @@ def statistics_of_dataset(
         return statistics_of_images(with_progress(batches, len(share)) if progress else batches, detector)
     finally:
         dataset.close()
+
+
+def dataset_against_itself(
+    path: str | os.PathLike[str],
+    detector: Detector,
+    *,
+    splits: int,
+    largest: int,
+    seed: int = 0,
+    batch: int = 64,
+    progress: bool = False,
+) -> tuple[Stats, int, list[float]]:
+    """What `statistics_of_dataset` finds, and how far random halves of the data set are from each other, in one pass.
+
+    Returns (statistics of all images, images in a half, one Fréchet distance per split). Split i is a permutation
+    keyed by (seed, i); a half has half of the images, but no more than `largest`. No distances for fewer than four
+    images. Nothing is kept of an image but its share in the sums, so that the size of the data set does not matter.
+    """
+    dataset = ImageFolderDataset(path=os.fspath(path))
+    try:
+        num = len(dataset)
+        if num < 2:
+            raise UserError(f"{path}: found {num} image; statistics need at least 2")
+        size = min(num // 2, largest)
+        halves = split_in_halves(num, size, splits, seed) if size > 1 else np.zeros([0, num], dtype=np.int8)
+        sums = [[FeatureStatistics(detector.dim, detector.device) for _ in "ab"] for _ in halves]
+        share = own_share(split_seeds(range(num), count_batches(num, batch, dist.get_world_size())))
+        everything = FeatureStatistics(detector.dim, detector.device)
+        batches = read_images(dataset, share)
+        for indices, images in zip(share, with_progress(batches, len(share)) if progress else batches, strict=True):
+            features = detector(images)
+            everything.append(features)
+            for pair, half in zip(sums, halves, strict=True):
+                for which, part in enumerate(pair, start=1):
+                    chosen = np.flatnonzero(half[indices] == which)
+                    if len(chosen):
+                        part.append(features[torch.from_numpy(chosen).to(features.device)])
+        for part in [everything, *(part for pair in sums for part in pair)]:
+            part.reduce()
+        distances = dist.from_rank0(
+            lambda: [frechet_distance(*a.mean_cov()[:2], *b.mean_cov()[:2]) for a, b in sums]  # minutes for Inception
+        )
+        warn_of_few(num, detector)
+        return Stats(*everything.mean_cov(), detector.id), size, distances
+    finally:
+        dataset.close()
+
+
+def split_in_halves(num: int, size: int, splits: int, seed: int) -> np.ndarray:
+    """For each split and image 1 or 2, the half that it belongs to, or 0 for none: int8 [splits, num]."""
+    halves = np.zeros([splits, num], dtype=np.int8)
+    for index, half in enumerate(halves):
+        order = np.random.default_rng([seed, index]).permutation(num)
+        half[order[:size]] = 1
+        half[order[size : 2 * size]] = 2
+    return halves
 
 
 def load_reference(source: str | os.PathLike[str]) -> Stats:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -26,11 +27,20 @@ from dnnlib.cli import UserError
 from helpers import load_recipe, make_dataset, small_network
 from metrics import detectors
 from metrics.classifier import train_detector
-from metrics.statistics import Stats
+from metrics.statistics import (
+    Stats,
+    dataset_against_itself,
+    frechet_between,
+    statistics_of_dataset,
+    statistics_of_images,
+)
 from training import ladder as ladder_module
 from training import pictures, setup
-from training.ladder import FirstImages, Ladder, Rung, Timing, checked, plot_ladder, show_progress
+from training.dataset import ImageFolderDataset
+from training.ladder import Checked, FirstImages, Ladder, Timing, show_progress
+from training.ladder_report import CurvePoint, Halves, Rung, format_table, ladder_figure, plot_ladder
 from training.network_files import load_network, save_network
+from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler
 from training.sampling import Batch
 from training.stage import plan_stage
 from training.training_loop import Trainer
@@ -105,13 +115,22 @@ def forbid_work(monkeypatch):
 def test_files(climbed):
     table = rungs(climbed)
     assert [list(rung) for rung in table] == [
-        ["steps", "nfe", "fd", "endpoint_rmse", "sec_per_kimg", "kimg", "network"]
+        ["steps", "nfe", "fd", "endpoint_rmse", "sec_per_kimg", "kimg", "network", "fd_std", "fd_sets"]
     ] * 3
     assert [(rung["steps"], rung["nfe"], rung["kimg"]) for rung in table] == [(4, 7, 0), (2, 2, 1), (1, 1, 2)]
     assert table[0]["endpoint_rmse"] == 0 and all(0 < rung["endpoint_rmse"] < 10 for rung in table[1:])
     assert all(rung["fd"] > 0 and rung["sec_per_kimg"] > 0 for rung in table)
+    for rung in table:
+        first, second, third = rung["fd_sets"]
+        mean = (first + second + third) / 3
+        spread = math.sqrt(((first - mean) ** 2 + (second - mean) ** 2 + (third - mean) ** 2) / 2)
+        assert len({first, second, third}) == 3, "other seeds, other images"
+        assert rung["fd"] == pytest.approx(mean, rel=1e-12) and rung["fd_std"] == pytest.approx(spread, rel=1e-9)
     with open(climbed / "ladder.csv", newline="") as file:
-        assert list(csv.DictReader(file)) == [{name: str(value) for name, value in rung.items()} for rung in table]
+        assert list(csv.DictReader(file)) == [
+            {**{name: str(value) for name, value in rung.items()}, "fd_sets": " ".join(map(str, rung["fd_sets"]))}
+            for rung in table
+        ]
 
     last = load_network(table[2]["network"])
     assert Path(table[2]["network"]) == climbed / "stage-2-2to1" / "network-snapshot-000002.pkl"
@@ -249,15 +268,96 @@ def test_end_point_error_in_closed_form(place, tmp_path, monkeypatch):
 
 
 def test_distances_are_those_of_fid_gen(place, climbed, tmp_path, capsys):
-    """Teacher and students, against a reference that fid.py makes itself."""
+    """Teacher and students, every seed set, against a reference that fid.py makes itself."""
     files = [f"--detector={place / 'detector.pt'}", f"--ref={tmp_path / 'ref.npz'}"]
     assert fid.main(["ref", f"--data={place / 'data.zip'}", f"--dest={tmp_path / 'ref.npz'}", files[0]]) == 0
     for rung in rungs(climbed):
         steps = ["--steps=4"] if rung["steps"] == 4 else []
-        capsys.readouterr()
-        args = [f"--network={rung['network']}", *steps, f"--num={NUM}", f"--batch={BATCH}", *files]
-        assert fid.main(["gen", *args]) == 0
-        assert float(capsys.readouterr().out) == pytest.approx(rung["fd"], rel=2e-5)
+        for number, distance in enumerate(rung["fd_sets"]):
+            capsys.readouterr()
+            seeds = f"--seeds={number * NUM}-{(number + 1) * NUM - 1}"
+            args = [f"--network={rung['network']}", *steps, seeds, f"--batch={BATCH}", *files]
+            assert fid.main(["gen", *args]) == 0
+            assert float(capsys.readouterr().out) == pytest.approx(distance, rel=2e-5)
+
+
+def test_the_teachers_own_curve_is_what_edms_samplers_give(place, tmp_path):
+    """At the cost of a 4-step student: four Euler steps, or two of Heun's (three calls), on fresh grids."""
+    args = options(place, "--num_steps=8", "--until=4", "--duration=0.001", f"--outdir={tmp_path}")
+    assert distill.main(args) == 0
+    curve = json.loads((tmp_path / "teacher-curve.json").read_text())
+    assert [list(point) for point in curve] == [["solver", "steps", "nfe", "fd", "endpoint_rmse"]] * 2
+    assert [(p["solver"], p["steps"], p["nfe"]) for p in curve] == [("euler", 4, 4), ("heun", 2, 3)]
+    with open(tmp_path / "teacher-curve.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [{name: str(value) for name, value in point.items()} for point in curve]
+
+    net = load_network(place / "teacher.pkl").net
+    detector = detectors.load_detector(str(place / "detector.pt"), "cpu")
+    reference = statistics_of_dataset(place / "data.zip", detector)
+    random = StackedRandomGenerator("cpu", range(NUM))
+    latents = random.randn([NUM, 1, 8, 8])
+    labels = torch.eye(4)[random.randint(4, size=[NUM])]
+    end = edm_sampler(net, latents, labels, num_steps=8)
+    for point, images in zip(
+        curve,
+        [
+            ablation_sampler(net, latents, labels, num_steps=4, solver="euler", discretization="edm"),
+            edm_sampler(net, latents, labels, num_steps=2),
+        ],
+        strict=True,
+    ):
+        assert point["endpoint_rmse"] == pytest.approx(rms(images - end), rel=1e-5)
+        stats = statistics_of_images([pictures.to_uint8(images)], detector)
+        assert point["fd"] == pytest.approx(frechet_between(stats, reference), rel=1e-4)
+
+
+def test_which_curve_points_there_are():
+    plan = ladder_module.curve_plan
+    assert plan([32, 16, 8, 4, 2, 1]) == [
+        *(("euler", steps) for steps in (32, 16, 8, 4, 2, 1)),
+        *(("heun", steps) for steps in (16, 8, 4, 2, 1)),
+    ]
+    assert plan([9, 3, 1]) == [("euler", 9), ("euler", 3), ("euler", 1), ("heun", 5), ("heun", 2), ("heun", 1)]
+    for students in ([32, 16, 8, 4, 2, 1], [9, 3, 1], [7]):
+        for steps in [steps for solver, steps in plan(students) if solver == "heun"]:
+            assert any(2 * steps - 1 <= student < 2 * steps + 1 for student in students), "the most that cost no more"
+
+
+def test_halves_of_the_data(place, climbed, capsys, monkeypatch):
+    """By numpy's own mean and covariance of the features, split as documented; and said in the table."""
+    detector = detectors.load_detector(str(place / "detector.pt"), "cpu")
+    dataset = ImageFolderDataset(place / "data.zip")
+    features = detector(torch.from_numpy(np.stack([dataset[i][0] for i in range(200)]))).double().numpy()
+    expected = []
+    for split in range(10):
+        order = np.random.default_rng([0, split]).permutation(200)
+        a, b = (
+            Stats(part.mean(0), np.cov(part, rowvar=False), NUM, detector.id)
+            for part in (features[order[:NUM]], features[order[NUM : 2 * NUM]])
+        )
+        expected.append(frechet_between(a, b))
+    record = json.loads(next((climbed / "rungs").glob("halves-*.json")).read_text())
+    assert record["images"] == NUM and record["distances"] == pytest.approx(expected, rel=1e-6)
+    forbid_work(monkeypatch)
+    assert distill.main([*options(place, *STAGES), f"--outdir={climbed}"]) == 0
+    words = capsys.readouterr().out
+    figures = f"{np.mean(expected):.4g} ± {np.std(expected, ddof=1):.2g}"
+    assert f"{figures}" in words and "data, half against half: 50 images each, 10 splits" in words
+    table = rungs(climbed)
+    assert all(words.count(f"{rung['fd']:.4g} ± {rung['fd_std']:.2g}") >= 2 for rung in table), (
+        "in a line and the table"
+    )
+
+
+def test_halves_of_small_data(tmp_path, place):
+    """No more than half of them in a half; the reference is bit for bit the one that fid.py makes; none for three."""
+    detector = detectors.load_detector(str(place / "detector.pt"), "cpu")
+    stats, size, distances = dataset_against_itself(place / "data.zip", detector, splits=3, largest=10**6, batch=64)
+    plain = statistics_of_dataset(place / "data.zip", detector, batch=64)
+    assert np.array_equal(stats.mu, plain.mu) and np.array_equal(stats.sigma, plain.sigma) and stats.num == 200
+    assert size == 100 and len(set(distances)) == 3 and min(distances) > 0
+    make_dataset(tmp_path / "three.zip", count=3)
+    assert dataset_against_itself(tmp_path / "three.zip", detector, splits=3, largest=10)[1:] == (1, [])
 
 
 def test_network_calls_and_a_part_of_the_images(place, climbed, tmp_path, monkeypatch):
@@ -278,7 +378,9 @@ def test_network_calls_and_a_part_of_the_images(place, climbed, tmp_path, monkey
     args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}", "--eval-num=30", "--eval-batch=30"]
     assert distill.main(args) == 0
     table = rungs(tmp_path / "out")
-    assert calls == [30] * (7 + 2 + 1) and [rung["nfe"] for rung in table] == [7, 2, 1]
+    rungs_alone = [30] * 3 * (7 + 2 + 1)
+    assert calls == [*rungs_alone, *[30] * (2 + 1)], "and one set of the teacher's Euler 2 and 1; Heun 1 is Euler 1"
+    assert [rung["nfe"] for rung in table] == [7, 2, 1]
     teacher = images_of(table[0]["network"], 4, 8, heun=True)
     for rung in table[1:]:
         student = images_of(rung["network"], rung["steps"], 8)
@@ -315,7 +417,13 @@ def test_an_euler_teacher_and_a_student_as_first_teacher(place, climbed, tmp_pat
         (["--num_steps=12", "--ratio=2,2"], "--ratio=2,2,3 does"),
         (["--num_steps=4", "--until=4"], "--until must be below"),
         (["--num_steps=4", "--duration=1,2,3"], "--duration has 3 values for 2 stages"),
-        (["--num_steps=4", "--lr=1,2,3"], "--lr has 3 values for 2 stages"),
+        (["--num_steps=4", "--lr=1,2,3"], "--lr has 3 values for 2 stages (4 -> 2 -> 1 steps); give one, or one for"),
+        (["--num_steps=4", "--duration=2000000"], "--duration: 2e+06 million images are too many"),
+        (["--num_steps=4", "--eval-sets=0"], "--eval-sets"),
+        (["--num_steps=4", "--eval-sets=100000000"], "--eval-sets=100000000 of --eval-num=50 images need more seeds"),
+        (["--num_steps=4", "--curve=maybe"], "--curve"),
+        (["--num_steps=4", "--stop-if-worse=0"], "--stop-if-worse"),
+        (["--num_steps=4", "--stop-if-worse=nan"], "--stop-if-worse"),
         (["--num_steps=4", "--lr=0"], "not a list of positive numbers"),
         (["--num_steps=4", "--ratio=two"], "not a list of whole numbers"),
         (["--num_steps=4", "--ratio=3-2"], "does not lead from 4 steps to 1; --ratio=2,2 does"),
@@ -357,7 +465,7 @@ def test_a_reference_of_another_detector_is_refused(place, tmp_path, capsys, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_a_given_reference_is_used(place, climbed, tmp_path):
+def test_a_given_reference_is_used(place, climbed, tmp_path, capsys):
     """Statistics of other data than the ladder's: other distances, the same end-point errors."""
     shutil.copytree(climbed, tmp_path / "out")
     make_dataset(tmp_path / "other.zip", count=150, seed=1)
@@ -366,6 +474,7 @@ def test_a_given_reference_is_used(place, climbed, tmp_path):
     assert (
         distill.main([*options(place, *STAGES), f"--outdir={tmp_path / 'out'}", f"--ref={tmp_path / 'ref.npz'}"]) == 0
     )
+    assert "half against half" not in capsys.readouterr().out, "halves of which data?"
     for ours, theirs in zip(rungs(tmp_path / "out"), rungs(climbed), strict=True):
         assert ours["fd"] != theirs["fd"] and ours["endpoint_rmse"] == theirs["endpoint_rmse"]
 
@@ -397,6 +506,7 @@ def test_without_inception_the_end_point_error_judges(place, climbed, tmp_path, 
         assert [rung["fd"] for rung in table] == [None] * 3
         assert [rung["endpoint_rmse"] for rung in table] == [rung["endpoint_rmse"] for rung in rungs(climbed)]
         assert (tmp_path / "out/ladder.csv").read_text().splitlines()[1].startswith("4,7,,0.0,")
+        assert all(rung["fd_std"] is None and rung["fd_sets"] == [] for rung in table)
         forbid_work(patch)
         assert distill.main(args) == 0
         assert rungs(tmp_path / "out") == table
@@ -415,7 +525,7 @@ class Killed(BaseException):
 def test_killed_at_any_file_it_ends_with_the_same_numbers(place, climbed, tmp_path, monkeypatch):
     """Dies again and again, a few files further each time, before or after the file is in place; no measurement and no
     stage that came to its end is done again."""
-    real_replace, real_measure, real_train = os.replace, Ladder.measure, setup.train
+    real_replace, real_measure, real_train = os.replace, Ladder.measure_set, setup.train
     budget, lives = 0, 0
     measured, trained = [], []
 
@@ -428,9 +538,9 @@ def test_killed_at_any_file_it_ends_with_the_same_numbers(place, climbed, tmp_pa
         if budget <= 0:
             raise Killed
 
-    def watched_measure(self, network, kimg):
-        result = real_measure(self, network, kimg)
-        measured.append(result.rung.steps)
+    def watched_measure(self, network, number, kept, is_curve=False):
+        result = real_measure(self, network, number, kept, is_curve)
+        measured.append((network.sampling.grid.steps, number, is_curve))
         return result
 
     def watched_train(options, run):
@@ -439,7 +549,7 @@ def test_killed_at_any_file_it_ends_with_the_same_numbers(place, climbed, tmp_pa
         return path
 
     monkeypatch.setattr(atomic.os, "replace", dying_replace)
-    monkeypatch.setattr(Ladder, "measure", watched_measure)
+    monkeypatch.setattr(Ladder, "measure_set", watched_measure)
     monkeypatch.setattr(ladder_module, "train", watched_train)
     args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}", "--save-every=0"]
     while True:
@@ -458,10 +568,273 @@ def test_killed_at_any_file_it_ends_with_the_same_numbers(place, climbed, tmp_pa
         ours, theirs = load_network(a["network"]).net, load_network(b["network"]).net
         assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), theirs.parameters(), strict=True))
     # Once each, and once more only where the machine went away before the result was in its file.
-    assert all(1 <= measured.count(steps) <= 2 for steps in (4, 2, 1)) and len(measured) < 6
+    expected = [(steps, number, False) for steps in (4, 2, 1) for number in range(3)] + [(2, 0, True), (1, 0, True)]
+    assert sorted(set(measured)) == sorted(expected) and all(measured.count(each) <= 2 for each in expected)
+    assert len(measured) < 1.5 * len(expected)
+    for name in ("teacher-curve.json", "teacher-curve.csv", "ladder.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (climbed / name).read_bytes()
     assert all(1 <= trained.count(name) <= 2 for name in ("stage-1-4to2", "stage-2-2to1"))
 
     assert not list((tmp_path / "out").rglob(".*.tmp"))
+
+
+def watch_measuring(monkeypatch, die_before=None):
+    """The (steps, set, whether for the curve) that are measured from here on; goes away before measuring one."""
+    real, seen = Ladder.measure_set, []
+
+    def watched(self, network, number, kept, is_curve=False):
+        what = (network.sampling.grid.steps, number, is_curve)
+        if what == die_before:
+            raise Killed
+        seen.append(what)
+        return real(self, network, number, kept, is_curve)
+
+    monkeypatch.setattr(Ladder, "measure_set", watched)
+    return seen
+
+
+def events(lines):
+    """What a ladder says that it does, each once: 'Stage 2 of 3: tick 4', 'Measuring ...'."""
+    stage = ""
+    for line in lines:
+        if line.startswith("Stage "):
+            stage = line.partition(":")[0]
+        if line.startswith("tick "):
+            yield f"{stage}: {' '.join(line.split()[:2])}"
+        elif line.startswith("Measuring "):
+            yield line.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_ten_times_at_random_moments_it_ends_with_the_same_numbers(place, tmp_path):
+    """SIGKILL from outside, in training, between stages, in evaluations; started again each time."""
+    files = ["--data=data.zip", "--transfer=plain.pkl", "--detector=detector.pt", "--outdir=ladder"]
+    more = ["--num_steps=8", "--duration=0.008", "--batch=48", "--eval-num=400", "--tick=1", "--save-every=0.002"]
+    command = [sys.executable, str(ROOT / "distill.py"), *files, *more, "--seed=3", "--device=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folders = []
+    for name in ("straight", "broken"):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        for file in ("data.zip", "plain.pkl", "detector.pt"):
+            shutil.copy(place / file, folders[-1])
+    straight, broken = folders
+    environment["PYTHONUNBUFFERED"] = "1"
+    done = subprocess.run(command, cwd=straight, env=environment, check=True, capture_output=True, text=True)
+    order = list(events(done.stdout.splitlines()))
+
+    random = np.random.default_rng(5)
+    targets = sorted(random.choice(len(order) - 1, size=10, replace=False))
+    for target in targets:  # until a life has come so far, or further, and a random moment longer
+        with subprocess.Popen(command, cwd=broken, env=environment, stdout=subprocess.PIPE, text=True) as job:
+            assert job.stdout is not None
+            reached = next((event for event in events(job.stdout) if order.index(event) >= target), None)
+            assert reached is not None, f"ended before {order[target]}"
+            time.sleep(random.uniform(0, 0.4))
+            assert job.poll() is None
+            job.kill()
+    print(f"killed within: {', '.join(order[target] for target in targets)}")
+    last = subprocess.run(command, cwd=broken, env=environment, capture_output=True, text=True)
+    assert last.returncode == 0 and last.stderr == "", last.stderr
+    assert timeless(straight / "ladder") == timeless(broken / "ladder")
+    for rung in rungs(straight / "ladder")[1:]:
+        a, b = (load_network(folder / rung["network"]) for folder in folders)
+        assert all(torch.equal(x, y) for x, y in zip(a.net.parameters(), b.net.parameters(), strict=True))
+    for name in ("teacher-curve.json", "samples.png", "ladder.png"):
+        assert (straight / "ladder" / name).read_bytes() == (broken / "ladder" / name).read_bytes(), name
+
+
+def test_a_finished_seed_set_is_not_measured_again(place, climbed, tmp_path, monkeypatch):
+    args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}"]
+    with monkeypatch.context() as patch:
+        seen = watch_measuring(patch, die_before=(2, 1, False))
+        with pytest.raises(Killed):
+            distill.main(args)
+        assert seen == [(4, 0, False), (4, 1, False), (4, 2, False), (2, 0, False)]
+        assert len(rungs(tmp_path / "out")) == 1, "a rung is complete, or not there"
+    with monkeypatch.context() as patch:
+        seen = watch_measuring(patch, die_before=(1, 0, True))
+        with pytest.raises(Killed):
+            distill.main(args)
+        assert seen == [(2, 1, False), (2, 2, False), (1, 0, False), (1, 1, False), (1, 2, False), (2, 0, True)]
+    seen = watch_measuring(monkeypatch)
+    assert distill.main(args) == 0
+    assert seen == [(1, 0, True)]
+    assert timeless(tmp_path / "out") == timeless(climbed)
+    assert (tmp_path / "out/ladder.png").read_bytes() == (climbed / "ladder.png").read_bytes()
+
+
+def test_more_or_fewer_seed_sets(place, climbed, tmp_path, monkeypatch):
+    """What is there is used: a fourth set is measured alone, and for one set there is nothing to do."""
+    shutil.copytree(climbed, tmp_path / "out")
+    args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}"]
+    seen = watch_measuring(monkeypatch)
+    assert distill.main([*args, "--eval-sets=4"]) == 0
+    assert seen == [(4, 3, False), (2, 3, False), (1, 3, False)]
+    for ours, theirs in zip(rungs(tmp_path / "out"), rungs(climbed), strict=True):
+        assert ours["fd_sets"][:3] == theirs["fd_sets"] and len(set(ours["fd_sets"])) == 4
+        assert ours["fd"] == pytest.approx(np.mean(ours["fd_sets"]), rel=1e-12)
+    forbid_work(monkeypatch)
+    assert distill.main([*args, "--eval-sets=1", "--curve=0"]) == 0
+    for ours, theirs in zip(rungs(tmp_path / "out"), rungs(climbed), strict=True):
+        assert ours["fd_sets"] == theirs["fd_sets"][:1] == [ours["fd"]] and ours["fd_std"] is None
+    assert (
+        ",," not in (climbed / "ladder.csv").read_text() and (tmp_path / "out/ladder.csv").read_text().count(",,") == 3
+    )
+
+
+def test_curve_points_that_make_no_sense_are_left_out(place, climbed, tmp_path, capsys, monkeypatch):
+    """NaN, absurd numbers, and a grid that can't be: a line for each, and the ladder goes on; the next start says the
+    same without measuring again. With --curve=0 nothing of the kind is done."""
+    shutil.copytree(climbed, tmp_path / "out")
+    for path in [*(tmp_path / "out/rungs").glob("curve-*"), *(tmp_path / "out").glob("teacher-curve.*")]:
+        path.unlink()
+    args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}"]
+    with monkeypatch.context() as patch:
+        forbid_work(patch)
+        assert distill.main([*args, "--curve=0"]) == 0
+    assert not (tmp_path / "out/teacher-curve.json").exists()
+
+    real_iterate, real_grid = ladder_module.iterate_images, ladder_module.network_grid
+    factor = {2: 1e6, 1: math.nan}
+
+    def spoilt(network, *rest, **named):
+        for batch in real_iterate(network, *rest, **named):
+            yield Batch(batch.seeds, batch.images * factor[network.sampling.grid.steps], batch.labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ladder_module, "iterate_images", spoilt)
+        capsys.readouterr()
+        assert distill.main(args) == 0
+    words = capsys.readouterr().out
+    nan = "some images of seeds 0 to 16 hold NaN or infinities"
+    assert "The teacher itself with 2 euler steps is left out: its images are absurd (end-point RMSE " in words
+    assert f"The teacher itself with 1 euler step is left out: {nan}" in words
+    assert f"The teacher itself with 1 heun step is left out: {nan}" in words
+    assert not (tmp_path / "out/teacher-curve.json").exists() and timeless(tmp_path / "out") == timeless(climbed)
+    with monkeypatch.context() as patch:
+        forbid_work(patch)
+        assert distill.main(args) == 0
+        assert capsys.readouterr().out.count(" is left out: ") == 3
+
+    def no_grid(net, steps):
+        if steps == 2:
+            raise ValueError("2 steps need more noise levels than this network tells apart; at most 1 work")
+        return real_grid(net, steps)
+
+    for path in (tmp_path / "out/rungs").glob("curve-*"):
+        path.unlink()
+    monkeypatch.setattr(ladder_module, "network_grid", no_grid)
+    assert distill.main(args) == 0
+    assert "2 euler steps is left out: 2 steps need more noise levels" in capsys.readouterr().out
+    curve = json.loads((tmp_path / "out/teacher-curve.json").read_text())
+    assert curve == json.loads((climbed / "teacher-curve.json").read_text())[1:] and len(curve) == 2
+    assert {**curve[0], "solver": ""} == {**curve[1], "solver": ""}, "a single step is the same jump for both solvers"
+
+
+def test_a_student_that_is_worse_ends_the_ladder(place, tmp_path, capsys, monkeypatch):
+    """The second student at the earliest; all files are whole; without the option the rest is done."""
+    stages = ["--num_steps=8", "--duration=0.001", "--lr=5e-4", "--eval-sets=1"]
+    args = [*options(place, *stages), f"--outdir={tmp_path / 'out'}"]
+    assert distill.main([*args, "--stop-if-worse=0.001"]) == 0
+    first = capsys.readouterr().out
+    table = rungs(tmp_path / "out")
+    assert [rung["steps"] for rung in table] == [8, 4, 2]
+    (line,) = [line for line in first.splitlines() if line.startswith("Stopped")]
+    assert (
+        f"RMSE of 2 steps is {table[2]['endpoint_rmse']:.4g}, that of 4 steps {table[1]['endpoint_rmse']:.4g};" in line
+    )
+    assert (
+        "give stage 2 a longer --duration (0.001 now; remove " in line and "leave out --stop-if-worse to go on" in line
+    )
+    curve = json.loads((tmp_path / "out/teacher-curve.json").read_text())
+    assert [(point["solver"], point["steps"]) for point in curve] == [
+        ("euler", 4),
+        ("euler", 2),
+        ("heun", 2),
+        ("heun", 1),
+    ]
+    with monkeypatch.context() as patch:
+        forbid_work(patch)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert distill.main([*args, "--stop-if-worse=0.001"]) == 0
+        assert line in capsys.readouterr().out.splitlines()
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    trained = []
+    monkeypatch.setattr(ladder_module, "train", lambda o, run: trained.append(o.outdir) or setup.train(o, run))
+    assert distill.main(args) == 0
+    assert trained == [str(tmp_path / "out/stage-3-2to1")] and "Stopped" not in capsys.readouterr().out
+    table = rungs(tmp_path / "out")
+    assert [rung["steps"] for rung in table] == [8, 4, 2, 1]
+    factor = table[3]["endpoint_rmse"] / table[2]["endpoint_rmse"]
+    largest = max(factor, table[2]["endpoint_rmse"] / table[1]["endpoint_rmse"])
+    assert distill.main([*args, f"--stop-if-worse={largest * 1.01}"]) == 0
+    assert "Stopped" not in capsys.readouterr().out
+    assert distill.main([*args, f"--stop-if-worse={largest * 0.99}"]) == 0
+    assert capsys.readouterr().out.count("Stopped") == 1
+
+
+def test_the_train_command_of_a_stage(place, climbed, tmp_path, monkeypatch):
+    """Interrupted in its second stage, a ladder is gone on with by the command that it has written down, word for word;
+    what comes out is the uninterrupted ladder's to the last bit, and distill.py takes it from there."""
+    args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}", "--save-every=0"]
+    real_step = Trainer.step
+    with monkeypatch.context() as patch:
+
+        def dying_step(self, loader):
+            if self.step_count == 15 and "stage-2" in str(self.run_dir):
+                raise Killed
+            real_step(self, loader)
+
+        patch.setattr(Trainer, "step", dying_step)
+        with pytest.raises(Killed):
+            distill.main(args)
+    folder = tmp_path / "out/stage-2-2to1"
+    assert not list(folder.glob("network-snapshot-000002.pkl")) and list(folder.glob("training-state-rolling-*.pt"))
+    words = shlex.split(json.loads((folder / "stage.json").read_text())["train_command"])
+    assert words[0] == "python" and Path(words[1]).resolve() == ROOT / "train.py" and "--nosubdir" in words
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda self, loader: steps.append(self.step_count) or real_step(self, loader))
+        assert train.main(words[2:]) == 0
+        assert steps == list(range(15, 21)), "it went on where the ladder was"
+    ours, theirs = (
+        load_network(path / "stage-2-2to1/network-snapshot-000002.pkl") for path in (tmp_path / "out", climbed)
+    )
+    for (name, x), (_, y) in zip(ours.net.state_dict().items(), theirs.net.state_dict().items(), strict=True):
+        assert torch.equal(x, y), name
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
+    assert distill.main(args) == 0
+    assert timeless(tmp_path / "out") == timeless(climbed)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--batch-gpu=12", "--warmup=0.001", "--dropout=0.1", "--xflip=1", "--cond=1", "--precision=bf16", "--bench=0"],
+        ["--lr-decay=cosine", "--ema=0.1", "--deterministic", "--targets=2", "--workers=2", "--weighting=snr+1"],
+        ["--self-teacher", "--intervals=uniform", "--clip=2", "--ema-std=0.1", "--weighting=edm"],
+        ["--teacher-solver=euler", "--snap=3", "--dump=4", "--cache=0", "--seed=123", "--trust-network-code"],
+    ],
+)
+def test_a_train_command_says_all_options_of_its_stage(place, tmp_path, monkeypatch, more):
+    """Read back by train.py's own parser, it gives the very options that the stage runs with."""
+    seen = []
+
+    def look(options):
+        seen.append(options)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(ladder_module, "prepare", look)
+    assert distill.main([*options(place, *STAGES, *more), f"--outdir={tmp_path / 'a b'}"]) == 1
+    words = shlex.split(ladder_module.train_command(seen[0]))
+    with train.command.make_context("train.py", words[2:]) as context:
+        values = dict(context.params)
+    assert values.pop("device") == "cpu" and values.pop("dry_run") is False
+    assert setup.Options(**values) == seen[0]
 
 
 def test_a_finished_ladder_is_only_read(place, climbed, capsys, monkeypatch):
@@ -558,8 +931,9 @@ def test_two_processes_killed_and_started_again_find_the_same(place, climbed, tm
     assert again.stdout.count("done before") == 1 and "Going on from" in again.stdout
     assert again.stdout.count("endpoint_rmse") == 1, "one process speaks"
     for ours, theirs in zip(timeless(tmp_path / "out"), timeless(climbed), strict=True):
-        for name in ("fd", "endpoint_rmse"):
+        for name in ("fd", "endpoint_rmse", "fd_sets"):
             assert ours.pop(name) == pytest.approx(theirs.pop(name), rel=1e-6)
+        assert ours.pop("fd_std") == pytest.approx(theirs.pop("fd_std"), rel=1e-4)
         assert ours == theirs
 
 
@@ -582,7 +956,13 @@ def test_only_the_first_images_are_kept():
 def test_images_that_are_no_numbers_end_the_ladder(place):
     network = load_network(place / "plain.pkl")
     with pytest.raises(UserError, match=r"plain.pkl: some images of seeds 0 to 3 hold NaN"):
-        list(checked(batches([4, 4], math.nan), network))
+        list(Checked(network).watch(batches([4, 4], math.nan)))
+    tolerant = Checked(network, tolerant=True)
+    passed = list(tolerant.watch(batches([4, 4], math.inf)))
+    assert len(passed) == 2 and all(batch.images.eq(0).all() for batch in passed)
+    assert tolerant.problem() == "some images of seeds 0 to 3 hold NaN or infinities"
+    tolerant = Checked(network, tolerant=True)
+    assert [len(batch.seeds) for batch in tolerant.watch(batches([4, 3]))] == [4, 3] and tolerant.problem() is None
 
 
 def test_time_is_that_of_sampling_without_the_first_batch(monkeypatch):
@@ -590,11 +970,11 @@ def test_time_is_that_of_sampling_without_the_first_batch(monkeypatch):
     monkeypatch.setattr(ladder_module.time, "perf_counter", lambda: next(clock))
     timing = Timing()
     assert len(list(timing.watch(batches([4, 4, 2])))) == 3
-    assert timing.seconds_per_kimg() == pytest.approx((3 + 5) / 6 * 1000)
+    assert timing.totals() == (3 + 5, 4 + 2)
     clock = iter([0, 7, 8])
     timing = Timing()
     list(timing.watch(batches([14])))
-    assert timing.seconds_per_kimg() == pytest.approx(500), "a single batch has to do"
+    assert timing.totals() == (7, 14), "a single batch has to do"
 
 
 def test_progress_is_said_now_and_then(monkeypatch):
@@ -605,13 +985,76 @@ def test_progress_is_said_now_and_then(monkeypatch):
     assert lines == ["  20 of 40 images, 11s to go"]
 
 
-@pytest.mark.parametrize("count", [1, 2, 6])
+def drawable(count, distances=True, spread=0.05):
+    """A ladder of `count` rungs with numbers like real ones, the teacher's own curve and the data's halves."""
+    table = [Rung(64, 127, 1.06 if distances else None, 0.0, 1.0, 0, "teacher.pkl", spread, [1.06] * 3)]
+    curve = []
+    for i in range(1, count):
+        n = 64 >> i
+        fd = 1.0 + 0.15 * i if distances else None
+        table.append(Rung(n, n, fd, 0.06 + 0.01 * i, 1.0, 1, "s.pkl", spread, [1.0] * 3))
+        for solver, steps in (("euler", n), ("heun", (n + 1) // 2)):
+            nfe = steps if solver == "euler" else 2 * steps - 1
+            curve.append(CurvePoint(solver, steps, nfe, 2.0 * 3**i if distances else None, 0.05 * 1.6**i))
+    return table, curve, Halves(900, [0.28, 0.3, 0.31])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
 def test_any_ladder_can_be_drawn(tmp_path, count):
+    """With and without distances, curve, halves and error bars; no axis title is cut off, no legend covers data."""
     for distances in (True, False):
-        table = [Rung(64, 127, 2.0 if distances else None, 0.0, 1.0, 0, "teacher.pkl")]
-        table += [
-            Rung(64 >> i, 64 >> i, 2.0 + i if distances else None, 0.1 * i, 1.0, 1, "s.pkl") for i in range(1, count)
-        ]
-        plot_ladder(table, tmp_path / f"{distances}.png")
-        with Image.open(tmp_path / f"{distances}.png") as plot:
-            assert plot.width > 600
+        table, curve, halves = drawable(count, distances)
+        plain = [Rung(r.steps, r.nfe, r.fd, r.endpoint_rmse, 1.0, 1, "s.pkl") for r in table]
+        for name, args in (("full", (table, curve, halves)), ("plain", (plain,))):
+            with open(tmp_path / f"{name}.png", "wb") as file:
+                plot_ladder(args[0], file, *args[1:])
+            with Image.open(tmp_path / f"{name}.png") as plot:
+                assert plot.width > 600
+            figure = ladder_figure(*args)
+            figure.draw_without_rendering()
+            assert len(figure.axes) == (2 if distances and count > 1 else 1)
+            (legend,) = figure.legends
+            below = legend.get_window_extent().y1
+            for axis in figure.axes:
+                box, inner = axis.get_tightbbox(), figure.bbox
+                assert below <= box.y0 + 1 and box.x0 >= 0 and box.x1 <= inner.x1 + 1 and box.y1 <= inner.y1 + 1
+                labels = [label.get_window_extent() for label in axis.get_xticklabels()]
+                assert all(a.x1 < b.x0 for a, b in pairwise(labels)), "numbers that run into each other"
+
+
+def test_what_the_figure_shows():
+    table, curve, halves = drawable(7)
+    figure = ladder_figure(table, curve, halves)
+    distances, errors = figure.axes
+    assert distances.get_yscale() == errors.get_yscale() == "log", "the teacher's own few steps are far off"
+    assert [label.get_text() for label in distances.get_xticklabels()] == ["1", "2", "4", "8", "16", "32", "127"]
+    assert distances.get_xlabel() == "network calls per image (NFE)"
+    assert distances.get_ylabel() == "Fréchet distance (detector features)"
+    assert errors.get_ylabel() == "end-point RMSE (pixel values in [-1, 1])"
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
+        "students (64 → 32 → 16 → 8 → 4 → 2 → 1 steps), mean ± std of 3 seed sets",
+        "teacher, 64 Heun steps (NFE 127)",
+        "data, half against half (900 images each)",
+        "teacher itself with fewer Heun steps",
+        "teacher itself with fewer Euler steps",
+    ]
+    levels = {
+        line.get_linestyle(): line.get_ydata()[0] for line in distances.get_lines() if len(set(line.get_ydata())) == 1
+    }
+    assert levels["--"] == 1.06 and levels[":"] == pytest.approx(halves.mean)
+    bars = [segment for bar in distances.collections for segment in bar.get_segments()]
+    assert sorted(high - low for (_, low), (_, high) in bars) == pytest.approx([0.1] * 7), "one deviation up and down"
+    lines = [line for line in errors.get_lines() if len(line.get_xdata()) > 1]
+    assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 3
+    alike, _ = ladder_figure(table).axes
+    assert alike.get_yscale() == "linear" and alike.get_ylim()[0] == 0
+
+
+def test_the_table_has_a_line_for_everything():
+    text = format_table(*drawable(2))
+    assert "1.06 ± 0.05" in text and "1.15 ± 0.05" in text
+    assert text.count("the teacher itself, ") == 2 and "data, half against half: 900 images each, 3 splits" in text
+    assert len(text.splitlines()) == 1 + 2 + 2 + 1
+    alone = Rung(4, 7, 1.06, 0.0, 1.0, 0, "t.pkl", None, [1.06])
+    assert "±" not in format_table([alone]) and len(format_table([alone]).splitlines()) == 2

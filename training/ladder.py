@@ -1,25 +1,33 @@
 """A whole ladder: N -> N/K -> ... -> 1 steps, every rung trained, then measured in the same way as the first teacher.
 
-What a ladder's folder holds besides ladder.json, ladder.csv, ladder.png and samples.png:
+What a ladder's folder holds besides ladder.json, ladder.csv, teacher-curve.json, teacher-curve.csv, ladder.png and
+samples.png:
 
-    stage-1-32to16/          a run directory as train.py makes it, and stage.json: with what it began, and how it ended
-    rungs/steps-16.npz       a measured rung: its numbers, everything they depend on, its first images
+    stage-1-32to16/          a run directory as train.py makes it, and stage.json: with what it began, and how it ended,
+                             and the train.py command that does the same
+    rungs/steps-16.npz       a rung's first seed set: its numbers, everything they depend on, the first images
+    rungs/steps-16-set-2.npz the same of its second one, without images
+    rungs/curve-heun-8.npz   the teacher itself at a student's cost
     rungs/reference-*.npz    statistics of the data set, good for --ref too
+    rungs/halves-*.json      how far halves of the data set are from each other
 
 Each is written in one piece as soon as its content is known, so that the same command started again does again only
-what was not finished: a stage goes on from its own training state, a finished one and a measured rung are read back.
+what was not finished: a stage goes on from its own training state; a finished one, and a measured seed set, are read.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
+import math
+import os
+import shlex
+import statistics
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +44,28 @@ from metrics.statistics import (
     Stats,
     check_reference,
     check_same_detector,
+    dataset_against_itself,
     frechet_between,
     load_reference,
-    statistics_of_dataset,
     statistics_of_images,
 )
 from torch_utils import distributed as dist
 
 from . import pictures
 from .config import check_run_dir, differences
-from .grids import Sampling
+from .grids import Sampling, Solver, network_grid
+from .ladder_report import (
+    CurvePoint,
+    Halves,
+    Rung,
+    count,
+    describe_point,
+    describe_rung,
+    plot_ladder,
+    to_csv,
+)
 from .network_files import NetworkFile
+from .samplers import nfe
 from .sampling import Batch, iterate_images, plan_sampling, show_progress
 from .setup import Options, Run, load_everywhere, prepare, train
 from .stage import plan_ladder
@@ -56,30 +75,34 @@ from .training_loop import set_precision
 END_POINT_IMAGES = 2048  # compared with the teacher's: the end-point error has little noise, more would change nothing
 END_POINT_VALUES = 1 << 25  # fewer of large images: 128 MiB of them are kept
 SHOWN = 16  # images of every rung in samples.png
+SPLITS, FEW_SPLITS, WIDE = 10, 3, 512  # in halves, of the data set; few where a detector has more than WIDE features
+ABSURD = 100.0  # an end-point error of images that have left [-1, 1] for good
+LONGEST = 1e6  # Mimg, as in train.py
+SEEDS = 1 << 32  # different ones
 PATIENCE = 4.0  # seconds of silence after which a try (of three) to download the Inception weights is given up
 
 
 @dataclass(frozen=True)
-class Rung:
-    """What is known of one network of a ladder, as a line of `ladder.json`."""
+class MeasuredSet:
+    """What one seed set of a network came to, and what that depends on: a file in `rungs/`.
 
-    steps: int
-    nfe: int
-    fd: float | None  # Fréchet distance to the reference, in the detector's features
-    endpoint_rmse: float  # against the first teacher's images from the same latents, values in [-1, 1]
-    sec_per_kimg: float  # sampling time per 1000 images
-    kimg: float  # images this network was distilled with; 0 for the teacher
-    network: str  # file
+    images: of the first set, float32 [M, C, H, W] on the CPU for the first seeds: of the teacher as many as students
+    are compared with, of a student those to be shown. Of the other sets and of the teacher's curve none.
+    """
+
+    key: dict[str, Any]
+    fd: float | None
+    endpoint_rmse: float | None  # of a first set
+    seconds: float  # spent sampling `timed` images
+    timed: int
+    images: Tensor
+    problem: str | None = None  # why there are no numbers
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A rung, what its numbers depend on, and its images for the first seeds: float32 [M, C, H, W] on the CPU.
+    """A rung, and the images of its first seed set."""
 
-    Of the teacher as many images as students are compared with, of a student those to be shown.
-    """
-
-    key: dict[str, Any]
     rung: Rung
     images: Tensor
 
@@ -97,10 +120,13 @@ class LadderOptions:
     detector: str = "inception"
     eval_num: int = 50000
     eval_batch: int = 64
+    eval_sets: int = 3
+    curve: bool = True
+    stop_if_worse: float | None = None
 
 
 class Ladder:
-    """Trains and measures the stages one after the other, and writes the four files of a ladder.
+    """Trains and measures the stages one after the other, and writes the files of a ladder.
 
     Construction and the start of `run` refuse all that cannot work, by UsageError or UserError with one helpful line,
     before anything is trained or measured.
@@ -111,6 +137,11 @@ class Ladder:
     ) -> None:
         assert stage_options.transfer is not None
         self.base, self.options, self.say = stage_options, options, say
+        if options.eval_sets * options.eval_num > SEEDS:
+            raise UsageError(
+                f"--eval-sets={options.eval_sets} of --eval-num={options.eval_num} images need more seeds than the "
+                f"{SEEDS} there are; use fewer"
+            )
         self.outdir = Path(stage_options.outdir)
         self.teacher = load_everywhere(stage_options.transfer, stage_options.trust_network_code)
         num_steps = options.num_steps or (self.teacher.sampling.grid.steps if self.teacher.sampling else None)
@@ -119,12 +150,18 @@ class Ladder:
                 f"--num_steps is needed: {stage_options.transfer} is undistilled and has no noise grid of its own"
             )
         self.ratios = plan_ladder(num_steps, options.until, options.ratios)
-        self.durations = one_per_stage("--duration", options.durations, len(self.ratios))
-        self.lrs = one_per_stage("--lr", options.lrs, len(self.ratios))
         self.chain = [num_steps]
         for ratio in self.ratios:
             self.chain.append(self.chain[-1] // ratio)
+        self.durations = one_per_stage("--duration", options.durations, self.chain)
+        if max(self.durations) > LONGEST:
+            raise UsageError(f"--duration: {max(self.durations):g} million images are too many; {LONGEST:g} at most")
+        self.lrs = one_per_stage("--lr", options.lrs, self.chain)
         self.measured: list[Measured] = []
+        self.curve: list[CurvePoint] = []
+        self.halves: Halves | None = None
+        self.written: Any = None  # what the files say, as far as this start of the program knows
+        self.warned = False  # that there are few images for the detector's features
 
     def run(self) -> list[Rung]:
         """Everything; returns the rungs, the teacher first."""
@@ -139,12 +176,39 @@ class Ladder:
 
         grid = Sampling(first.stage.grid, self.solver, ratio=1)  # an undistilled teacher is sampled as it is distilled
         network = replace(self.teacher, sampling=self.teacher.sampling or grid)
+        has_curve = self.options.curve and self.teacher.sampling is None
+        if has_curve:
+            self.curve = self.find_curve(self.chain[1:], measure=False)
         self.add_rung(network, kimg=0)
         for index in range(len(self.ratios)):
             network, kimg = self.train_stage(index, network)
             self.add_rung(network, kimg)
+            if self.got_worse(index):
+                break
+        if has_curve:
+            self.curve = self.find_curve([measured.rung.steps for measured in self.measured[1:]])
         self.write_files()
         return [measured.rung for measured in self.measured]
+
+    def got_worse(self, index: int) -> bool:
+        """Whether --stop-if-worse ends the ladder after stage `index`; then one line says why, and what to do.
+
+        The first student has nothing to be compared with: the teacher's end-point error is 0 by definition.
+        """
+        factor = self.options.stop_if_worse
+        if factor is None or index == 0:
+            return False
+        before, after = (measured.rung.endpoint_rmse for measured in self.measured[-2:])
+        if not dist.broadcast_object(after > factor * before):
+            return False
+        names = [count(steps, "step") for steps in self.chain[index : index + 2]]
+        go_on = ", or leave out --stop-if-worse to go on" if index + 1 < len(self.ratios) else ""
+        self.say(
+            f"Stopped by --stop-if-worse={factor:g}: the end-point RMSE of {names[1]} is {after:.4g}, that of "
+            f"{names[0]} {before:.4g}; give stage {index + 1} a longer --duration ({self.durations[index]:g} now; "
+            f"remove {self.stage_dir(index)} first, or use a new --outdir){go_on}"
+        )
+        return True
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -168,12 +232,13 @@ class Ladder:
     def recipe(self, index: int, first: Run) -> dict[str, Any]:
         """All options that alter the student of stage `index`, with defaults filled in and files told by content."""
         assert first.stage is not None
-        same = "weighting intervals self_teacher lr_decay warmup batch ema ema_std clip dropout augment xflip precision"
+        same = "weighting self_teacher lr_decay warmup batch ema ema_std clip dropout augment xflip precision"
         return {
             "--transfer": self.teacher.sha256,
             "--data": first.config.extras["data_fingerprint"],
             "--cond": first.config.dataset_kwargs["use_labels"],
             "--teacher-solver": first.stage.solver,
+            "--intervals": first.config.loss_kwargs["intervals"],
             "--num_steps": self.chain[0],
             "--ratio": self.ratios[: index + 1],
             "--duration": self.durations[index],
@@ -209,18 +274,30 @@ class Ladder:
             if student is not None:
                 self.say(f"{title}: done before, {student.source}")
                 return student, record["kimg"]
-        self.write_files(again=False)  # which a start before this one may not have come to
+        self.write_files()  # which a start before this one may not have come to
         self.say(f"{title}: {self.chain[index]} -> {self.chain[index + 1]} steps")
         options = self.stage_options(index, teacher)
         run = prepare(options)
         run.announce(self.say)
-        record = {"options": self.recipes[index], "teacher": teacher.sha256, "kimg": run.config.total_kimg}
+        command = train_command(options)
+        self.say(f"The same by itself:      {command}")
+        self.say("")
+        record = {
+            "options": self.recipes[index],
+            "teacher": teacher.sha256,
+            "kimg": run.config.total_kimg,
+            "train_command": command,
+        }
         self.write_record(folder, {**record, "student": None, "sha256": None})
-        path = train(options, run)
+        path = self.train(options, run)
         run.dataset.close()
         student = load_everywhere(str(path), self.base.trust_network_code)
         self.write_record(folder, {**record, "student": path.name, "sha256": student.sha256})
         return student, run.config.total_kimg
+
+    def train(self, options: Options, run: Run) -> Path:
+        """What `train.py` does."""
+        return train(options, run)
 
     def load_finished(self, folder: Path, record: dict[str, Any]) -> NetworkFile | None:
         """The student that a finished stage left; None where it isn't finished, or the file is not the one it left."""
@@ -254,8 +331,8 @@ class Ladder:
         if dist.is_main():
             check_run_dir(str(self.outdir / "rungs"))
         self.reference = given
-        if self.detector is not None and given is None:
-            self.reference = self.reference_of_data(self.detector)
+        if given is None:
+            self.find_reference()
 
     def find_detector(self) -> Detector | None:
         """The detector that --detector names, or None where that is Inception and its weights can't be had."""
@@ -269,42 +346,96 @@ class Ladder:
                 return None
         return detectors.load_detector(self.options.detector, dist.device())
 
-    def reference_of_data(self, detector: Detector) -> Stats:
-        """Statistics of --data, computed once."""
-        name = hashlib.sha256(f"{self.reference_id} {detector.id}".encode()).hexdigest()[:12]
-        path = self.outdir / "rungs" / f"reference-{name}.npz"
-        known = dist.broadcast_object(Stats.load(path) if dist.is_main() and path.is_file() else None)
-        if known is not None:
-            return known
-        self.say(f"Computing the reference statistics of {self.base.data}...")
-        stats = statistics_of_dataset(self.base.data, detector, batch=self.options.eval_batch, progress=True)
-        if dist.is_main():
-            stats.save(path)
-        return stats
+    def find_reference(self) -> None:
+        """Statistics of --data, and how far its halves are from each other: both from one pass, made once."""
+        name, half_of = f"{self.reference_id} {self.detector_id}", self.options.eval_num
+        path = self.outdir / "rungs" / f"reference-{short_hash(name)}.npz"
+        halves_path = self.outdir / "rungs" / f"halves-{short_hash(f'{name} {half_of}')}.json"
+        known = (Stats.load(path) if path.is_file() else None, load_halves(halves_path)) if dist.is_main() else None
+        self.reference, halves = dist.broadcast_object(known)
+        if self.detector is not None and (self.reference is None or halves is None):
+            self.say(f"Computing the reference statistics of {self.base.data}...")
+            stats, images, distances = dataset_against_itself(
+                self.base.data,
+                self.detector,
+                splits=SPLITS if self.detector.dim <= WIDE else FEW_SPLITS,
+                largest=half_of,
+                batch=self.options.eval_batch,
+                progress=True,
+            )
+            halves = Halves(images, distances)
+            if self.reference is None:  # otherwise what has been measured stands on the one that is there
+                self.reference = stats
+                if dist.is_main():
+                    stats.save(path)
+            if dist.is_main():
+                write_text(halves_path, json.dumps(asdict(halves)) + "\n")
+        self.halves = halves if halves is not None and halves.distances else None  # a tiny data set has none
 
     def add_rung(self, network: NetworkFile, kimg: float) -> None:
-        """Measures a network, or recalls how it was measured; then the files are up to date."""
-        assert network.sampling is not None
-        path = self.outdir / "rungs" / f"steps-{network.sampling.grid.steps}.npz"
-        known = self.recall(path, network)
-        if known is not None:
-            rung = replace(known.rung, network=str(network.source), kimg=kimg)
-            self.measured.append(replace(known, rung=rung))
-        else:
-            self.measured.append(self.measure(network, kimg))
-            if dist.is_main():
-                save_measured(path, self.measured[-1])
+        """Measures what has not been measured of a network's seed sets; then the files are up to date."""
+        is_teacher = not self.measured
+        plan = plan_sampling(network)
+        kept = self.compared() if is_teacher else SHOWN
+        sets: list[MeasuredSet] = []
+        news = False
+        for number in range(self.options.eval_sets):
+            path = self.outdir / "rungs" / f"steps-{plan.steps}{f'-set-{number + 1}' * (number > 0)}.npz"
+            found = self.recall(path, self.key(network, number))
+            if found is None:
+                if number and self.detector is None:
+                    break  # without distances, the first set says all there is to say
+                found = self.measure_set(network, number, kept if number == 0 else 0)
+                news = True
+                if dist.is_main():
+                    save_set(path, found)
+            sets.append(found)
+        if len(sets) < self.options.eval_sets or any(each.fd is None for each in sets):
+            sets = [replace(sets[0], fd=None)]
+        self.measured.append(Measured(combine(sets, plan.steps, plan.nfe, kimg, str(network.source)), sets[0].images))
+        if news:
             self.write_files()
         self.say(describe_rung(self.measured[-1].rung))
 
-    def key(self, network: NetworkFile) -> dict[str, Any]:
-        """What the numbers of a rung depend on. Latents are drawn on the device: each kind of device has its own."""
+    def find_curve(self, students: Sequence[int], measure: bool = True) -> list[CurvePoint]:
+        """The first teacher itself at the cost of students of so many steps, on fresh grids and of the first seed set
+        alone: what is known of it, and unless told otherwise, the rest."""
+        points: list[CurvePoint] = []
+        say = self.say if measure else lambda line: None
+        for solver, steps in curve_plan(students):
+            single = steps == 1  # the same jump for both solvers: measured once
+            left_out = f"The teacher itself with {count(steps, f'{solver} step')} is left out:"
+            try:
+                grid = network_grid(self.teacher.net, steps)
+            except ValueError as exc:
+                say(f"{left_out} {exc}")
+                continue
+            network = replace(self.teacher, sampling=Sampling(grid, "euler" if single else solver, ratio=1))
+            path = self.outdir / "rungs" / f"curve-{'euler' if single else solver}-{steps}.npz"
+            found = self.recall(path, self.key(network, 0))
+            if found is None:
+                if not measure:
+                    continue
+                found = self.measure_set(network, 0, 0, is_curve=True)
+                if dist.is_main():
+                    save_set(path, found)
+            if found.endpoint_rmse is None:
+                say(f"{left_out} {found.problem}")
+                continue
+            points.append(CurvePoint(solver, steps, nfe(steps, solver), found.fd, found.endpoint_rmse))
+            say(describe_point(points[-1]))
+        return points
+
+    def key(self, network: NetworkFile, number: int) -> dict[str, Any]:
+        """What the numbers of a network's seed set `number` depend on. Latents are drawn on the device: each kind of
+        device has its own."""
         assert network.sampling is not None
         return {
             "network": network.sha256,
             "levels": list(network.sampling.grid.levels),
             "solver": network.sampling.solver,
             "teacher": [self.teacher.sha256, self.chain[0], self.solver],
+            "first_seed": number * self.options.eval_num,
             "images": self.options.eval_num,
             "compared": self.compared(),
             "batch": self.options.eval_batch,
@@ -319,76 +450,178 @@ class Ladder:
         size = net.img_channels * net.img_resolution**2
         return min(self.options.eval_num, END_POINT_IMAGES, max(END_POINT_VALUES // size, SHOWN))
 
-    def recall(self, path: Path, network: NetworkFile) -> Measured | None:
-        """How `network` was measured before, if that was in the same way.
+    def recall(self, path: Path, key: dict[str, Any]) -> MeasuredSet | None:
+        """What the file holds, if that was measured in the same way.
 
         While the detector can't be had, what was measured without it stands, and what was measured with it anyway.
         """
-        known: Measured | None = dist.broadcast_object(load_measured(path) if dist.is_main() else None)
-        wanted = [self.key(network)]
+        known: MeasuredSet | None = dist.broadcast_object(load_set(path) if dist.is_main() else None)
+        wanted = [key]
         if self.detector is None:
-            wanted.append(without_detector(wanted[0]))
+            wanted.append(without_detector(key))
         return known if known is not None and known.key in wanted else None
 
-    def measure(self, network: NetworkFile, kimg: float) -> Measured:
-        """Samples `eval_num` images (seeds 0, 1, ...) and compares them with the data and with the teacher's."""
-        is_teacher = not self.measured
+    def measure_set(self, network: NetworkFile, number: int, kept: int, is_curve: bool = False) -> MeasuredSet:
+        """Samples the seeds of set `number`, and compares the images with the data and, those of the first seeds of
+        the first set, with the teacher's.
+
+        kept: so many of the first images are part of the result. is_curve: images that no measure can make sense of
+        are a result too, a `problem`; otherwise they raise UserError.
+        """
         set_precision(replace(self.config, precision="fp32"))  # whatever the training before it has set
-        plan = plan_sampling(network)
-        self.say(
-            f"Measuring {network.source}: {self.options.eval_num} images, {plan.nfe} network calls (NFE) for each..."
-        )
-        timing, first = Timing(), FirstImages(self.compared())
-        batches = iterate_images(
-            network, range(self.options.eval_num), max_batch=self.options.eval_batch, device=dist.device()
-        )
-        seen = first.watch(checked(timing.watch(batches), network))
-        seen = show_progress(seen, lambda batch: len(batch.seeds), self.options.eval_num, self.say)
+        size, plan = self.options.eval_num, plan_sampling(network)
+        sets = self.options.eval_sets if self.detector is not None and not is_curve else 1
+        who = "the teacher itself" if is_curve else network.source
+        which = f" (set {number + 1} of {sets})" if sets > 1 else ""
+        calls = count(plan.nfe, "network call")
+        self.say(f"Measuring {who}, {count(plan.steps, 'step')}: {size} images{which}, {calls} (NFE) for each...")
+        timing, first = Timing(), FirstImages(self.compared() if number == 0 else 0)
+        check = Checked(network, tolerant=is_curve)
+        seeds = range(number * size, (number + 1) * size)
+        batches = iterate_images(network, seeds, max_batch=self.options.eval_batch, device=dist.device())
+        seen = first.watch(check.watch(timing.watch(batches)))
+        seen = show_progress(seen, lambda batch: len(batch.seeds), size, self.say)
         images = (pictures.to_uint8(batch.images) for batch in seen)
-        fd = None
+        fd, problem = None, None
         if self.detector is not None and self.reference is not None:
-            fd = frechet_between(statistics_of_images(images, self.detector), self.reference)
+            try:
+                stats = statistics_of_images(images, self.detector, warn=not self.warned)
+                fd = frechet_between(stats, self.reference)
+            except UserError as exc:
+                if not is_curve:
+                    raise
+                problem = str(exc)
+            self.warned = True
         else:
             for _ in images:
                 pass
         network.net.cpu()  # makes room for training
-        kept = first.collected()
-        error = 0.0 if is_teacher else rmse(kept, self.measured[0].images)
-        rung = Rung(plan.steps, plan.nfe, fd, error, timing.seconds_per_kimg(), kimg, str(network.source))
-        key = self.key(network) if fd is not None else without_detector(self.key(network))
-        return Measured(key, rung, kept if is_teacher else kept[:SHOWN].clone())
+        collected = first.collected()
+        error = None
+        if number == 0:
+            error = rmse(collected, self.measured[0].images) if self.measured else 0.0
+        problem = check.problem() or problem
+        if is_curve and problem is None and error is not None and error > ABSURD:
+            problem = f"its images are absurd (end-point RMSE {error:.3g})"
+        if problem is not None:
+            fd = error = None
+        key = self.key(network, number)
+        if self.detector is None:
+            key = without_detector(key)
+        return MeasuredSet(key, fd, error, *timing.totals(), collected[:kept].clone(), problem)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def write_files(self, again: bool = True) -> None:
-        """ladder.json, ladder.csv, ladder.png and samples.png of the rungs so far; unless they are, if not `again`."""
+    def write_files(self) -> None:
+        """All that people and programs read of the rungs so far; a file that says the same already is left alone."""
         if not dist.is_main():
             return
         rungs = [measured.rung for measured in self.measured]
-        table = [asdict(rung) for rung in rungs]
-        listing, path = json.dumps(table, indent=2) + "\n", self.outdir / "ladder.json"
-        if not again and path.is_file() and path.read_text(encoding="utf-8") == listing:
+        content = (rungs, self.curve, self.halves)
+        if content == self.written:
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        write_text(self.outdir / "ladder.csv", text.getvalue())
-        with atomic_write(self.outdir / "ladder.png") as file:
-            plot_ladder(rungs, file)
-        names = [f"{rung.steps} step{'s' * (rung.steps > 1)}, {rung.nfe} NFE" for rung in rungs]
+        contents = {"ladder.csv": to_csv(Rung, rungs).encode()}
+        if self.curve:
+            contents["teacher-curve.csv"] = to_csv(CurvePoint, self.curve).encode()
+        figure = io.BytesIO()
+        plot_ladder(rungs, figure, self.curve, self.halves)
+        contents["ladder.png"] = figure.getvalue()
+        names = [f"{count(rung.steps, 'step')}, {rung.nfe} NFE" for rung in rungs]
         names[0] = f"teacher: {names[0]}"
         rows = [pictures.to_uint8(measured.images[:SHOWN]) for measured in self.measured]
-        title = "A column is one latent, a row is one network"
-        pictures.save_png(self.outdir / "samples.png", pictures.labelled_rows(rows, names, title))
-        write_text(path, listing)  # last: where it is, the others are
+        sheet = io.BytesIO()
+        pictures.labelled_rows(rows, names, "A column is one latent, a row is one network").save(sheet, format="PNG")
+        contents["samples.png"] = sheet.getvalue()
+        if self.curve:
+            contents["teacher-curve.json"] = to_json(self.curve)
+        contents["ladder.json"] = to_json(rungs)  # last: where it is, the others are
+        for name, data in contents.items():
+            path = self.outdir / name
+            if not path.is_file() or path.read_bytes() != data:
+                with atomic_write(path) as file:
+                    file.write(data)
+        self.written = content
 
 
-def one_per_stage(name: str, values: list[float], stages: int) -> list[float]:
-    """One value for all stages, or one for each. Raises UsageError for any other number of them."""
+def one_per_stage(name: str, values: list[float], chain: Sequence[int]) -> list[float]:
+    """One value for all stages of a chain of steps, or one for each. Raises UsageError for any other number of them."""
+    stages = len(chain) - 1
     if len(values) not in (1, stages):
-        raise UsageError(f"{name} has {len(values)} values for {stages} stages; give one, or one for each stage")
+        raise UsageError(
+            f"{name} has {count(len(values), 'value')} for {count(stages, 'stage')} ({' -> '.join(map(str, chain))} "
+            f"steps); give one, or one for each stage"
+        )
     return values * stages if len(values) == 1 else values
+
+
+def train_command(options: Options) -> str:
+    """The train.py command that runs a stage by itself, for a shell in the folder in which this program was started.
+
+    What has train.py's own default is left out; the device is named, because its kind alters the result.
+    """
+    script = Path(__file__).parent.parent / "train.py"
+    words = ["train.py" if script.parent == Path.cwd() else str(script)]
+    world = dist.get_world_size()
+    if world == 1:
+        words.insert(0, "python")
+    else:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        nodes = ["--standalone"] if local == world else [f"--nnodes={world // local}"]
+        words[:0] = ["torchrun", *nodes, f"--nproc_per_node={local}"]
+    defaults = Options(outdir="", data="")
+    for each in fields(Options):
+        value = getattr(options, each.name)
+        if value == getattr(defaults, each.name):
+            continue
+        name = "--" + (each.name if each.name == "num_steps" else each.name.replace("_", "-"))
+        if each.name in FLAGS:
+            words.append(name)
+        else:
+            words.append(f"{name}={int(value) if isinstance(value, bool) else value}")
+    return shlex.join([*words, f"--device={dist.device().type}"])
+
+
+FLAGS = (
+    "nosubdir",
+    "self_teacher",
+    "deterministic",
+    "tensorboard",
+    "trust_network_code",
+)  # options of train.py that take no value
+
+
+def curve_plan(students: Sequence[int]) -> list[tuple[Solver, int]]:
+    """How the teacher is run at the cost of students of so many steps: with as many Euler steps, and with the most
+    Heun steps (2k - 1 network calls) that cost no more."""
+    heun = dict.fromkeys((steps + 1) // 2 for steps in students)
+    return [*(("euler", steps) for steps in dict.fromkeys(students)), *(("heun", steps) for steps in heun)]
+
+
+def combine(sets: Sequence[MeasuredSet], steps: int, nfe: int, kimg: float, network: str) -> Rung:
+    """A rung from its seed sets, the first one first."""
+    assert sets[0].endpoint_rmse is not None
+    distances = [each.fd for each in sets if each.fd is not None]
+    return Rung(
+        steps=steps,
+        nfe=nfe,
+        fd=math.fsum(distances) / len(distances) if distances else None,
+        endpoint_rmse=sets[0].endpoint_rmse,
+        sec_per_kimg=sum(each.seconds for each in sets) / max(sum(each.timed for each in sets), 1) * 1000,
+        kimg=kimg,
+        network=network,
+        fd_std=statistics.stdev(distances) if len(distances) > 1 else None,
+        fd_sets=distances,
+    )
+
+
+def to_json(rows: Sequence[Any]) -> bytes:
+    """Dataclass values as a JSON list."""
+    return (json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n").encode()
+
+
+def short_hash(text: str) -> str:
+    """A few letters for the name of a file."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def try_inception() -> str | None:
@@ -412,20 +645,27 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def save_measured(path: Path, measured: Measured) -> None:
+def save_set(path: Path, measured: MeasuredSet) -> None:
     """One file for all that belongs together, so that numbers and images are of the same measurement."""
-    record = json.dumps({"key": measured.key, "rung": asdict(measured.rung)})
+    record = {each.name: getattr(measured, each.name) for each in fields(measured) if each.name != "images"}
     with atomic_write(path) as file:
-        np.savez(file, record=np.str_(record), images=measured.images.numpy())
+        np.savez(file, record=np.str_(json.dumps(record, allow_nan=False)), images=measured.images.numpy())
 
 
-def load_measured(path: Path) -> Measured | None:
-    """What `save_measured` wrote, or None where there is no such file or it can't be read."""
+def load_set(path: Path) -> MeasuredSet | None:
+    """What `save_set` wrote, or None where there is no such file or it can't be read."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            record = json.loads(str(content["record"]))
-            return Measured(record["key"], Rung(**record["rung"]), torch.from_numpy(content["images"]))
+            return MeasuredSet(**json.loads(str(content["record"])), images=torch.from_numpy(content["images"]))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def load_halves(path: Path) -> Halves | None:
+    """What `find_reference` wrote, or None where there is no such file or it can't be read."""
+    try:
+        return Halves(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -456,12 +696,12 @@ class Timing:
             self.spent.append((time.perf_counter() - start, len(batch.seeds)))
             yield batch
 
-    def seconds_per_kimg(self) -> float:
-        """Of the whole job: the slowest process's seconds over everybody's images, less each one's first batch, in
+    def totals(self) -> tuple[float, int]:
+        """Of the whole job: the slowest process's seconds and everybody's images, less each one's first batch, in
         which a device warms up, where there are others."""
         counted = self.spent[1:] or self.spent
         parts = dist.gather_objects((sum(seconds for seconds, _ in counted), sum(images for _, images in counted)))
-        return max(seconds for seconds, _ in parts) / max(sum(images for _, images in parts), 1) * 1000
+        return max(seconds for seconds, _ in parts), sum(images for _, images in parts)
 
 
 class FirstImages:
@@ -482,83 +722,38 @@ class FirstImages:
 
     def collected(self) -> Tensor:
         """Those of all processes, in the order of their seeds: float32 [count, C, H, W] on the CPU."""
+        if self.count == 0:
+            return torch.empty(0)
         everybodys = {seed: image for part in dist.gather_objects(self.kept) for seed, image in part.items()}
         return torch.from_numpy(np.stack([everybodys[seed] for seed in range(self.count)]))
 
 
-def checked(batches: Iterator[Batch], network: NetworkFile) -> Iterator[Batch]:
-    """Passes batches on. Raises UserError at the first that no measure could make sense of."""
-    for batch in batches:
-        if not batch.images.isfinite().all():
-            raise UserError(
-                f"{network.source}: some images of seeds {batch.seeds[0]} to {batch.seeds[-1]} hold NaN or infinities; "
-                "if it was just trained, a lower --lr in a new --outdir may help"
-            )
-        yield batch
+class Checked:
+    """Looks for images that no measure could make sense of."""
+
+    def __init__(self, network: NetworkFile, tolerant: bool = False) -> None:
+        self.network, self.tolerant = network, tolerant
+        self.bad: list[str] = []
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Passes batches on. Raises UserError at the first bad one; if `tolerant`, takes a note and passes zeros on,
+        for the other processes wait for this one's share."""
+        for batch in batches:
+            if not batch.images.isfinite().all():
+                what = f"some images of seeds {batch.seeds[0]} to {batch.seeds[-1]} hold NaN or infinities"
+                if not self.tolerant:
+                    hint = "if it was just trained, a lower --lr in a new --outdir may help"
+                    raise UserError(f"{self.network.source}: {what}; {hint}")
+                self.bad.append(what)
+                batch = replace(batch, images=torch.zeros_like(batch.images))
+            yield batch
+
+    def problem(self) -> str | None:
+        """The first note that any process has taken."""
+        return next((note for part in dist.gather_objects(self.bad[:1]) for note in part), None)
 
 
 def rmse(images: Tensor, others: Tensor) -> float:
     """Root mean square difference over all values, summed in float64 image by image."""
     squares = [float((a.double() - b.double()).square().mean()) for a, b in zip(images, others, strict=True)]
     return float(np.sqrt(np.mean(squares)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For people
-
-
-def describe_rung(rung: Rung) -> str:
-    """One line."""
-    distance = "" if rung.fd is None else f"fd {rung.fd:.4g}, "
-    return f"{rung.steps:>4d} steps: {distance}end-point RMSE {rung.endpoint_rmse:.4g}, NFE {rung.nfe}"
-
-
-def format_table(rungs: Sequence[Rung]) -> str:
-    """The ladder as text."""
-    lines = [f"{'steps':>6} {'NFE':>5} {'fd':>9} {'endpoint_rmse':>14} {'sec/kimg':>9} {'kimg':>8}  network"]
-    for rung in rungs:
-        fd = "-" if rung.fd is None else f"{rung.fd:.4g}"
-        lines.append(
-            f"{rung.steps:>6} {rung.nfe:>5} {fd:>9} {rung.endpoint_rmse:>14.4f} {rung.sec_per_kimg:>9.3g} "
-            f"{rung.kimg:>8g}  {rung.network}"
-        )
-    return "\n".join(lines)
-
-
-STUDENTS, TEACHER = "#1f5fa8", "#b04a1f"
-
-
-def plot_ladder(rungs: Sequence[Rung], file: Any) -> None:
-    """Quality against network calls per image (log scale): Fréchet distance and end-point error, a panel each."""
-    from matplotlib.figure import Figure
-
-    teacher, students = rungs[0], rungs[1:]
-    panels = {"End-point RMSE to the teacher's images": [(r.nfe, r.endpoint_rmse) for r in students]}
-    distances = [(r.nfe, r.fd) for r in students if r.fd is not None]
-    if distances or teacher.fd is not None:
-        panels = {"Fréchet distance to the data": distances, **panels}
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained", dpi=140)
-    figure.suptitle(f"Distilled {' → '.join(str(r.steps) for r in rungs)} steps", fontsize=11)
-    for axis, (label, points) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        level = teacher.fd if label.startswith("Fr") else 0.0
-        if level is not None:
-            name = f"teacher, {teacher.steps} steps: {level:.3g}" + (" by definition" if level == 0 else "")
-            axis.axhline(level, color=TEACHER, linestyle="--", linewidth=1)
-            axis.plot([teacher.nfe], [level], "s", color=TEACHER, label=name, clip_on=False)
-        if points:
-            axis.plot(*zip(*points, strict=True), "o-", color=STUDENTS, label="students")
-        for nfe, value in points:
-            axis.annotate(
-                f"{value:.3g}", (nfe, value), xytext=(3, 5), textcoords="offset points", ha="left", fontsize=8
-            )
-        ticks = sorted({rung.nfe for rung in rungs})
-        axis.set_xscale("log", base=2)
-        axis.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
-        axis.set_ylim(0, 1.18 * max([value for _, value in points] + [level or 0.0]) or 1.0)
-        axis.set_xlabel("network calls per image (NFE)")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=9)
-    figure.savefig(file, format="png")

@@ -1,0 +1,276 @@
+"""What a ladder has found, in the forms in which people and programs read it: lines, a table, CSV, a figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+LOG_FROM = 8  # a y axis whose values span more than this factor is logarithmic
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What is known of one network of a ladder, as a line of `ladder.json`."""
+
+    steps: int
+    nfe: int
+    fd: float | None  # Fréchet distance to the reference in the detector's features, mean over the seed sets
+    endpoint_rmse: float  # against the first teacher's images from the same latents, values in [-1, 1]
+    sec_per_kimg: float  # sampling time per 1000 images
+    kimg: float  # images this network was distilled with; 0 for the teacher
+    network: str  # file
+    fd_std: float | None = None  # sample standard deviation over the seed sets; needs two
+    fd_sets: list[float] = field(default_factory=list)  # the distance of each seed set
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The first teacher itself, run with fewer steps on a fresh grid of the rho schedule."""
+
+    solver: str
+    steps: int
+    nfe: int
+    fd: float | None  # of the first seed set
+    endpoint_rmse: float
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How far random halves of the data set are from each other: what no sampler is expected to go below."""
+
+    images: int  # in a half
+    distances: list[float]  # one per split
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.distances) / len(self.distances)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the splits."""
+        return float(np.std(self.distances, ddof=1)) if len(self.distances) > 1 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def describe_rung(rung: Rung) -> str:
+    """One line."""
+    distance = "" if rung.fd is None else f"fd {spread(rung)}, "
+    return f"{rung.steps:>4d} steps: {distance}end-point RMSE {rung.endpoint_rmse:.4g}, NFE {rung.nfe}"
+
+
+def describe_point(point: CurvePoint) -> str:
+    """One line."""
+    distance = "" if point.fd is None else f"fd {point.fd:.4g}, "
+    return (
+        f"{point.steps:>4d} {point.solver} steps of the teacher itself: {distance}end-point RMSE "
+        f"{point.endpoint_rmse:.4g}, NFE {point.nfe}"
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """'1 step', '2 steps'."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def spread(rung: Rung) -> str:
+    """'1.064 ± 0.012', or the mean alone of a single seed set, or '-'."""
+    if rung.fd is None:
+        return "-"
+    return f"{rung.fd:.4g}" if rung.fd_std is None else f"{rung.fd:.4g} ± {rung.fd_std:.2g}"
+
+
+def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), halves: Halves | None = None) -> str:
+    """The ladder as text; below it the teacher itself at the students' costs, and what the data's own halves differ."""
+    lines = [f"{'steps':>6} {'NFE':>5} {'fd':>16} {'endpoint_rmse':>14} {'sec/kimg':>9} {'kimg':>8}  network"]
+    for rung in rungs:
+        lines.append(
+            f"{rung.steps:>6} {rung.nfe:>5} {spread(rung):>16} {rung.endpoint_rmse:>14.4f} {rung.sec_per_kimg:>9.3g} "
+            f"{rung.kimg:>8g}  {rung.network}"
+        )
+    for point in curve:
+        distance = "-" if point.fd is None else f"{point.fd:.4g}"
+        lines.append(
+            f"{point.steps:>6} {point.nfe:>5} {distance:>16} {point.endpoint_rmse:>14.4f} {'':>9} {'':>8}  "
+            f"the teacher itself, {point.solver}"
+        )
+    if halves is not None:
+        lines.append(
+            f"{'':>6} {'':>5} {f'{halves.mean:.4g} ± {halves.std:.2g}':>16} {'':>14} {'':>9} {'':>8}  data, half "
+            f"against half: {halves.images} images each, {len(halves.distances)} splits"
+        )
+    return "\n".join(lines)
+
+
+def to_csv(kind: type, rows: Sequence[Any]) -> str:
+    """Dataclass values as CSV, a column per field; a list is joined by spaces, None is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=[each.name for each in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        values = asdict(row).items()
+        writer.writerow({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in values})
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; marker and line style differ as well.
+STUDENTS = {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 1.8, "markersize": 5, "zorder": 4}
+QUIET = {"linewidth": 1.0, "markersize": 5, "markerfacecolor": "white", "zorder": 3}
+HEUN = {"color": "#009E73", "marker": "^", "linestyle": "-.", **QUIET}
+EULER = {"color": "#CC79A7", "marker": "s", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5)), **QUIET}
+TEACHER = {"color": "#D55E00", "linestyle": "--", "linewidth": 1.2, "zorder": 2}
+FLOOR = {"color": "#555555", "linestyle": ":", "linewidth": 1.4, "zorder": 2}
+
+
+def plot_ladder(
+    rungs: Sequence[Rung], file: Any, curve: Sequence[CurvePoint] = (), halves: Halves | None = None
+) -> None:
+    """Writes `ladder_figure` as a PNG."""
+    ladder_figure(rungs, curve, halves).savefig(file, format="png")
+
+
+def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), halves: Halves | None = None) -> Any:
+    """Quality against network calls per image: Fréchet distance (if there are any) and end-point error, a panel each.
+
+    rungs: the teacher first. curve: the teacher itself with fewer steps. halves: how far halves of the data set differ.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    panels: list[Callable[..., list[int]]] = []
+    if any(rung.fd is not None for rung in rungs):
+        panels.append(_plot_distances)
+    if len(rungs) > 1 or not panels:
+        panels.append(_plot_errors)
+    # Tried out: the legend, two columns of small print at most, leaves the panels nearly square.
+    figure = Figure(figsize=(3.9 * max(len(panels), 1.2), 3.8), dpi=200)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04))
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    known: dict[str, Any] = {}
+    for axis, panel in zip(axes, panels, strict=True):
+        drawn = panel(axis, rungs, curve, halves)
+        _scale_x(axis, drawn, [rung.nfe for rung in rungs])
+        _scale_y(axis)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel("network calls per image (NFE)", fontsize=9)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        known |= dict(reversed(pair) for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    order = sorted(known, key=lambda label: [label.startswith(w) for w in ("stu", "teacher,", "data", "")].index(True))
+    figure.legend(  # below the panels, where there are no data to cover
+        [known[label] for label in order],
+        order,
+        loc="outside lower center",
+        ncols=len(panels),
+        frameon=False,
+        fontsize=8,
+        handlelength=3.2,
+    )
+    return figure
+
+
+def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], halves: Halves | None) -> list[int]:
+    """Returns the numbers of network calls that it has drawn something at."""
+    teacher, students = rungs[0], [rung for rung in rungs[1:] if rung.fd is not None]
+    _plot_curve(axis, [(p.solver, p.nfe, p.fd) for p in curve if p.fd is not None])
+    if teacher.fd is not None:
+        axis.axhline(teacher.fd, **TEACHER)
+        _plot_spread(axis, [teacher], _name_teacher(teacher), {**TEACHER, "marker": "D", "markersize": 5})
+    if students:
+        sets = max(len(rung.fd_sets) for rung in students)
+        of_sets = f", mean ± std of {sets} seed sets" if sets > 1 else ""
+        _plot_spread(axis, students, _name_students(rungs) + of_sets, STUDENTS)
+    if halves is not None:
+        axis.axhline(halves.mean, label=f"data, half against half ({halves.images} images each)", **FLOOR)
+    axis.set_ylabel("Fréchet distance (detector features)", fontsize=9)
+    return [rung.nfe for rung in rungs if rung.fd is not None] + [p.nfe for p in curve if p.fd is not None]
+
+
+def _plot_spread(axis: Any, rungs: Sequence[Rung], label: str, style: dict[str, Any]) -> None:
+    """Distances with error bars, where there are several seed sets."""
+    spreads = None if any(rung.fd_std is None for rung in rungs) else [rung.fd_std for rung in rungs]
+    axis.errorbar(
+        [rung.nfe for rung in rungs],
+        [rung.fd for rung in rungs],
+        yerr=spreads,
+        capsize=2.5,
+        elinewidth=1,
+        label=label,
+        **style,
+    )
+
+
+def _plot_errors(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], halves: Halves | None) -> list[int]:
+    """The same of end-point errors. The teacher's own is 0 by definition, which is no place on a logarithmic axis: it
+    is left out."""
+    students = rungs[1:]
+    _plot_curve(axis, [(point.solver, point.nfe, point.endpoint_rmse) for point in curve])
+    if students:
+        label = _name_students(rungs) if all(rung.fd is None for rung in students) else None
+        axis.plot([r.nfe for r in students], [r.endpoint_rmse for r in students], label=label, **STUDENTS)
+    else:
+        label = f"{_name_teacher(rungs[0])}: 0 by definition"
+        axis.plot([rungs[0].nfe], [0.0], label=label, clip_on=False, **{**TEACHER, "marker": "D"})
+    axis.set_ylabel("end-point RMSE (pixel values in [-1, 1])", fontsize=9)
+    return [rung.nfe for rung in students or rungs] + [point.nfe for point in curve]
+
+
+def _plot_curve(axis: Any, points: Sequence[tuple[str, int, float]]) -> None:
+    for solver, style in (("heun", HEUN), ("euler", EULER)):
+        chosen = [(nfe, value) for name, nfe, value in points if name == solver]
+        if chosen:
+            label = f"teacher itself with fewer {solver.capitalize()} steps"
+            axis.plot(*zip(*sorted(chosen), strict=True), label=label, **style)
+
+
+def _scale_x(axis: Any, drawn: Sequence[int], ticks: Sequence[int]) -> None:
+    """Logarithmic, as wide as what is drawn, with the rungs' numbers below."""
+    low, high = min(drawn), max(drawn)
+    ticks = sorted({tick for tick in ticks if low <= tick <= high})
+    axis.set_xscale("log", base=2)
+    margin = 1.35 if high >= 2 * low else 2
+    axis.set_xlim(low / margin, high * margin)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+
+
+def _scale_y(axis: Any) -> None:
+    """From 0 where values are alike, logarithmic with plain numbers where they span more than `LOG_FROM`."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float).ravel() for line in axis.get_lines()])
+    values = values[np.isfinite(values)]
+    positive = values[values > 0]
+    if len(positive) == 0:
+        axis.set_ylim(0, 1)
+        return
+    low, high = float(positive.min()), float(positive.max())
+    if high <= LOG_FROM * low:
+        axis.set_ylim(0, 1.12 * high)
+        return
+    decades = math.log10(high / low)
+    axis.set_yscale("log")
+    axis.set_ylim(low / 10 ** (0.06 * decades), high * 10 ** (0.06 * decades))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_teacher(rung: Rung) -> str:
+    solver = "Heun step" if rung.nfe > rung.steps else "step"
+    return f"teacher, {count(rung.steps, solver)} (NFE {rung.nfe})"
+
+
+def _name_students(rungs: Sequence[Rung]) -> str:
+    return f"students ({' → '.join(str(rung.steps) for rung in rungs)} steps)"
