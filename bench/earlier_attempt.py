@@ -12,7 +12,7 @@ the same files; `--habits` chooses which of these are taken over (all of them, u
     dropout  0.13, as in training from scratch
     augment  0.12, as in training from scratch (for a teacher that takes augmentation labels)
 
-`--habits=none` is distill.py's own recipe. Further options of distill.py are passed on.
+`--habits=none` is distill.py's own recipe. The rest is distill.py's, with its defaults.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class EarlierLadder(Ladder):
         grid = network_grid(stage.teacher.net, stage.grid.steps) if "regrid" in self.habits else stage.grid
         solver: Solver = "heun" if "heun" in self.habits else stage.solver
         run.stage = replace(stage, grid=grid, solver=solver)
+        run.config.distillation = setup.describe_distillation(run.stage)
+        run.config.loss_kwargs["teacher_solver"] = solver
         return setup.train(options, run, ClampedTrainer if "clamp" in self.habits else Trainer)
 
 
@@ -106,6 +108,7 @@ class Habits(click.ParamType):
 )
 @click.option("--batch", help="Total batch size", type=cli.Whole(min=1), default=64)
 @click.option("--eval-num", help="Images that measure a rung", type=cli.Whole(min=2), default=2000)
+@click.option("--eval-sets", help="Measure a rung so many times", type=cli.Whole(min=1), default=1)
 @click.option("--seed", help="Random seed", type=cli.Whole(min=0), default=0)
 def command(
     habits: frozenset[str],
@@ -117,6 +120,7 @@ def command(
     duration: float,
     batch: int,
     eval_num: int,
+    eval_sets: int,
     seed: int,
 ) -> None:
     """Climb a ladder with the habits of an earlier attempt, to see what each of them costs."""
@@ -131,7 +135,18 @@ def command(
         tick=10,
         lr_decay="linear",
     )
-    options = LadderOptions(num_steps, 1, [2], [duration], [5e-4], None, detector, eval_num, 125)
+    options = LadderOptions(
+        num_steps,
+        1,
+        [2],
+        [duration],
+        [5e-4],
+        detector=detector,
+        eval_num=eval_num,
+        eval_batch=125,
+        eval_sets=eval_sets,
+        curve=False,
+    )
     ladder = EarlierLadder(stages, options)
     ladder.habits = habits
     dist.print0(format_table(ladder.run()))

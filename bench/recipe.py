@@ -11,17 +11,21 @@ interrupted goes on. Each run is one process of one thread, `--jobs` at a time.
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dnnlib import cli
 from training.config import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,126 +76,138 @@ SCREENS: dict[str, Screen] = {
             "16 -> 4 -> 1, self-teacher": "--ratio=4 --self-teacher --duration=0.08",
         },
     ),
+    "finalists": (LADDER, {name: f"--weighting={name}" for name in ("geomean", "landing")}),
     "budgets": (LADDER, {f"{kimg} kimg a stage": f"--duration={kimg / 1000}" for kimg in (10, 20, 40, 80)}),
 }
 
 
-def run_one(folder: Path, options: list[str], common: list[str], share: Path | None) -> list[dict[str, Any]] | None:
-    """One ladder in `folder`, unless it is there; its rungs, or None where it failed (its log says why)."""
+@dataclass(frozen=True)
+class Task:
+    """One run: a variant of a screen with one seed."""
+
+    screen: str
+    variant: str
+    options: list[str]  # of distill.py
+    folder: Path
+
+
+def plan(screens: Sequence[str], seeds: Sequence[int], only: str, outdir: Path) -> list[Task]:
+    """Every variant of the screens whose name contains `only`, with every seed."""
+    tasks = []
+    for screen in screens:
+        base, variants = SCREENS[screen]
+        for variant, options in variants.items():
+            if only in variant:
+                name = "".join(c if c.isalnum() or c in "-.+" else "_" for c in variant)
+                for seed in seeds:
+                    words = [*base.split(), *options.split(), f"--seed={seed}"]
+                    tasks.append(Task(screen, variant, words, outdir / screen / name / f"seed{seed}"))
+    return tasks
+
+
+def run_ladder(folder: Path, options: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Runs distill.py in a process of its own, or reads what it left; its rungs, None where it failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    if share is not None and not (folder / "rungs").exists():  # the teacher is measured once for all
-        shutil.copytree(
-            share / "rungs",
-            folder / "rungs",
-            ignore=lambda _, names: [n for n in names if "steps-" in n and n not in teacher_files(share)],
-        )
-    command = [sys.executable, str(ROOT / "distill.py"), f"--outdir={folder}", *common, *options]
+    command = [sys.executable, str(ROOT / "distill.py"), f"--outdir={folder}", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads((folder / "ladder.json").read_text()) if done.returncode == 0 else None
+        done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
+    if done.returncode:
+        return None
+    rungs: list[dict[str, Any]] = json.loads((folder / "ladder.json").read_text(encoding="utf-8"))
+    return rungs
 
 
-def teacher_files(share: Path) -> list[str]:
-    """Names of the files in which a finished ladder keeps its teacher's measurement."""
-    rungs = json.loads((share / "ladder.json").read_text())
-    return [path.name for path in (share / "rungs").glob(f"steps-{rungs[0]['steps']}*")]
+def share_teacher(source: Path, folder: Path) -> None:
+    """Copies what a ladder has measured of teacher and data, so that it is not measured again."""
+    if not (folder / "rungs").exists():
+        teacher = json.loads((source / "ladder.json").read_text(encoding="utf-8"))[0]["steps"]
+        files = [
+            *source.glob("rungs/reference-*"),
+            *source.glob("rungs/halves-*"),
+            *source.glob(f"rungs/steps-{teacher}*"),
+        ]
+        (folder / "rungs").mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, folder / "rungs")
 
 
-def summary(runs: list[list[dict[str, Any]]]) -> str:
+def summary(runs: Sequence[list[dict[str, Any]]]) -> str:
     """Every student's end-point RMSE and Fréchet distance over the teacher's: mean and deviation over runs."""
     cells = []
-    for rungs in zip(*runs, strict=True):
-        teacher = [run[0]["fd"] for run in runs]
-        if rungs[0]["nfe"] == runs[0][0]["nfe"]:
-            continue
-        errors = [rung["endpoint_rmse"] for rung in rungs]
-        text = f"{rungs[0]['steps']}: {spread(errors)}"
+    for rungs in list(zip(*runs, strict=True))[1:]:
+        cell = f"{rungs[0]['steps']}: {spread([rung['endpoint_rmse'] for rung in rungs], 4)}"
         if all(rung["fd"] is not None for rung in rungs):
-            text += f" fd x{spread([rung['fd'] / first for rung, first in zip(rungs, teacher, strict=True)], 3)}"
-        cells.append(text)
+            cell += f" fd x{spread([rung['fd'] / run[0]['fd'] for rung, run in zip(rungs, runs, strict=True)], 3)}"
+        cells.append(cell)
     return "   ".join(cells)
 
 
-def spread(values: list[float], digits: int = 4) -> str:
-    """'0.0743 +- 0.0012'."""
+def spread(values: Sequence[float], digits: int) -> str:
+    """'0.0743 +- 0.0012'; a single value has no deviation."""
     deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-@click.command(context_settings={"show_default": True})
-@click.argument("screens", nargs=-1)
-@click.option("--teacher", required=True, help="Network file of the first teacher")
-@click.option("--data", required=True, help="Data set")
-@click.option("--detector", required=True, help="Made by fid.py detector")
-@click.option("--outdir", default="runs/recipe", help="A folder for every run is made there")
-@click.option("--seeds", default="0", help="Comma-separated seeds of every variant")
-@click.option("--jobs", default=2, help="Runs at the same time")
-@click.option("--eval-num", default=2000, help="Images that measure a rung")
-@click.option("--only", default="", help="Variants whose names contain this")
-@click.option("--extra", default="", help="Further options of distill.py for all runs")
-@click.option("--list", "show", is_flag=True, help="Only show the variants")
-def main(
+@cli.command(name="recipe")
+@click.argument("screens", nargs=-1, type=cli.Choice(list(SCREENS)))
+@click.option("--teacher", help="Network file of the first teacher", metavar="PKL")
+@click.option("--data", help="Path to the dataset", metavar="ZIP|DIR")
+@click.option("--detector", help="Features for the Fréchet distance", metavar="FILE")
+@click.option("--outdir", help="A folder for every run is made there", metavar="DIR", default="runs/recipe")
+@click.option("--seeds", help="Seeds of every variant", metavar="LIST", type=cli.IntList(), default="0")
+@click.option("--jobs", help="Runs at the same time", metavar="INT", type=cli.Whole(min=1), default=2)
+@click.option("--eval-num", help="Images that measure a rung", metavar="INT", type=cli.Whole(min=2), default=2000)
+@click.option("--only", help="Variants whose names contain this", metavar="TEXT", default="")
+@click.option("--extra", help="Further options of distill.py, for all runs", metavar="TEXT", default="")
+@click.option("--list", "show", help="Only show the variants and their options", is_flag=True)
+def command(
     screens: tuple[str, ...],
-    teacher: str,
-    data: str,
-    detector: str,
+    teacher: str | None,
+    data: str | None,
+    detector: str | None,
     outdir: str,
-    seeds: str,
+    seeds: list[int],
     jobs: int,
     eval_num: int,
     only: str,
     extra: str,
     show: bool,
 ) -> None:
-    """Runs SCREENS and prints how good each variant's students are."""
-    common = [f"--data={data}", f"--transfer={teacher}", f"--detector={detector}", f"--eval-num={eval_num}"]
-    common += ["--eval-batch=125", "--tick=10", "--save-every=5", *extra.split()]
-    tasks: dict[tuple[str, str], list[tuple[Path, list[str]]]] = {}
-    for screen in screens:
-        base, variants = SCREENS[screen]
-        for name, options in variants.items():
-            if only in name:
-                words = [*base.split(), *options.split()]
-                tasks[screen, name] = [
-                    (
-                        Path(
-                            outdir,
-                            screen,
-                            "".join(c if c.isalnum() or c in "-.+" else "_" for c in name),
-                            f"seed{seed}",
-                        ),
-                        [*words, f"--seed={seed}"],
-                    )
-                    for seed in seeds.split(",")
-                ]
+    """Run the named screens, all unless named, and print how good each variant's students are."""
+    tasks = plan(screens or list(SCREENS), seeds, only, Path(outdir))
     if show:
-        for (screen, name), runs in tasks.items():
-            print(f"{screen:12s} {name:28s} {' '.join(runs[0][1])}")
+        for task in tasks:
+            print(f"{task.screen:11s} {task.variant:34s} {' '.join(task.options)}")
         return
-    share = Path(outdir, "teacher")  # its measurement, shared by all runs
-    first = next(iter(tasks.values()))[0][1] if tasks else []
-    steps = next(word for word in first if word.startswith("--num_steps"))
-    if (
-        run_one(
-            share,
-            [steps, f"--until={int(steps.split('=')[1]) // 2}", "--duration=0.001", "--batch=64", "--seed=0"],
-            common,
-            None,
-        )
-        is None
-    ):
-        sys.exit(f"the teacher can't be measured: see {share}/log.txt")
+    if not tasks:
+        raise cli.UsageError(f"--only={only}: no variant of these screens has that in its name")
+    if teacher is None or data is None or detector is None:
+        raise cli.UsageError("--teacher, --data and --detector are needed")
+    common = [f"--data={data}", f"--transfer={teacher}", f"--detector={detector}", f"--eval-num={eval_num}"]
+    common += ["--eval-batch=125", "--eval-sets=1", "--curve=0", "--tick=10", "--save-every=5", *extra.split()]
+
+    first = Path(outdir, f"teacher-{eval_num}")  # a ladder of next to no training: what it measures is good for all
+    if run_ladder(first, [*common, *SHORT.split(), "--duration=0.001", "--seed=0"]) is None:
+        raise cli.UserError(f"the teacher can't be measured: {first}/log.txt says why")
+
+    def run(task: Task) -> list[dict[str, Any]] | None:
+        share_teacher(first, task.folder)
+        return run_ladder(task.folder, [*common, *task.options])
+
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = {
-            key: [pool.submit(run_one, folder, options, common, share) for folder, options in runs]
-            for key, runs in tasks.items()
-        }
-        for (screen, name), waiting in futures.items():
-            results = [future.result() for future in waiting]
-            good = [result for result in results if result is not None]
-            failed = f"   {len(results) - len(good)} failed" if len(good) < len(results) else ""
-            print(f"{screen:12s} {name:28s} {summary(good) if good else ''}{failed}", flush=True)
+        results = zip(tasks, pool.map(run, tasks), strict=True)
+        for (screen, variant), group in itertools.groupby(results, key=lambda pair: (pair[0].screen, pair[0].variant)):
+            runs = list(group)
+            good = [rungs for _, rungs in runs if rungs is not None]
+            failed = f"  ({len(runs) - len(good)} failed, see their log.txt)" if len(good) < len(runs) else ""
+            print(f"{screen:11s} {variant:34s} {summary(good) if good else ''}{failed}", flush=True)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    return cli.run(command, args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -268,13 +268,14 @@ def _config(
         tensorboard=options.tensorboard,
         transfer=options.transfer,
         transfer_sha256=transfer.sha256 if transfer else None,
-        distillation=_distillation(stage) if stage else None,
+        distillation=describe_distillation(stage) if stage else None,
         trust_network_code=options.trust_network_code,
         extras={"data_fingerprint": fingerprint(options.data)},
     )
 
 
-def _distillation(stage: Stage) -> Kwargs:
+def describe_distillation(stage: Stage) -> Kwargs:
+    """A stage as `training_options.json` and a state tell it."""
     return {
         "num_steps": stage.grid.steps,
         "ratio": stage.ratio,

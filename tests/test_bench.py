@@ -1,0 +1,129 @@
+"""The benchmarks: that what they compare is what they say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import distill
+from bench import earlier_attempt, recipe
+from helpers import load_recipe, make_dataset, small_network
+from metrics.classifier import train_detector
+from training.grids import network_grid
+from training.network_files import load_network, save_network
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a data set, a hurriedly trained detector and a teacher."""
+    folder = tmp_path_factory.mktemp("bench")
+    make_dataset(folder / "data.zip", count=60)
+    train_detector(folder / "data.zip", folder / "detector.pt", kimg=1)
+    net = small_network(model_channels=8, channel_mult=[1], attn_resolutions=[], augment_dim=9)
+    load_recipe(net, 3)
+    save_network(folder / "teacher.pkl", net)
+    return folder
+
+
+def files(place):
+    return [f"--data={place / 'data.zip'}", f"--teacher={place / 'teacher.pkl'}", f"--detector={place / 'detector.pt'}"]
+
+
+@pytest.mark.parametrize("task", recipe.plan(list(recipe.SCREENS), [3], "", Path("out")), ids=lambda task: task.variant)
+def test_every_variant_is_a_command_that_distill_takes(task):
+    words = ["--outdir=x", "--data=x", "--transfer=x", *task.options]
+    values = distill.command.make_context("distill.py", words).params
+    assert values["seed"] == 3 and values["batch"] in (32, 64, 128)
+    from training.stage import plan_ladder
+
+    stages = plan_ladder(values["num_steps"], values["until"], values["ratio"])
+    assert len(values["duration"]) in (1, len(stages))
+
+
+def test_ladders_see_equally_many_images():
+    """So that variants of `ladders` can be compared; 'equal time' says that it sees fewer."""
+    from training.stage import plan_ladder
+
+    for task in recipe.plan(["ladders"], [0], "", Path("out")):
+        values = distill.command.make_context("x", ["--outdir=x", "--data=x", "--transfer=x", *task.options]).params
+        stages = len(plan_ladder(values["num_steps"], values["until"], values["ratio"]))
+        images = sum(values["duration"] * (stages if len(values["duration"]) == 1 else 1))
+        assert images == pytest.approx(0.147 if "equal time" in task.variant else 0.16, rel=1e-3), task.variant
+
+
+def test_summary_is_of_students_and_over_their_own_teacher():
+    runs = [
+        [
+            {"steps": 4, "fd": fd, "endpoint_rmse": 0.0},
+            {"steps": 2, "fd": 3.0, "endpoint_rmse": error},
+            {"steps": 1, "fd": None, "endpoint_rmse": 0.5},
+        ]
+        for fd, error in ((2.0, 0.1), (1.0, 0.3))
+    ]
+    assert recipe.summary(runs) == "2: 0.2000 +- 0.1414 fd x2.250 +- 1.061   1: 0.5000 +- 0.0000"
+    assert recipe.summary(runs[:1]) == "2: 0.1000 fd x1.500   1: 0.5000"
+
+
+def test_a_screen_runs_and_is_not_run_again(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recipe, "SHORT", "--num_steps=4 --until=2 --duration=0.001 --batch=48")
+    monkeypatch.setitem(recipe.SCREENS, "rates", (recipe.SHORT, {"one": "--lr=1e-3", "wrong": "--lr-decay=never"}))
+    args = ["rates", *files(place), f"--outdir={tmp_path / 'out'}", "--eval-num=30", "--extra=--eval-batch=30"]
+    assert recipe.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["rates", "one", "2:"] and "1 failed" in lines[1]
+    folder = tmp_path / "out/rates/one/seed0"
+    made = (folder / "stage-1-4to2/network-snapshot-000001.pkl").stat().st_mtime_ns
+    assert "4 steps" in (folder / "log.txt").read_text() and "Measuring" in (folder / "log.txt").read_text()
+    assert f"Measuring {place / 'teacher.pkl'}" not in (folder / "log.txt").read_text(), "it was measured before"
+    assert recipe.main([*args, "--only=one"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines[:1]
+    assert (folder / "stage-1-4to2/network-snapshot-000001.pkl").stat().st_mtime_ns == made
+    assert recipe.main([*args, "--only=none such"]) == 2
+
+
+def options_of(folder):
+    return json.loads((folder / "training_options.json").read_text())
+
+
+def test_an_earlier_attempt_has_all_its_habits(place, tmp_path):
+    args = [*files(place), "--num_steps=8", "--duration=0.001", "--batch=48", "--eval-num=30"]
+    assert earlier_attempt.main([*args, f"--outdir={tmp_path / 'all'}"]) == 0
+    second = options_of(tmp_path / "all/stage-2-4to2")
+    student = load_network(tmp_path / "all/stage-1-8to4/network-snapshot-000001.pkl")
+    fresh, nested = list(network_grid(student.net, 4).levels), list(student.sampling.grid.levels)
+    assert second["distillation"]["teacher_levels"] == fresh != nested
+    assert second["loss_kwargs"]["teacher_solver"] == "heun"
+    assert second["network_kwargs"]["dropout"] == 0.13 and second["augment_kwargs"]["p"] == 0.12
+    assert second["lr_decay"] == "none" and second["optimizer_kwargs"]["lr"] == 1e-3
+    assert second["lr_rampup_kimg"] == pytest.approx(0.5)
+
+
+def test_without_its_habits_it_is_distill(place, tmp_path):
+    common = ["--num_steps=4", "--duration=0.001", "--batch=48", "--eval-num=30", "--seed=2"]
+    assert earlier_attempt.main([*files(place), *common, "--habits=none", f"--outdir={tmp_path / 'none'}"]) == 0
+    mine = [word.replace("--teacher", "--transfer") for word in files(place)]
+    more = ["--eval-sets=1", "--curve=0", "--eval-batch=125", "--tick=10", "--lr=5e-4"]
+    assert distill.main([*mine, *common, *more, f"--outdir={tmp_path / 'ours'}"]) == 0
+    tables = [json.loads((tmp_path / name / "ladder.json").read_text()) for name in ("none", "ours")]
+    for a, b in zip(*tables, strict=True):
+        assert (a["fd"], a["endpoint_rmse"]) == (b["fd"], b["endpoint_rmse"])
+
+
+def test_clamped_levels_end_above_zero(place):
+    net = load_network(place / "teacher.pkl").net
+    import torch
+
+    loss = earlier_attempt.ClampedLoss(net, network_grid(net, 8), 2, "heun")
+    plain = earlier_attempt.EDMDistillationLoss(net, network_grid(net, 8), 2, "heun")
+    interval = torch.arange(4)
+    assert torch.equal(loss.levels(interval[:3]), plain.levels(interval[:3]))
+    last = loss.levels(interval[3:]).flatten().tolist()
+    assert last == pytest.approx([*network_grid(net, 8).levels[6:8], network_grid(net, 8).levels[7]])
+    assert loss.jumps(torch.zeros(1, 1, 8, 8), interval[3:], torch.ones(1, 1, 8, 8)).target.isfinite().all()
+
+
+def test_unknown_habits_are_refused(place, tmp_path, capsys):
+    assert earlier_attempt.main([*files(place), "--habits=clamp,heum", f"--outdir={tmp_path}"]) == 2
+    assert "heum" in capsys.readouterr().err
+    shutil.rmtree(tmp_path)
