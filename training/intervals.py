@@ -1,8 +1,8 @@
 """Which jump of a student an image is to train: uniformly, or more often where the loss is.
 
 A stage starts from a copy of its teacher and most of its jumps are nearly right at once; the others have nearly all of
-the loss. Drawing interval i with probability p_i and dividing its loss by n p_i leaves the expected loss as it is, and
-so what is learnt: only the noise of the gradient changes, and the time spent on jumps that have nothing to learn.
+the loss. Drawing interval i with probability p_i and dividing its loss by n p_i leaves the expected gradient as it is:
+only its noise changes, and how many images are spent on jumps that have nothing to learn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .config import INTERVALS
 from .draws import RandomSource
 
 MEMORY = 0.98  # of the running means per step: they look back some 50 steps
-UNIFORM_PART = 0.1  # of all draws, whatever the losses: nothing is forgotten, and weights 1 / (n p) stay below 10
+UNIFORM_PART = 0.1  # of all draws, whatever the losses: nothing is forgotten, and 1 / (n p) is at most 10
 ENOUGH = 16.0  # images that every interval must have seen before its mean is believed
 
 
@@ -27,7 +27,7 @@ class Intervals:
 
     count  number of intervals n
     rule   uniform  p_i = 1 / n
-           loss     p_i = a tenth uniform, the rest in proportion to the interval's mean loss. (Least noise would be the
+           loss     p_i = a tenth uniform, the rest in proportion to the interval's mean loss. (Least noise would be its
                     square root, roughly; the more eager rule measured better, see docs/results.md.)
     """
 

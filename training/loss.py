@@ -128,10 +128,11 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float | None], Tensor]] = {
 edm        1 / c_out^2 of the network's own preconditioning
 snr-trunc  max(1 / t^2, 1): truncated SNR of Salimans & Ho 2022
 snr+1      1 / t^2 + 1: SNR + 1 of Salimans & Ho 2022
-jump       edm times (1 - s/t)^2: as edm, but for where the jump lands rather than for the denoiser's output
-landing    (1 - s/t)^2: the error in the image on which the jump lands
+jump       edm times (1 - s/t)^2: the error in the image on which the jump lands, in units of c_out(t)
+landing    (1 - s/t)^2: the same error, in pixel values
 geomean    the geometric mean of jump and landing
-endpoint   landing, less what the rest of the way down shrinks it (for Gaussian data of deviation 4 sigma_data)
+endpoint   landing, less what the rest of the way down shrinks it (for Gaussian data of deviation 4 sigma_data; 2
+           where the network has no sigma_data)
 """
 
 
