@@ -47,19 +47,19 @@ POSITIVE = cli.Number(min=0, min_open=True)
 )
 @click.option(
     "--weighting",
-    help="Weight of noise levels",
+    help="Weight of noise levels in the loss; the default measured best",
     type=NAMES(WEIGHTINGS),
     default="geomean",
 )
 @click.option(
     "--intervals",
-    help="Train a student's jumps equally often, or where the loss is: default loss",
+    help="Train all jumps equally often, or by their loss: default loss, which measured better",
     type=NAMES(INTERVALS),
 )
 @click.option("--self-teacher", help="The student's own EMA makes all but the first step of a jump", is_flag=True)
 @click.option(
     "--ema-std",
-    help="Power-function EMA of this relative width instead",
+    help="Power-function EMA of this relative width (EDM2's sigma_rel) instead of --ema",
     metavar="FLOAT",
     type=cli.Number(0, 0.28, min_open=True),
 )

@@ -41,16 +41,20 @@ NAMES = cli.Choice
 )
 @click.option(
     "--weighting",
-    help="Distillation: weight of noise levels in the loss",
+    help="Distillation: weight of noise levels in the loss; the default measured best",
     type=NAMES(WEIGHTINGS),
     default="geomean",
 )
 @click.option(
     "--intervals",
-    help="Train a student's jumps equally often, or where the loss is: default loss",
+    help="Distillation: train all jumps equally often, or by their loss: default loss, which measured better",
     type=NAMES(INTERVALS),
 )
-@click.option("--self-teacher", help="The student's own EMA makes all but the first step of a jump", is_flag=True)
+@click.option(
+    "--self-teacher",
+    help="Distillation: the student's own EMA makes all but the first step of a jump (TRACT, consistency)",
+    is_flag=True,
+)
 @click.option(
     "--targets", help="Distillation: how often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1)
 )
@@ -85,7 +89,7 @@ NAMES = cli.Choice
 )
 @click.option(
     "--ema-std",
-    help="Power-function EMA of this relative width instead",
+    help="Power-function EMA of this relative width (EDM2's sigma_rel) instead of --ema",
     metavar="FLOAT",
     type=cli.Number(0, 0.28, min_open=True),
 )

@@ -652,3 +652,20 @@ def test_every_kind_of_teacher_can_be_distilled(precond, kwargs, data, tmp_path)
     for (name, a), (_, b) in zip(student.net.state_dict().items(), net.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     assert np.isfinite(losses(tmp_path / "run")[-1]["mean"])
+
+
+def test_tensorboard_gets_the_same_figures(data, teacher, tmp_path):
+    """Every statistic of stats.jsonl, each jump's loss among them, at the number of images seen."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = [f"--data={data}", "--precond=edm_distillation", f"--transfer={teacher}", "--num_steps=4", "--batch=24"]
+    assert run(*args, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001", "--tick=0.4", "--tensorboard") == 0
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    lines = stats(tmp_path)
+    assert {"Loss/interval/0", "Loss/interval/1", "Loss/loss"} <= set(events.Tags()["scalars"])
+    for name in events.Tags()["scalars"]:
+        want = [(line["Progress/kimg"]["mean"] * 1000, line[name]["mean"]) for line in lines if name in line]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert len(found) == len(want) and np.allclose(found, want, rtol=1e-6), name
