@@ -54,6 +54,13 @@ def launch(processes, *args, **kwargs):
     )
 
 
+def finish(processes, *args, log):
+    """train.py under torchrun, to its end; what it said last where it fails."""
+    with open(log, "w", encoding="utf-8") as file:
+        status = launch(processes, *args, stdout=file, stderr=file).wait(timeout=240)
+    assert status == 0, log.read_text(encoding="utf-8")[-3000:]
+
+
 def losses(run_dir):
     return [line["Loss/loss"] for line in stats(run_dir)]
 
@@ -264,9 +271,8 @@ def test_two_and_three_processes_change_rounding_only_and_resume_exactly(data, t
     """84 steps under 1, 2 and 3 processes; the run with 3 is killed half-way, started again, and ends bit-identical."""
     args = [f"--data={data}", *SMALL, "--nosubdir", "--duration=0.001", "--tick=0.012", "--dropout=0", "--dump=1000"]
     assert run(*args, f"--outdir={tmp_path / 'p1'}") == 0
-    jobs = {n: launch(n, *args, f"--outdir={tmp_path / f'p{n}'}") for n in (2, 3)}
-    for n, job in jobs.items():
-        assert job.wait(timeout=240) == 0, n
+    for n in (2, 3):
+        finish(n, *args, f"--outdir={tmp_path / f'p{n}'}", log=tmp_path / f"p{n}.txt")
     for n in (2, 3):
         for a, b in zip(losses(tmp_path / "p1"), losses(tmp_path / f"p{n}"), strict=True):
             assert a["num"] == b["num"] and a["mean"] == pytest.approx(b["mean"], rel=1e-5)
@@ -278,7 +284,7 @@ def test_two_and_three_processes_change_rounding_only_and_resume_exactly(data, t
         process.kill()
     job.wait()
     assert newest_nimg(tmp_path / "broken") < 1000
-    assert launch(3, *broken).wait(timeout=240) == 0
+    finish(3, *broken, log=tmp_path / "resumed.txt")
     assert_same_state(tmp_path / "p3" / "training-state-000001.pt", tmp_path / "broken" / "training-state-000001.pt")
     assert timeless(tmp_path / "p3") == timeless(tmp_path / "broken")
 
@@ -515,7 +521,7 @@ def test_two_processes_distil_a_published_shape(data, teacher, tmp_path):
         "--lr=1e-4",
     ]
     assert run(*args, f"--outdir={tmp_path / 'one'}", "--nosubdir") == 0
-    assert launch(2, *args, f"--outdir={tmp_path / 'two'}").wait(timeout=240) == 0
+    finish(2, *args, f"--outdir={tmp_path / 'two'}", log=tmp_path / "two.txt")
     (two,) = (tmp_path / "two").iterdir()
     assert two.name == "00000-blobs-uncond-ddpmpp-edm_distillation-gpus2-batch12-fp32"
     for a, b in zip(losses(tmp_path / "one"), losses(two), strict=True):
