@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import distill
-from bench import earlier_attempt, recipe
+from bench import compare, earlier_attempt, recipe
 from helpers import load_recipe, make_dataset, small_network
 from metrics.classifier import train_detector
 from training.grids import network_grid
+from training.ladder_report import Rung
 from training.network_files import load_network, save_network
 
 
@@ -127,3 +129,42 @@ def test_unknown_habits_are_refused(place, tmp_path, capsys):
     assert earlier_attempt.main([*files(place), "--habits=clamp,heum", f"--outdir={tmp_path}"]) == 2
     assert "heum" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
+
+
+def write_ladder(folder, *students, teacher=2.0):
+    """students: (steps, fd, end-point error)."""
+    rows = [(16, teacher, 0.0), *students]
+    rungs = [Rung(steps, steps, fd, error, 1.0, 1.0, "x") for steps, fd, error in rows]
+    folder.mkdir(parents=True)
+    (folder / "ladder.json").write_text(json.dumps([asdict(rung) for rung in rungs]))
+
+
+def test_ladders_side_by_side(tmp_path, capsys):
+    write_ladder(tmp_path / "a/seed0", (8, 3.0, 0.1), (4, 4.0, 0.2))
+    write_ladder(tmp_path / "a/seed1", (8, 5.0, 0.3), (4, 4.0, 0.2))
+    write_ladder(tmp_path / "b", (4, None, 0.5), teacher=None)
+    (tmp_path / "a/seed2").mkdir()  # not finished
+    args = [f"ours={tmp_path}/a/seed*", f"theirs={tmp_path}/b", f"--figure={tmp_path / 'figure.png'}"]
+    assert compare.main(args) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| | seeds | 8 steps | 4 steps |",
+        "| --- | --- | --- | --- |",
+        "| ours | 2 | 2.000 ± 0.707x<br>0.2000 ± 0.1414 | 2.000 ± 0.000x<br>0.2000 ± 0.0000 |",
+        "| theirs | 1 |  | 0.5000 |",
+    ]
+    figure = compare.draw([compare.read_group(text) for text in args[:2]])
+    lines = [[list(line.get_xdata()) for line in axis.get_lines() if len(line.get_xdata())] for axis in figure.axes]
+    assert [4, 8] in lines[0] and [4] in lines[1]
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_ladders_no_comparison(tmp_path, capsys):
+    (tmp_path / "ladder.json").write_text('[{"steps": 3}]')
+    for argument, status, words in (
+        (str(tmp_path), 2, "NAME=PATTERN"),
+        (f"x={tmp_path}/none*", 1, "none*"),
+        (f"x={tmp_path}", 1, "ladder.json"),
+    ):
+        assert compare.main([argument]) == status
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error
