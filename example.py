@@ -47,6 +47,7 @@ def command(network: str | None, steps: int | None, seeds: list[int], out: str, 
     if loaded.net.img_channels not in (1, 3):
         raise cli.UserError(f"{network} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
     plan = plan_sampling(loaded, steps=steps)
+    dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Sampling {network or BUNDLED.name} with {plan.text} ...")
     start = time.monotonic()
     made: dict[int, torch.Tensor] = {}

@@ -199,7 +199,8 @@ def _generated(
     from training.sampling import iterate_images, plan_sampling
 
     network = dist.rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
-    dist.print0(f"sampling with {plan_sampling(network, steps=steps).text}", file=sys.stderr)
+    plan = plan_sampling(network, steps=steps)
+    dist.print0(f"sampling {path} ({network.describe()}) with {plan.text}", file=sys.stderr)
     allow_tf32(False)
     device = dist.device()
     for made in iterate_images(network, seeds, steps=steps, max_batch=batch, device=device, class_idx=class_idx):

@@ -158,6 +158,7 @@ def command(
     work = dist.from_rank0(find_work)
     loaded, plan = load()  # the other ranks meet a filled download cache
     todo = sum(map(len, work.batches))
+    dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Using {plan.text}")
     if work.note:
         dist.print0(f"Note: {work.note}")

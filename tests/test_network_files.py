@@ -34,7 +34,7 @@ from dnnlib import EasyDict
 from dnnlib.cli import UserError
 from torch_utils import persistence
 from training import network_files, networks
-from training.grids import NoiseGrid, Sampling
+from training.grids import NoiseGrid, Sampling, network_grid
 from training.network_files import ForeignNetworkError, load_network, save_network
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -239,6 +239,50 @@ def test_what_a_file_says_besides(tmp_path: Path) -> None:
     assert file.net.label_dim == 10 and file.net.init_kwargs["augment_dim"] == 9
 
 
+def test_what_was_found_in_words(tmp_path: Path) -> None:
+    edm_file(tmp_path / "a.pkl", entries={"optimizer": [torch.zeros(3)], "step": 7})
+    file = load_network(tmp_path / "a.pkl")
+    assert file.format == "EDM pickle" and file.ignored == ("optimizer",)
+    words = file.describe()
+    assert re.match(
+        r"EDM pickle, EDMPrecond of SongUNet, 0\.\d\d M parameters, 3x16x16, 10 classes, undistilled", words
+    )
+    assert words.endswith("also holds step, left aside: optimizer")
+    save_network(tmp_path / "b.safetensors", file.net, sampling=SAMPLING)
+    assert load_network(tmp_path / "b.safetensors").describe().endswith("10 classes, student of 3 steps")
+
+
+def earlier_fork(**state: Any) -> Persistent:
+    """The loss of an earlier fork's student, its whole teacher inside."""
+    tensors, kwargs, _ = golden_case("ddpmpp_a", "EDMPrecond")
+    teacher = edm_object("EDMPrecond", tensors, kwargs, "raise SystemExit('the text has been run')")
+    own = {"sigma_data": 0.5, "net": teacher, "_init_args": (), "_init_kwargs": {"net": teacher}, **state}
+    return Persistent("EDMDistillationLoss", own, "raise SystemExit('the text has been run')")
+
+
+def test_students_of_an_earlier_fork(tmp_path: Path) -> None:
+    """Their grid is every ratio-th of the levels that their loss counts; the teacher in the file is not kept."""
+    for ratio in (2, 4):
+        edm_file(tmp_path / "net.pkl", entries={"loss_fn": earlier_fork(num_steps=np.int64(16), ratio=ratio)})
+        file = load_network(tmp_path / "net.pkl")
+        assert file.sampling is not None
+        assert file.sampling.grid == network_grid(file.net, 16).every(ratio) and file.sampling.grid.levels[0] == 80
+        assert file.sampling.solver == "euler" and file.sampling.teacher_steps == 16 and not file.sampling.lineage
+        assert file.ignored == ("loss_fn.net",) and file.extra["loss_fn"]["num_steps"] == 16
+        save_network(tmp_path / "ours.pkl", file.net, sampling=file.sampling, extra=file.extra)
+        assert (tmp_path / "ours.pkl").stat().st_size < 0.6 * (tmp_path / "net.pkl").stat().st_size
+        assert load_network(tmp_path / "ours.pkl").sampling == file.sampling
+    for state, words in (
+        ({"num_steps": 16, "ratio": 3}, "16 steps cannot be taken 3 at a time"),
+        ({"num_steps": 0, "ratio": 2}, "at least one step"),
+        ({"num_steps": 10**9, "ratio": 2}, "too many"),
+        ({"num_steps": "16", "ratio": 2}, "does not say num_steps and ratio"),
+        ({}, "does not say num_steps and ratio"),
+    ):
+        edm_file(tmp_path / "net.pkl", entries={"loss_fn": earlier_fork(**state)})
+        refused(tmp_path / "net.pkl", words)
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("old", [False, True])
 def test_every_protocol_and_the_names_of_old_libraries(
@@ -353,6 +397,7 @@ def test_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (b"(lp0\n.", "is not a pickle of protocol 2 to 5"),
         (pickle.dumps([1, 2]), "no network under 'ema'"),
         (pickle.dumps({"G_ema": 1, "D": 2}), "no network under 'ema'.*G_ema, D"),
+        (pickle.dumps({"net": Persistent("EDMPrecond", {}, ""), "step": 2}), "objects under net: store the averaged"),
         (pickle.dumps({"ema": None}), "no network under 'ema'"),
         (pickle.dumps({"ema": {}}), "no network under 'ema'"),
         (b"\x80\x04", "is cut off"),
@@ -599,7 +644,7 @@ class Wonder(torch.nn.Module):
 """
 
 
-def test_unknown_networks_run_only_when_trusted(tmp_path: Path) -> None:
+def test_unknown_networks_run_only_when_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.pkl"
     state = module_state({"img_resolution": 8, "_init_args": (), "_init_kwargs": {"img_resolution": 8, "scale": 3}})
     state["_parameters"]["scale"] = nn.Parameter(torch.tensor(3.0))
@@ -610,7 +655,14 @@ def test_unknown_networks_run_only_when_trusted(tmp_path: Path) -> None:
         load_network(path)
     assert not (tmp_path / "RAN").exists()
 
+    assert capsys.readouterr().err == ""
     file = load_network(path, trust_network_code=True)
+    said = capsys.readouterr().err
+    assert (
+        "class Wonder" in said
+        and f"{len(source)} bytes" in said
+        and hashlib.sha256(source.encode()).hexdigest() in said
+    )
     assert (tmp_path / "RAN").read_text() == "x"
     assert torch.equal(file.net(torch.ones(2), None), torch.full((2,), 3.0))
     assert not file.net.scale.requires_grad and file.extra == {"notes": 5}
@@ -639,7 +691,7 @@ def test_known_networks_never_run_their_text(tmp_path: Path) -> None:
     assert not (tmp_path / "TRAP").exists()
 
 
-def test_trusted_code_that_fails_is_the_users_problem(tmp_path: Path) -> None:
+def test_trusted_code_that_fails_is_the_users_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.pkl"
     path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", {}, "raise OSError('no')")}))
     with pytest.raises(UserError, match=r"net\.pkl: running its code failed: OSError: no"):
@@ -647,6 +699,7 @@ def test_trusted_code_that_fails_is_the_users_problem(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"ema": Call(os.getcwd)}))
     with pytest.raises(UserError, match="no network under 'ema'"):
         load_network(path, trust_network_code=True)
+    assert "the file uses posix.getcwd" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,10 +56,15 @@ def launch(processes, *args, **kwargs):
 
 
 def finish(processes, *args, log):
-    """train.py under torchrun, to its end; what it said last where it fails."""
-    with open(log, "w", encoding="utf-8") as file:
-        status = launch(processes, *args, stdout=file, stderr=file).wait(timeout=240)
-    assert status == 0, log.read_text(encoding="utf-8")[-3000:]
+    """train.py under torchrun, to its end. A start that fails is told, and followed by one more, as a queue would."""
+    for attempt in (1, 2):
+        with open(log, "w", encoding="utf-8") as file:
+            status = launch(processes, *args, stdout=file, stderr=file).wait(timeout=240)
+        if status == 0:
+            return
+        said = log.read_text(encoding="utf-8")[-3000:]
+        assert attempt == 1, said
+        warnings.warn(f"{processes} processes ended with status {status} and were started again: {said}", stacklevel=2)
 
 
 def losses(run_dir):

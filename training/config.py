@@ -124,6 +124,14 @@ class TrainConfig:
         options |= {name: value for name, value in asdict(self).items() if name not in known}
         return options | self.extras
 
+    def to_file(self, nimg: int) -> Kwargs:
+        """How a network came about, for its file: `identity` without what the file says elsewhere, and images seen."""
+        elsewhere = ("network", "loss", "augment", "distillation")
+        return {
+            "kimg": nimg / 1000,
+            **{name: value for name, value in self.identity().items() if name not in elsewhere},
+        }
+
     def identity(self) -> Kwargs:
         """Everything that alters the result, for going on with a run: what differs here is a different run.
 

@@ -21,7 +21,7 @@ import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import IO, Any
@@ -34,11 +34,14 @@ from torch.overrides import TorchFunctionMode
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UserError
 from dnnlib.util import open_url
+from torch_utils import distributed as dist
 from torch_utils import persistence
+from torch_utils.misc import load_tensors, save_tensors
 
 from . import networks
-from .grids import Sampling
+from .grids import Sampling, network_grid
 from .pickle_reader import (
+    GLOBALS,
     MAX_DEPTH,
     ContentError,
     ForeignError,
@@ -52,6 +55,14 @@ from .pickle_writer import NetworkPickler, stored_tensor
 
 KNOWN_CLASSES = {name for name, value in vars(networks).items() if persistence.is_persistent(value)} | {"ModuleDict"}
 PRECONDS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
+FORMATS = ("EDM pickle", "safetensors", "pickle, its own code run")
+ENTRIES = (
+    "loss_fn",
+    "augment_pipe",
+    "dataset_kwargs",
+    "sampling",
+    "training_options",
+)  # of a file, besides the network
 METADATA = "edm_network"  # key of the JSON text in a safetensors file
 MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
 MAX_ARGUMENTS = 1000  # numbers among the constructor arguments of a network
@@ -70,6 +81,8 @@ class NetworkFile:
     source          path or URL as it was given
     dataset_kwargs  options of the data set it was trained on, if the file says
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
+    format          what kind of file it was found to be: FORMATS
+    ignored         names of entries that are not plain data (a teacher, an optimiser, ...) and were not kept
     """
 
     net: Any
@@ -78,6 +91,25 @@ class NetworkFile:
     source: str
     dataset_kwargs: dict[str, Any] | None
     extra: dict[str, Any]
+    format: str
+    ignored: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One line for people: kind of file, kind of network, its size, its grid if it is a student's."""
+        net = self.net
+        parameters = sum(p.numel() for p in net.parameters())
+        what = type(net).__name__
+        if getattr(net, "model", None) is not None:
+            what += f" of {type(net.model).__name__}"
+        shape = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
+        labels = f"{net.label_dim} classes" if net.label_dim else "no classes"
+        steps = self.sampling.grid.steps if self.sampling else 0
+        kind = f"student of {steps} step{'s' * (steps > 1)}" if steps else "undistilled"
+        found = [self.format, what, f"{parameters / 1e6:.2f} M parameters", shape, labels, kind]
+        foreign = [name for name in self.extra if name not in ENTRIES]
+        found += [f"also holds {', '.join(foreign)[:200]}"] if foreign else []
+        found += [f"left aside: {', '.join(self.ignored)[:200]}"] if self.ignored else []
+        return ", ".join(found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,9 +128,13 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
     """
     source = os.fspath(path_or_url)
     with open_url(source) as file:
-        data = file.read()
+        return parse_network(file.read(), source, trust_network_code=trust_network_code)
+
+
+def parse_network(data: bytes, source: str, *, trust_network_code: bool = False) -> NetworkFile:
+    """`load_network` of a file's content; `source` names it in messages."""
     try:
-        net, entries = _read(data)
+        content = _read(data)
     except ContentError as exc:
         if not isinstance(exc, ForeignError) or data[:1] != b"\x80":  # only pickles bring code along
             raise UserError(f"{source}: {exc}") from exc
@@ -106,9 +142,10 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
             raise ForeignNetworkError(
                 f"{source}: {exc}; if you trust its author, --trust-network-code loads it by running its own code"
             ) from exc
-        net, entries = _run_pickle(data, source)
+        content = _run_pickle(data, source)
+    net, entries = content.net, content.entries
     try:
-        sampling = None if entries.get("sampling") is None else Sampling.from_dict(entries["sampling"])
+        sampling = _sampling(net, content)
     except ValueError as exc:
         raise UserError(f"{source}: its noise grid can't be used: {str(exc)[:300]}") from exc
     dataset_kwargs = entries.get("dataset_kwargs")
@@ -119,10 +156,38 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
         source=source,
         dataset_kwargs=dataset_kwargs if isinstance(dataset_kwargs, dict) else None,
         extra={k: v for k, v in entries.items() if k not in ("dataset_kwargs", "sampling") and v is not None},
+        format=content.format,
+        ignored=tuple(content.ignored),
     )
 
 
-def _read(data: bytes) -> tuple[nn.Module, State]:
+@dataclass(frozen=True)
+class _Content:
+    """What was found in a file: the network, its other entries as plain data, and the names of those that are not."""
+
+    net: nn.Module
+    entries: State
+    ignored: Sequence[str]
+    format: str
+
+
+def _sampling(net: Any, content: _Content) -> Sampling | None:
+    """The grid of a student. Raises ValueError for one that can't be.
+
+    Students of an earlier fork of EDM say it in their loss alone: every `ratio`-th of `num_steps` levels.
+    """
+    entries = content.entries
+    if entries.get("sampling") is not None:
+        return Sampling.from_dict(entries["sampling"])
+    match entries.get("loss_fn"):
+        case {"class_name": "EDMDistillationLoss", "num_steps": int(steps), "ratio": int(ratio)}:
+            return Sampling(network_grid(net, steps).every(ratio), "euler", ratio)
+        case {"class_name": "EDMDistillationLoss"}:
+            raise ValueError("its loss is an EDMDistillationLoss that does not say num_steps and ratio")
+    return None
+
+
+def _read(data: bytes) -> _Content:
     """The network in `data` and the other entries. Raises ContentError, whatever the format."""
     start = data[:1024].lstrip().lower()
     if not data:
@@ -136,11 +201,10 @@ def _read(data: bytes) -> tuple[nn.Module, State]:
     return _read_edm_pickle(data)
 
 
-def _read_edm_pickle(data: bytes) -> tuple[nn.Module, State]:
+def _read_edm_pickle(data: bytes) -> _Content:
     content = read_pickle(data)
     if not isinstance(content, dict) or not isinstance(content.get("ema"), StoredObject):
-        found = f"a dict of {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else "something else"
-        raise ContentError(f"has no network under 'ema', where EDM's network files have theirs; it holds {found[:200]}")
+        raise ContentError(f"has no network under 'ema', where EDM's network files have theirs; {_instead(content)}")
     parts = dict(_walk(content["ema"]))
     root = parts[""]
     tensors = {
@@ -166,7 +230,17 @@ def _read_edm_pickle(data: bytes) -> tuple[nn.Module, State]:
         {path: type(module).__name__ for path, module in net.named_modules()},
     )
     _fill(net, tensors, _materialise)
-    return net, _other_entries(content)
+    return _Content(net, *_other_entries(content), "EDM pickle")
+
+
+def _instead(content: Any) -> str:
+    """What a file without an `ema` holds, in words."""
+    if not isinstance(content, dict):
+        return "it holds something else"
+    networks_there = [str(name) for name, value in content.items() if isinstance(value, StoredObject)]
+    if networks_there:
+        return f"it holds objects under {', '.join(networks_there[:8])[:200]}: store the averaged network as 'ema'"
+    return f"it holds a dict of {', '.join(map(str, list(content)[:8]))[:200]}"
 
 
 def _walk(
@@ -210,19 +284,27 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float, np.number, np.bool_))
 
 
-def _other_entries(content: Mapping[Any, Any]) -> State:
-    """Everything but `ema`, as far as it is plain. EDM's loss and augmentation objects become dicts."""
+def _other_entries(content: Mapping[Any, Any]) -> tuple[State, list[str]]:
+    """Everything but `ema` as far as it is plain, and the names of what is not. EDM's loss and augmentation objects
+    become dicts of their plain attributes: an earlier fork's loss has its whole teacher inside."""
     entries: State = {}
+    ignored: list[str] = []
     for name, value in content.items():
+        if not isinstance(name, str) or name == "ema":
+            continue
         if isinstance(value, StoredObject):
             public = {k: v for k, v in value.state.items() if isinstance(k, str) and not k.startswith("_")}
-            value = {"class_name": value.class_name, **public}
-        if isinstance(name, str) and name != "ema":
-            try:
-                entries[name] = plain(value)
-            except TypeError:
-                continue  # tensors and the like: no part of a network file, and nobody asks for them
-    return entries
+            value = {"class_name": value.class_name}
+            for key, attribute in public.items():
+                try:
+                    value[key] = plain(attribute)
+                except TypeError:
+                    ignored.append(f"{name}.{key}")
+        try:
+            entries[name] = plain(value)
+        except TypeError:
+            ignored.append(name)  # tensors and the like: no part of a network file, and nobody asks for them
+    return entries, ignored
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,7 +405,7 @@ def _materialise(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
 # Safetensors
 
 
-def _read_safetensors(data: bytes) -> tuple[nn.Module, State]:
+def _read_safetensors(data: bytes) -> _Content:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -353,7 +435,7 @@ def _read_safetensors(data: bytes) -> tuple[nn.Module, State]:
     scalars = {path: _scalars(values) for path, values in attributes.items()}
     net = _make(class_name, args, kwargs, scalars, max_blocks=len(tensors))
     _fill(net, tensors, lambda tensor, dtype: tensor.to(dtype))
-    return net, entries
+    return _Content(net, entries, (), "safetensors")
 
 
 def _write_safetensors(file: IO[bytes], net: nn.Module, entries: State, half: bool) -> None:
@@ -405,6 +487,19 @@ def save_network(
     """
     if not persistence.is_persistent(net):
         raise TypeError(f"{type(net).__name__} is no network of this project and cannot be stored")
+    entries = _entries(sampling, loss_fn, augment_pipe, dataset_kwargs, extra)
+    with atomic_write(path) as file:
+        _write(file, os.fspath(path), net, entries, half)
+
+
+def _entries(
+    sampling: Sampling | None,
+    loss_fn: Mapping[str, Any] | None,
+    augment_pipe: Mapping[str, Any] | None,
+    dataset_kwargs: Mapping[str, Any] | None,
+    extra: Mapping[str, Any] | None,
+) -> State:
+    """What a file says besides the network, as plain data, in the order in which it is stored."""
     given = {
         "loss_fn": loss_fn,
         "augment_pipe": augment_pipe,
@@ -416,18 +511,62 @@ def save_network(
     entries |= {name: plain(value) for name, value in given.items() if value is not None}
     if "ema" in entries:
         raise ValueError("an entry named 'ema' is the network itself")
-    with atomic_write(path) as file:
-        if os.fspath(path).endswith(".safetensors"):
-            _write_safetensors(file, net, entries, half)
-        else:
-            NetworkPickler(file, half).dump({"ema": net, **entries})
+    return entries
+
+
+def _write(file: IO[bytes], name: str, net: nn.Module, entries: State, half: bool) -> None:
+    if name.endswith(".safetensors"):
+        _write_safetensors(file, net, entries, half)
+    else:
+        NetworkPickler(file, half).dump({"ema": net, **entries})
+
+
+def convert_network(file: NetworkFile, path: str | os.PathLike[str], *, half: bool = False) -> None:
+    """Writes a loaded network in the format that `path` ends in: .pt (the bare state_dict), or as `save_network`.
+
+    What was written is read again before it takes its name, and must hold the same values (with `half`, those values
+    in float16). Raises UserError for a network that the format can't hold.
+    """
+    target = os.fspath(path)
+    names = {name for name, _ in file.net.named_parameters()}
+    try:
+        with atomic_write(target) as stream:
+            if target.endswith(".pt"):
+                tensors = {n: stored_tensor(t, half and n in names, n) for n, t in file.net.state_dict().items()}
+                save_tensors(tensors, stream)
+            else:
+                entries = _entries(file.sampling, None, None, file.dataset_kwargs, file.extra)
+                _write(stream, target, file.net, entries, half)
+            stream.seek(0)
+            _check_copy(file, stream, target, half)
+            stream.seek(0, os.SEEK_END)
+    except (TypeError, ValueError) as exc:
+        raise UserError(f"{file.source}: can't become {target}: {exc}") from exc
+
+
+def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -> None:
+    """Raises RuntimeError where a new file doesn't say what `file` does: a fault of this program."""
+    if target.endswith(".pt"):
+        tensors = load_tensors(stream)
+    elif type(file.net) is not getattr(networks, type(file.net).__name__, None):
+        return  # only its own code could read it, and that runs once, when asked for
+    else:
+        copy = parse_network(stream.read(), target)
+        tensors = copy.net.state_dict()
+        if (copy.sampling, copy.dataset_kwargs, copy.extra) != (file.sampling, file.dataset_kwargs, file.extra):
+            raise RuntimeError("the copy says something else about the network than the original")
+    parameters = {name for name, _ in file.net.named_parameters()}
+    for name, tensor in file.net.state_dict().items():
+        expected = stored_tensor(tensor, half and name in parameters, name).to(tensors[name].dtype)
+        if not torch.allclose(tensors[name], expected, rtol=0, atol=0, equal_nan=True):
+            raise RuntimeError(f"the copy's {name} differs from the original's")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Running a file's code, when the user has asked for it
 
 
-def _run_pickle(data: bytes, source: str) -> tuple[nn.Module, State]:
+def _run_pickle(data: bytes, source: str) -> _Content:
     """Loads a pickle as Python and EDM would, with the code that it carries. Raises UserError if that fails."""
     try:
         content = _CodeUnpickler(io.BytesIO(data)).load()
@@ -437,22 +576,35 @@ def _run_pickle(data: bytes, source: str) -> tuple[nn.Module, State]:
     net = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(net, nn.Module):
         raise UserError(f"{source}: has no network under 'ema', where EDM's network files have theirs")
-    return net.cpu().float(), _other_entries(content)
+    return _Content(net.cpu().float(), *_other_entries(content), "pickle, its own code run")
 
 
 class _CodeUnpickler(pickle.Unpickler):
-    """Python's unpickler; source text of persistent objects is run as a module, once for each text."""
+    """Python's unpickler; source text of persistent objects is run as a module, once for each text. Whatever is to run
+    is named before it does."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch_utils.persistence", "_reconstruct_persistent_obj"):
             return _run_and_reconstruct
+        if (module, name) not in GLOBALS:
+            _warn(f"--trust-network-code: the file uses {module}.{name} of this machine's Python")
         return super().find_class(module, name)
+
+
+def _warn(text: str) -> None:
+    """For people, beside the results: on standard error, by rank 0."""
+    dist.print0("".join(char if char.isprintable() else "?" for char in text[:500]), file=sys.stderr)
 
 
 def _run_and_reconstruct(meta: State) -> Any:
     text = meta["module_src"]
-    name = f"_network_code_{hashlib.sha256(text.encode('utf-8')).hexdigest()[:16]}"
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    name = f"_network_code_{digest[:16]}"
     if name not in sys.modules:
+        _warn(
+            f"--trust-network-code: running the file's source text of class {meta['class_name']} as module {name}: "
+            f"{len(text.encode('utf-8'))} bytes, SHA-256 {digest}"
+        )
         module = ModuleType(name)
         module.__dict__["__source__"] = text  # by this `persistence` knows its classes
         sys.modules[name] = module

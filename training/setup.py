@@ -120,6 +120,7 @@ class Run:
         if self.stage is not None:
             teacher = self.stage.teacher
             say(f"Teacher:                 {teacher.source} (sha256 {teacher.sha256[:16]})")
+            say(f"                         {teacher.describe()}")
             say(f"Distillation:            {self.stage.describe()}")
             say(
                 f"Distillation's settings: weighting {config.loss_kwargs['weighting']}, intervals "

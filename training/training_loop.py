@@ -188,7 +188,8 @@ class Trainer:
         if stage is not None:
             self.net.load_state_dict(stage.teacher.net.state_dict())
         elif transfer is not None:
-            self.say(f"Taking weights from {transfer.source}: {copy_matching(transfer.net, self.net)}")
+            self.say(f"Taking weights from {transfer.source} ({transfer.describe()})")
+            self.say(copy_matching(transfer.net, self.net))
         self.net.train().requires_grad_(True).to(self.device)
         self.net.compute_dtype = compute_dtype(config.precision, self.device)
         if config.precision == "fp16" and self.device.type != "cuda":
@@ -422,6 +423,7 @@ class Trainer:
             loss_fn=dict(self.config.loss_kwargs),
             augment_pipe=self.config.augment_kwargs,
             dataset_kwargs={"class_name": "training.dataset.ImageFolderDataset", **self.config.dataset_kwargs},
+            extra={"training_options": self.config.to_file(self.nimg)},
         )
 
     @torch.no_grad()

@@ -1,0 +1,70 @@
+"""Turns a network file into another format, every tensor and everything it says about itself exact.
+
+    python convert.py network-snapshot-020000.pkl student.safetensors
+    python convert.py student.safetensors student.pkl
+    python convert.py student.pkl weights.pt        # the bare state_dict, for torch.load(..., weights_only=True)
+
+What SRC is, is told by its content; what DST becomes, by its name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from dnnlib import cli
+from dnnlib.atomic import check_target
+
+FORMATS = (".pkl", ".safetensors", ".pt")
+
+
+@cli.command(name="convert")
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST")
+@click.option("--half", help="Store the parameters in half precision", is_flag=True)
+@click.option("--overwrite", help="Replace DST where it exists", is_flag=True)
+@click.option("--trust-network-code", help="Run the code inside a SRC of an unknown class", is_flag=True)
+def command(src: str, dst: str, half: bool, overwrite: bool, trust_network_code: bool) -> None:
+    """Turn the network file SRC (path or URL; EDM's .pkl or .safetensors) into DST.
+
+    \b
+    DST ends in
+      .pkl           EDM's pickle, which EDM's own code opens
+      .safetensors   weights, and all the rest as JSON metadata
+      .pt            the weights alone: a state_dict for torch.load
+
+    The new file is read again and compared, tensor by tensor, before it takes DST's name.
+    """
+    suffix = os.path.splitext(dst)[1]
+    if suffix not in FORMATS:
+        raise cli.UsageError(f"DST={dst}: its name must end in one of {', '.join(FORMATS)}")
+    check_target(dst)
+    if os.path.exists(dst):
+        if os.path.exists(src) and os.path.samefile(src, dst):
+            raise cli.UsageError(f"SRC and DST are the same file, {dst}")
+        if not overwrite:
+            raise cli.UserError(f"{dst} exists already; choose another name, or --overwrite")
+
+    from training.network_files import convert_network, load_network
+
+    file = load_network(src, trust_network_code=trust_network_code)
+    print(f"Found {file.describe()}")
+    convert_network(file, dst, half=half)
+    print(f"Wrote {dst}, {os.path.getsize(dst) / 1e6:.2f} MB" + (", in half precision" if half else ""))
+    if file.ignored:
+        print(f"Not plain data, and left out: {', '.join(file.ignored)}")
+    if suffix == ".pt":
+        told = " its noise grid (sampling) and" if file.sampling else ""
+        print(f"A state_dict holds the weights alone:{told} how the network is built are left out")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    return cli.run(command, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""convert.py: between the formats, exact, and nothing lost without a word."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import convert
+from helpers import load_recipe, small_network
+from test_network_files import FOREIGN, SAMPLING, Persistent, edm_file, module_state
+from training.network_files import load_network, save_network
+
+EXTRA = {"loss_fn": {"class_name": "EDMLoss", "P_mean": -1.2}, "training_options": {"kimg": 0.5, "lr": [1e-3, [0.9]]}}
+
+
+def make(path: Path, **changes: Any) -> None:
+    net = small_network(**changes)
+    load_recipe(net, 3)
+    save_network(path, net, sampling=SAMPLING, dataset_kwargs={"path": "x.zip", "max_size": None}, extra=EXTRA)
+
+
+def test_there_and_back_is_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = tmp_path / "a.pkl", tmp_path / "b.safetensors", tmp_path / "c.pkl"
+    make(a, augment_dim=9, label_dim=3)
+    assert convert.main([str(a), str(b)]) == 0
+    said = capsys.readouterr().out
+    assert "Found EDM pickle" in said and "student of 3 steps" in said and f"Wrote {b}" in said
+    assert convert.main([str(b), str(c)]) == 0
+    assert a.read_bytes() == c.read_bytes()
+    old, new = load_network(a), load_network(b)
+    assert new.format == "safetensors" and (old.sampling, old.extra) == (new.sampling, new.extra)
+    assert new.extra["training_options"] == EXTRA["training_options"]
+    header = b.read_bytes()[8 : 8 + int.from_bytes(b.read_bytes()[:8], "little")]
+    told = json.loads(json.loads(header)["__metadata__"]["edm_network"])  # what a reader in another language does
+    assert told["class_name"] == "EDMPrecond" and told["entries"]["sampling"]["levels"] == list(SAMPLING.grid.levels)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pkl", "b.safetensors", "c.pkl"]
+
+
+def test_a_bare_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a.pkl")
+    assert convert.main([str(tmp_path / "a.pkl"), str(tmp_path / "a.pt")]) == 0
+    assert "weights alone: its noise grid" in capsys.readouterr().out
+    net = load_network(tmp_path / "a.pkl").net
+    weights = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert list(weights) == list(net.state_dict())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items())
+    fresh = small_network()
+    fresh.load_state_dict(weights)
+
+
+def test_half_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = tmp_path / "a.pkl", tmp_path / "b.safetensors", tmp_path / "c.safetensors"
+    make(a)
+    assert convert.main([str(a), str(b), "--half"]) == 0 and convert.main([str(a), str(c)]) == 0
+    assert b.stat().st_size < 0.7 * c.stat().st_size
+    for (name, halved), whole in zip(
+        load_network(b).net.named_parameters(), load_network(a).net.parameters(), strict=True
+    ):
+        assert torch.equal(halved, whole.half().float()), name
+    net = small_network()
+    with torch.no_grad():
+        next(net.parameters()).fill_(1e6)
+    save_network(a, net)
+    assert convert.main([str(a), str(tmp_path / "d.pkl"), "--half"]) == 1
+    assert "float16" in capsys.readouterr().err and not (tmp_path / "d.pkl").exists()
+
+
+def test_weights_that_are_no_numbers_are_kept(tmp_path: Path) -> None:
+    net = small_network()
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    save_network(tmp_path / "a.pkl", net)
+    assert convert.main([str(tmp_path / "a.pkl"), str(tmp_path / "b.safetensors")]) == 0
+    kept = next(load_network(tmp_path / "b.safetensors").net.parameters()).view(-1)[:3]
+    assert kept[0].isnan() and kept[1:].tolist() == [float("inf"), -float("inf")]
+
+
+def test_edms_files_lose_only_what_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edm_file(tmp_path / "a.pkl", entries={"optimizer": [torch.zeros(3)], "notes": {"x": 1}})
+    assert convert.main([str(tmp_path / "a.pkl"), str(tmp_path / "b.safetensors")]) == 0
+    assert "left out: optimizer" in capsys.readouterr().out
+    assert load_network(tmp_path / "b.safetensors").extra["notes"] == {"x": 1}
+    assert not (tmp_path / "TRAP").exists()
+
+
+def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a.pkl")
+    (tmp_path / "there.pkl").write_bytes(b"precious")
+    (tmp_path / "bad.pkl").write_bytes(b"\x80\x04.")
+    os.link(tmp_path / "a.pkl", tmp_path / "same.pkl")
+    a = str(tmp_path / "a.pkl")
+    for args, status, words in (
+        ([a, a], 2, "same file"),
+        ([a, str(tmp_path / "same.pkl"), "--overwrite"], 2, "same file"),
+        ([a, str(tmp_path / "there.pkl")], 1, "--overwrite"),
+        ([a, str(tmp_path / "b.onnx")], 2, ".safetensors"),
+        ([a, str(tmp_path / "b")], 2, ".safetensors"),
+        ([a, str(tmp_path)], 2, "must end in"),
+        ([a], 2, "DST"),
+        ([str(tmp_path / "none.pkl"), str(tmp_path / "b.pkl")], 1, "no such file"),
+        ([str(tmp_path / "bad.pkl"), str(tmp_path / "b.pkl")], 1, "bad.pkl"),
+        ([str(tmp_path / "bad.pkl"), str(tmp_path / "there.pkl"), "--overwrite"], 1, "bad.pkl"),
+        ([a, str(tmp_path / "there.pkl" / "b.pkl")], 1, "there.pkl"),
+        ([a, "/proc/none/b.pkl"], 1, "/proc"),
+    ):
+        assert convert.main(args) == status, args
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and "unexpected" not in error, error
+    assert (tmp_path / "there.pkl").read_bytes() == b"precious"
+    assert convert.main([a, str(tmp_path / "there.pkl"), "--overwrite"]) == 0
+    assert (tmp_path / "there.pkl").read_bytes() == (tmp_path / "a.pkl").read_bytes()
+
+
+def test_a_network_of_foreign_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It can stay a pickle with its own code, or become bare weights; safetensors can't say how it is built."""
+    state = module_state({"img_resolution": 8, "img_channels": 1, "label_dim": 0, "_init_args": (), "_init_kwargs": {}})
+    state["_parameters"]["scale"] = torch.nn.Parameter(torch.tensor(3.0))
+    import pickle
+
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": Persistent("Wonder", state, FOREIGN + "\n#convert\n")}))
+    source = str(tmp_path / "net.pkl")
+    assert convert.main([source, str(tmp_path / "b.pt")]) == 1 and "--trust-network-code" in capsys.readouterr().err
+    assert convert.main([source, str(tmp_path / "b.pt"), "--trust-network-code"]) == 0
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["scale"] == 3
+    assert convert.main([source, str(tmp_path / "b.safetensors"), "--trust-network-code"]) == 1
+    assert "only be stored in a pickle" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
+    assert convert.main([source, str(tmp_path / "b.pkl"), "--trust-network-code"]) == 0
+    assert load_network(tmp_path / "b.pkl", trust_network_code=True).net.scale == 3
+
+
+def test_help_comes_without_torch() -> None:
+    code = "import sys, convert; assert convert.main(['--help']) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(convert.__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "safetensors" in done.stdout, done.stderr
