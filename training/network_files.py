@@ -91,7 +91,7 @@ class NetworkFile:
     source: str
     dataset_kwargs: dict[str, Any] | None
     extra: dict[str, Any]
-    format: str
+    format: str = FORMATS[0]
     ignored: tuple[str, ...] = ()
 
     def describe(self) -> str:
