@@ -18,10 +18,13 @@ import inspect
 import io
 import json
 import math
+import mmap
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 from typing import IO, Any
@@ -64,11 +67,13 @@ ENTRIES = (
     "training_options",
 )  # of a file, besides the network
 METADATA = "edm_network"  # key of the JSON text in a safetensors file
+COPIERS = min(4, os.cpu_count() or 1)  # threads that copy weights
 MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
 MAX_ARGUMENTS = 1000  # numbers among the constructor arguments of a network
 MAX_PARTS = 100_000  # modules of a network
 
 State = dict[str, Any]
+Buffer = bytes | mmap.mmap
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class NetworkFile:
 
     net             eval mode, requires_grad off, on the CPU, float32
     sampling        noise grid and solver of a distilled network, else None
-    sha256          of the file, in hexadecimal
+    digest          SHA-256 of the file, in hexadecimal, or a promise of it: `sha256` waits for that
     source          path or URL as it was given
     dataset_kwargs  options of the data set it was trained on, if the file says
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
@@ -87,12 +92,17 @@ class NetworkFile:
 
     net: Any
     sampling: Sampling | None
-    sha256: str
+    digest: str | _Digest
     source: str
     dataset_kwargs: dict[str, Any] | None
     extra: dict[str, Any]
     format: str = FORMATS[0]
     ignored: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Of the file, in hexadecimal. Raises UserError where the file was changed as it was loaded."""
+        return self.digest if isinstance(self.digest, str) else self.digest.result()
 
     def describe(self) -> str:
         """One line for people: kind of file, kind of network, its size, its grid if it is a student's."""
@@ -128,11 +138,63 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
     """
     source = os.fspath(path_or_url)
     with open_url(source) as file:
-        return parse_network(file.read(), source, trust_network_code=trust_network_code)
+        data = _contents(file)
+        digest = _hash(file, data, source)
+    return _understand(data, source, digest, trust_network_code)
 
 
 def parse_network(data: bytes, source: str, *, trust_network_code: bool = False) -> NetworkFile:
     """`load_network` of a file's content; `source` names it in messages."""
+    return _understand(data, source, hashlib.sha256(data).hexdigest(), trust_network_code)
+
+
+def _contents(file: IO[bytes]) -> Buffer:
+    """The whole of a file, mapped into memory where that can be: every weight is then copied once, not twice."""
+    try:
+        if hasattr(mmap, "MAP_POPULATE"):  # Linux: all pages at once, not one by one
+            return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # a pipe, an empty file, a buffer
+        return file.read()
+
+
+def _hash(file: IO[bytes], data: Buffer, source: str) -> str | _Digest:
+    """The SHA-256 of a file's content, or a promise of it."""
+    return hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else _Digest(os.dup(file.fileno()), source)
+
+
+class _Digest:
+    """The SHA-256 of an open file, computed in a thread once `start` is called: it is more work than all the rest."""
+
+    def __init__(self, descriptor: int, source: str) -> None:
+        self.file, self.source = os.fdopen(descriptor, "rb", buffering=0), source
+        self.before = self._state()
+        self.promise: Future[str] = Future()
+
+    def start(self) -> None:
+        threading.Thread(target=self._work, name="sha256").start()
+
+    def result(self) -> str:
+        """Waits. Raises UserError where the file has been written to meanwhile."""
+        return self.promise.result()
+
+    def _work(self) -> None:
+        try:
+            with self.file as file:
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if self._state() != self.before:
+                    raise UserError(f"{self.source}: was changed while it was read; try again")
+            self.promise.set_result(digest)
+        except BaseException as exc:
+            self.promise.set_exception(exc)
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self.file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_code: bool) -> NetworkFile:
     try:
         content = _read(data)
     except ContentError as exc:
@@ -149,10 +211,12 @@ def parse_network(data: bytes, source: str, *, trust_network_code: bool = False)
     except ValueError as exc:
         raise UserError(f"{source}: its noise grid can't be used: {str(exc)[:300]}") from exc
     dataset_kwargs = entries.get("dataset_kwargs")
+    if isinstance(digest, _Digest):
+        digest.start()
     return NetworkFile(
         net=net.eval().requires_grad_(False),
         sampling=sampling,
-        sha256=hashlib.sha256(data).hexdigest(),
+        digest=digest,
         source=source,
         dataset_kwargs=dataset_kwargs if isinstance(dataset_kwargs, dict) else None,
         extra={k: v for k, v in entries.items() if k not in ("dataset_kwargs", "sampling") and v is not None},
@@ -187,22 +251,22 @@ def _sampling(net: Any, content: _Content) -> Sampling | None:
     return None
 
 
-def _read(data: bytes) -> _Content:
+def _read(data: Buffer) -> _Content:
     """The network in `data` and the other entries. Raises ContentError, whatever the format."""
     start = data[:1024].lstrip().lower()
     if not data:
         raise ContentError("is empty")
     if start.startswith((b"<!doctype html", b"<html")):
         raise ContentError("is a web page, not a network; check where it was downloaded from")
-    if data.startswith(b"PK\x03\x04"):
+    if data[:4] == b"PK\x03\x04":
         raise ContentError("is an archive as torch.save writes it (a training state?); give a network-snapshot-*.pkl")
     if data[8:9] == b"{":
         return _read_safetensors(data)
     return _read_edm_pickle(data)
 
 
-def _read_edm_pickle(data: bytes) -> _Content:
-    content = read_pickle(data)
+def _read_edm_pickle(data: Buffer) -> _Content:
+    content = read_pickle(memoryview(data))
     if not isinstance(content, dict) or not isinstance(content.get("ema"), StoredObject):
         raise ContentError(f"has no network under 'ema', where EDM's network files have theirs; {_instead(content)}")
     parts = dict(_walk(content["ema"]))
@@ -223,13 +287,15 @@ def _read_edm_pickle(data: bytes) -> _Content:
         args, kwargs = plain(root.state.get("_init_args", ())), plain(root.state.get("_init_kwargs", {}))
     except TypeError as exc:
         raise ContentError(f"is damaged: among its constructor arguments, {exc}") from exc
-    net = _make(root.class_name, args, kwargs, attributes, max_blocks=len(parts))
-    _check_same(
-        "part",
-        {path: part.class_name for path, part in parts.items()},
-        {path: type(module).__name__ for path, module in net.named_modules()},
-    )
-    _fill(net, tensors, _materialise)
+    with ThreadPoolExecutor(COPIERS) as pool:  # while the network is made; they do it without the interpreter
+        copies = {name: pool.submit(_copy, tensor) for name, tensor in tensors.items()}
+        net = _make(root.class_name, args, kwargs, attributes, max_blocks=len(parts))
+        _check_same(
+            "part",
+            {path: part.class_name for path, part in parts.items()},
+            {path: type(module).__name__ for path, module in net.named_modules()},
+        )
+        _fill(net, {name: list(tensor.shape) for name, tensor in tensors.items()}, lambda name: copies[name].result())
     return _Content(net, *_other_entries(content), "EDM pickle")
 
 
@@ -312,13 +378,20 @@ def _other_entries(content: Mapping[Any, Any]) -> tuple[State, list[str]]:
 
 
 class _WithoutWeights(TorchFunctionMode):
-    """While this is on, random tensors have a shape but no data: a network is made in no time, from no random draws."""
+    """While this is on, initial weights have a shape but no data: a network is made in no time, from no random draws.
+
+    Arithmetic on them with numbers, which leaves a shape as it is, is left out too.
+    """
+
+    MAKERS = (torch.rand, torch.randn, torch.ones)
+    ARITHMETIC = (torch.Tensor.mul, torch.Tensor.sub)  # what networks.py does with them
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (torch.rand, torch.randn, torch.ones):
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+        if func in self.MAKERS:
+            return torch.empty(*args, device="meta")
+        if func in self.ARITHMETIC and args[0].is_meta and not isinstance(args[1], Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _make(class_name: str, args: Any, kwargs: Any, attributes: Mapping[str, State], max_blocks: int) -> nn.Module:
@@ -364,13 +437,11 @@ def _check_sizes(args: list[Any], kwargs: State, max_blocks: int) -> None:
         raise ContentError(f"its constructor arguments ask for more blocks than the {max_blocks} modules that it holds")
 
 
-def _fill(net: nn.Module, tensors: Mapping[str, Any], materialise: Callable[[Any, torch.dtype], Tensor]) -> None:
+def _fill(net: nn.Module, shapes: Mapping[str, list[int]], tensor: Callable[[str], Tensor]) -> None:
     """Gives `net` its weights and buffers, all of them and no other, in its own types. Raises ForeignError."""
     expected = net.state_dict()
-    _check_same(
-        "tensor", {name: list(t.shape) for name, t in tensors.items()}, {n: list(t.shape) for n, t in expected.items()}
-    )
-    values = {name: materialise(tensors[name], tensor.dtype) for name, tensor in expected.items()}
+    _check_same("tensor", shapes, {name: list(value.shape) for name, value in expected.items()})
+    values = {name: tensor(name).to(value.dtype).contiguous() for name, value in expected.items()}
     net.load_state_dict(values, assign=True)
 
 
@@ -390,27 +461,29 @@ def _check_same(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]
         )
 
 
-def _materialise(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+def _copy(stored: StoredTensor) -> Tensor:
     """A tensor of its own from a window on the file."""
+    dtype = getattr(torch, stored.storage.dtype)
     if 0 in stored.shape:
         return torch.empty(stored.shape, dtype=dtype)
     end = stored.offset + sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True)) + 1
     size = stored.storage.itemsize
-    window = bytearray(stored.storage.data[stored.offset * size : end * size])
-    flat = torch.frombuffer(window, dtype=getattr(torch, stored.storage.dtype))
-    return flat.as_strided(stored.shape, stored.stride).to(dtype).contiguous()
+    window = np.frombuffer(stored.storage.data[stored.offset * size : end * size], np.uint8)
+    flat = torch.empty(end - stored.offset, dtype=dtype)
+    np.copyto(flat.view(torch.uint8).numpy(), window)  # the file's numbers may lie at odd addresses
+    return flat.as_strided(stored.shape, stored.stride)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Safetensors
 
 
-def _read_safetensors(data: bytes) -> _Content:
+def _read_safetensors(data: Buffer) -> _Content:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        tensors = load(data)
+        tensors = load(bytes(data))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header.get("__metadata__", {}).get(METADATA, "null"))
     except (SafetensorError, ValueError, RecursionError) as exc:
@@ -434,7 +507,7 @@ def _read_safetensors(data: bytes) -> _Content:
         raise UnknownNameError(class_name)
     scalars = {path: _scalars(values) for path, values in attributes.items()}
     net = _make(class_name, args, kwargs, scalars, max_blocks=len(tensors))
-    _fill(net, tensors, lambda tensor, dtype: tensor.to(dtype))
+    _fill(net, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
     return _Content(net, entries, (), "safetensors")
 
 
@@ -566,7 +639,7 @@ def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -
 # Running a file's code, when the user has asked for it
 
 
-def _run_pickle(data: bytes, source: str) -> _Content:
+def _run_pickle(data: Buffer, source: str) -> _Content:
     """Loads a pickle as Python and EDM would, with the code that it carries. Raises UserError if that fails."""
     try:
         content = _CodeUnpickler(io.BytesIO(data)).load()

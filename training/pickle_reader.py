@@ -29,6 +29,7 @@ import numpy as np
 
 MAX_INSTRUCTIONS = 10_000_000  # the largest published networks take a few hundred thousand
 MAX_AXES = 16  # of a tensor
+MAX_PREAMBLE = 1000  # bytes; torch writes 131
 MAX_VALUES = 100_000  # of a plain entry, counted as often as they are referred to
 MAX_DEPTH = 32  # of lists in lists, modules in modules
 
@@ -152,6 +153,7 @@ class _Limits:
 
     instructions: int
     copies: int  # bytes and elements that builders may copy: as many as the file has, so that none is copied often
+    preamble: bytes | None = None  # how the last tensor's data began: three pickles that need not be read again
 
     def spend_copies(self, count: int) -> None:
         self.copies -= count
@@ -175,6 +177,7 @@ class _Machine:
         persistent: Callable[[Any], Any] | None = None,
     ) -> None:
         self.data = data
+        self.end = len(data)
         self.names = names
         self.limits = limits
         self.persistent = persistent
@@ -185,14 +188,22 @@ class _Machine:
     def run(self) -> Any:
         """The value of the pickle that begins at the current position."""
         self.stack, self.memo = [], {}
-        if self.number(1) != 0x80 or not 2 <= self.number(1) <= 5:
+        if self.byte() != 0x80 or not 2 <= self.byte() <= 5:
             raise ContentError("is not a pickle of protocol 2 to 5")
-        while self.limits.instructions > 0:
-            self.limits.instructions -= 1
-            opcode = self.number(1)
-            if opcode == ord("."):
+        stack, memo, data, end, limits = self.stack, self.memo, self.data, self.end, self.limits
+        while limits.instructions > 0:
+            limits.instructions -= 1
+            position = self.position
+            if position >= end:
+                self.need(1)
+            opcode = data[position]
+            self.position = position + 1
+            if opcode == 0x94 and stack and stack[-1] is not _MARK:  # MEMOIZE, every second one of a modern pickle
+                memo[len(memo)] = stack[-1]
+                continue
+            if opcode == 0x2E:  # STOP
                 value = self.pop()
-                if self.stack:
+                if stack:
                     raise ContentError("is damaged: values are left over at its end")
                 return value
             instruction = _INSTRUCTIONS.get(opcode)
@@ -203,15 +214,26 @@ class _Machine:
 
     # --- taking bytes
 
+    def byte(self) -> int:
+        """The next byte: most of a pickle is read in such, so this is kept quick."""
+        position = self.position
+        if position >= self.end:
+            self.need(1)
+        self.position = position + 1
+        return self.data[position]
+
     def take(self, count: int) -> memoryview:
-        self.need(count)
-        self.position += count
-        return self.data[self.position - count : self.position]
+        start = self.position
+        if start + count > self.end:
+            self.need(count)
+        self.position = start + count
+        return self.data[start : start + count]
 
     def need(self, count: int) -> None:
-        missing = self.position + count - len(self.data)
+        """Raises ContentError unless so many bytes are left."""
+        missing = self.position + count - self.end
         if missing > 0:
-            raise ContentError(f"is cut off: at byte {self.position} of {len(self.data)}, {missing} more are announced")
+            raise ContentError(f"is cut off: at byte {self.position} of {self.end}, {missing} more are announced")
 
     def number(self, size: int) -> int:
         """An unsigned little-endian number of `size` bytes."""
@@ -372,15 +394,15 @@ _INSTRUCTIONS: dict[int, _Instruction] = {
     ord("N"): _pushing(lambda m: None),
     0x88: _pushing(lambda m: True),
     0x89: _pushing(lambda m: False),
-    ord("K"): _pushing(lambda m: m.number(1)),  # BININT1
+    ord("K"): _pushing(lambda m: m.byte()),  # BININT1
     ord("M"): _pushing(lambda m: m.number(2)),  # BININT2
     ord("J"): _pushing(lambda m: m.signed(4)),  # BININT
-    0x8A: _pushing(lambda m: m.signed(m.number(1))),  # LONG1
+    0x8A: _pushing(lambda m: m.signed(m.byte())),  # LONG1
     ord("G"): _pushing(lambda m: struct.unpack(">d", m.take(8))[0]),  # BINFLOAT
-    0x8C: _pushing(lambda m: m.text(m.number(1))),  # SHORT_BINUNICODE
+    0x8C: _pushing(lambda m: m.text(m.byte())),  # SHORT_BINUNICODE
     ord("X"): _pushing(lambda m: m.text(m.number(4))),  # BINUNICODE
     0x8D: _pushing(lambda m: m.text(m.number(8))),  # BINUNICODE8
-    ord("C"): _pushing(lambda m: m.take(m.number(1))),  # SHORT_BINBYTES
+    ord("C"): _pushing(lambda m: m.take(m.byte())),  # SHORT_BINBYTES
     ord("B"): _pushing(lambda m: m.take(m.number(4))),  # BINBYTES
     0x8E: _pushing(lambda m: m.take(m.number(8))),  # BINBYTES8
     # containers
@@ -398,10 +420,10 @@ _INSTRUCTIONS: dict[int, _Instruction] = {
     0x8F: _pushing(lambda m: set()),
     0x90: _add_items,
     # memo
-    ord("q"): lambda m: m.remember(m.number(1)),  # BINPUT
+    ord("q"): lambda m: m.remember(m.byte()),  # BINPUT
     ord("r"): lambda m: m.remember(m.number(4)),  # LONG_BINPUT
     0x94: lambda m: m.remember(len(m.memo)),  # MEMOIZE
-    ord("h"): lambda m: m.recall(m.number(1)),  # BINGET
+    ord("h"): lambda m: m.recall(m.byte()),  # BINGET
     ord("j"): lambda m: m.recall(m.number(4)),  # LONG_BINGET
     # objects
     ord("c"): _global,
@@ -526,13 +548,17 @@ def _storage(m: _Machine, arguments: tuple[Any, ...]) -> StoredStorage:
         case _:
             raise _UnexpectedArguments
     inner = _Machine(data, _STORAGE_NAMES, m.limits, _storage_id)
-    if inner.run() != STORAGE_MAGIC or inner.run() != STORAGE_VERSION:
-        raise ContentError("is damaged: a tensor's data is not in torch's legacy format")
-    match inner.run():
-        case {"little_endian": True}:
-            pass
-        case _:
-            raise ContentError("was written on a big-endian machine, which is not supported")
+    preamble = m.limits.preamble  # the same bytes in all tensors of a file, as a rule
+    if preamble is not None and data[: len(preamble)] == preamble:
+        inner.position = len(preamble)
+    else:
+        if inner.run() != STORAGE_MAGIC or inner.run() != STORAGE_VERSION:
+            raise ContentError("is damaged: a tensor's data is not in torch's legacy format")
+        match inner.run():
+            case {"little_endian": True}:
+                m.limits.preamble = bytes(data[: inner.position]) if inner.position <= MAX_PREAMBLE else None
+            case _:
+                raise ContentError("was written on a big-endian machine, which is not supported")
     head, keys = inner.run(), inner.run()
     if not isinstance(head, _StorageHead) or keys != [head.key] or inner.number(8) != head.size:
         raise ContentError("is damaged: a tensor's data contradicts itself")
