@@ -69,6 +69,9 @@ class EarlierLadder(Ladder):
             options = replace(options, augment=0.12)
         return options
 
+    def recipe(self, index: int, first: Run) -> dict[str, Any]:
+        return {**super().recipe(index, first), "--habits": sorted(self.habits)}
+
     def train(self, options: Options, run: Run) -> Path:
         stage = run.stage
         assert stage is not None

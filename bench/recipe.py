@@ -159,7 +159,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 @click.option("--jobs", help="Runs at the same time", metavar="INT", type=cli.Whole(min=1), default=2)
 @click.option("--eval-num", help="Images that measure a rung", metavar="INT", type=cli.Whole(min=2), default=2000)
 @click.option("--only", help="Variants whose names contain this", metavar="TEXT", default="")
-@click.option("--extra", help="Further options of distill.py, for all runs", metavar="TEXT", default="")
+@click.option("--extra", help="Further options of distill.py, for all runs; they win", metavar="TEXT", default="")
 @click.option("--list", "show", help="Only show the variants and their options", is_flag=True)
 def command(
     screens: tuple[str, ...],
@@ -185,23 +185,27 @@ def command(
     if teacher is None or data is None or detector is None:
         raise cli.UsageError("--teacher, --data and --detector are needed")
     common = [f"--data={data}", f"--transfer={teacher}", f"--detector={detector}", f"--eval-num={eval_num}"]
-    common += ["--eval-batch=125", "--eval-sets=1", "--curve=0", "--tick=10", "--save-every=5", *extra.split()]
+    common += ["--eval-batch=125", "--eval-sets=1", "--curve=0", "--tick=10", "--save-every=5"]
 
     first = Path(outdir, f"teacher-{eval_num}")  # a ladder of next to no training: what it measures is good for all
-    if run_ladder(first, [*common, *SHORT.split(), "--duration=0.001", "--seed=0"]) is None:
+    if run_ladder(first, [*common, *SHORT.split(), "--duration=0.001", "--seed=0", *extra.split()]) is None:
         raise cli.UserError(f"the teacher can't be measured: {first}/log.txt says why")
 
     def run(task: Task) -> list[dict[str, Any]] | None:
         share_teacher(first, task.folder)
-        return run_ladder(task.folder, [*common, *task.options])
+        return run_ladder(task.folder, [*common, *task.options, *extra.split()])
 
+    failures = 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         results = zip(tasks, pool.map(run, tasks), strict=True)
         for (screen, variant), group in itertools.groupby(results, key=lambda pair: (pair[0].screen, pair[0].variant)):
             runs = list(group)
             good = [rungs for _, rungs in runs if rungs is not None]
+            failures += len(runs) - len(good)
             failed = f"  ({len(runs) - len(good)} failed, see their log.txt)" if len(good) < len(runs) else ""
             print(f"{screen:11s} {variant:34s} {summary(good) if good else ''}{failed}", flush=True)
+    if failures:
+        raise cli.UserError(f"{failures} of {len(tasks)} runs failed; log.txt in the folder of each says why")
 
 
 def main(args: Sequence[str] | None = None) -> int:

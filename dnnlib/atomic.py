@@ -6,9 +6,17 @@ import contextlib
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from .cli import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -38,6 +46,40 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if isinstance(exc, OSError) and exc.errno is not None and exc.filename in (None, temporary):
             raise OSError(exc.errno, exc.strerror, str(target)) from exc
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], patience: float = 5.0) -> Iterator[None]:
+    """Holds the folder (made if need be) against other programs that ask for it: by a lock of the kernel on a file in
+    it, which goes with the process however that ends.
+
+    patience: seconds to wait for a holder, which may be a killed process on its way out. Raises UserError where it
+    stays. File systems that know no locks are not guarded.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    fd = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        end = time.monotonic() + patience
+        while not _try_lock(fd):
+            if time.monotonic() > end:
+                raise UserError(f"{os.fspath(folder)}: another process is at work there; wait for it, or stop it")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # no locks here
+    return True
 
 
 def check_target(path: str | os.PathLike[str]) -> None:

@@ -336,8 +336,8 @@ def test_a_bad_image_ends_a_run_by_name(name: str, files: Path, fails: Fails, tm
     words = ["img00000017.png", BAD_IMAGE[name]]
     threads = threading.active_count()
     fails(1, [*words, name], train, f"--data={files / name}", *SHORT, "--batch=4", f"--outdir={tmp_path / 'run'}")
-    assert load_network(tmp_path / "run" / "network-snapshot-000000.pkl").net.img_resolution == 8
     assert threading.active_count() == threads, "the reading threads have ended"
+    assert load_network(tmp_path / "run" / "network-snapshot-000000.pkl").net.img_resolution == 8
     for dest in ("out.zip", "out"):
         fails(1, words, dataset_tool, f"--source={files / name}", f"--dest={tmp_path / dest}")
         assert not (tmp_path / dest).exists()

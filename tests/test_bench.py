@@ -71,8 +71,10 @@ def test_a_screen_runs_and_is_not_run_again(place, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(recipe, "SHORT", "--num_steps=4 --until=2 --duration=0.001 --batch=48")
     monkeypatch.setitem(recipe.SCREENS, "rates", (recipe.SHORT, {"one": "--lr=1e-3", "wrong": "--lr-decay=never"}))
     args = ["rates", *files(place), f"--outdir={tmp_path / 'out'}", "--eval-num=30", "--extra=--eval-batch=30"]
-    assert recipe.main(args) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert recipe.main(args) == 1
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert "1 of 2 runs failed" in said.err
     assert lines[0].split()[:3] == ["rates", "one", "2:"] and "1 failed" in lines[1]
     folder = tmp_path / "out/rates/one/seed0"
     made = (folder / "stage-1-4to2/network-snapshot-000001.pkl").stat().st_mtime_ns
@@ -82,6 +84,10 @@ def test_a_screen_runs_and_is_not_run_again(place, tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out.splitlines() == lines[:1]
     assert (folder / "stage-1-4to2/network-snapshot-000001.pkl").stat().st_mtime_ns == made
     assert recipe.main([*args, "--only=none such"]) == 2
+    args = [arg.replace("/out", "/other").replace("--eval-batch=30", "--eval-batch=30 --lr=7e-4") for arg in args]
+    assert recipe.main([*args, "--only=one"]) == 0  # what is asked for on the command line wins
+    other = tmp_path / "other/rates/one/seed0/stage-1-4to2"
+    assert options_of(other)["optimizer_kwargs"]["lr"] == 7e-4
 
 
 def options_of(folder):
@@ -101,7 +107,7 @@ def test_an_earlier_attempt_has_all_its_habits(place, tmp_path):
     assert second["lr_rampup_kimg"] == pytest.approx(0.5)
 
 
-def test_without_its_habits_it_is_distill(place, tmp_path):
+def test_without_its_habits_it_is_distill(place, tmp_path, capsys):
     common = ["--num_steps=4", "--duration=0.001", "--batch=48", "--eval-num=30", "--seed=2"]
     assert earlier_attempt.main([*files(place), *common, "--habits=none", f"--outdir={tmp_path / 'none'}"]) == 0
     mine = [word.replace("--teacher", "--transfer") for word in files(place)]
@@ -110,6 +116,9 @@ def test_without_its_habits_it_is_distill(place, tmp_path):
     tables = [json.loads((tmp_path / name / "ladder.json").read_text()) for name in ("none", "ours")]
     for a, b in zip(*tables, strict=True):
         assert (a["fd"], a["endpoint_rmse"]) == (b["fd"], b["endpoint_rmse"])
+    capsys.readouterr()
+    assert earlier_attempt.main([*files(place), *common, "--habits=rate", f"--outdir={tmp_path / 'none'}"]) == 1
+    assert "habits" in capsys.readouterr().err
 
 
 def test_clamped_levels_end_above_zero(place):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -427,6 +428,8 @@ def test_an_euler_teacher_and_a_student_as_first_teacher(place, climbed, tmp_pat
         (["--num_steps=4", "--lr=0"], "not a list of positive numbers"),
         (["--num_steps=4", "--ratio=two"], "not a list of whole numbers"),
         (["--num_steps=4", "--ratio=3-2"], "does not lead from 4 steps to 1; --ratio=2,2 does"),
+        (["--num_steps=7", "--until=2", "--ratio=3-2"], "7 is no multiple of 2; --num_steps=8"),
+        (["--num_steps=4", "--outdir="], "--outdir is empty"),
         ([], "--num_steps is needed"),
         (["--num_steps=4", "--eval-num=1"], "--eval-num"),
         (["--num_steps=4", "--batch-gpu=5"], "--batch-gpu=5 does not divide"),
@@ -900,13 +903,38 @@ def test_an_option_that_a_finished_stage_contradicts_is_named(
     assert (climbed / "ladder.json").read_bytes() == before
 
 
-def test_a_student_that_was_replaced_is_noticed(place, climbed, tmp_path, capsys):
+@pytest.mark.parametrize("how", ["another network", "cut off"])
+def test_a_student_that_was_replaced_or_damaged_is_made_again(place, climbed, tmp_path, capsys, how):
     shutil.copytree(climbed, tmp_path / "out")
     first = tmp_path / "out/stage-1-4to2/network-snapshot-000001.pkl"
     found = load_network(first)
-    save_network(first, found.net, sampling=found.sampling)
-    assert distill.main([*options(place, *STAGES), f"--outdir={tmp_path / 'out'}"]) == 1
-    assert "stage-2-2to1" in (error := capsys.readouterr().err.splitlines()[-1]) and "transfer (was" in error
+    if how == "cut off":
+        first.write_bytes(first.read_bytes()[:5000])
+    else:
+        save_network(first, found.net, sampling=found.sampling)
+    (reference,) = (tmp_path / "out/rungs").glob("reference-*.npz")
+    reference.write_bytes(reference.read_bytes()[:1000])
+    assert distill.main([*options(place, *STAGES), f"--outdir={tmp_path / 'out'}"]) == 0
+    assert f"{first.name}.damaged now, and made again" in capsys.readouterr().out
+    assert load_network(first).sha256 == found.sha256 and first.with_name(f"{first.name}.damaged").is_file()
+    assert timeless(tmp_path / "out") == timeless(climbed)
+
+
+def test_a_curve_measured_in_another_way_does_not_stay(place, climbed, tmp_path):
+    shutil.copytree(climbed, tmp_path / "out")
+    args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}"]
+    assert (tmp_path / "out/teacher-curve.json").is_file()
+    assert distill.main([*args, "--eval-num=40", "--curve=0"]) == 0
+    assert not list((tmp_path / "out").glob("teacher-curve.*"))
+
+
+def test_two_at_once_in_one_folder_are_noticed(place, climbed, tmp_path, capsys, monkeypatch):
+    forbid_work(monkeypatch)
+    shutil.copytree(climbed, tmp_path / "out")
+    monkeypatch.setattr(ladder_module, "locked", partial(atomic.locked, patience=0.1))
+    with atomic.locked(tmp_path / "out"):
+        assert distill.main([*options(place, *STAGES), f"--outdir={tmp_path / 'out'}"]) == 1
+    assert "another process is at work there" in capsys.readouterr().err
 
 
 def test_two_processes_killed_and_started_again_find_the_same(place, climbed, tmp_path):

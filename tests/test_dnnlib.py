@@ -19,6 +19,7 @@ import pytest
 
 import dnnlib
 from dnnlib import EasyDict
+from dnnlib.atomic import locked
 from dnnlib.cli import UserError
 from dnnlib.util import CHUNK, format_time, is_url, make_cache_dir_path, open_url
 
@@ -415,3 +416,21 @@ def test_progress_goes_to_standard_error_of_rank_0(
     open_url(server.url + "/b.pkl").close()
     out, err = capsys.readouterr()
     assert out == "" and "a.pkl" in err and "b.pkl" not in err
+
+
+def test_a_folder_is_held_against_other_programs(tmp_path):
+    code = "import sys; from dnnlib.atomic import locked\nwith locked(sys.argv[1]): print('in', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    root = Path(__file__).parent.parent
+    other = subprocess.Popen(words, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(UserError, match="another process is at work there"), locked(tmp_path / "run", patience=0.2):
+        raise AssertionError("two at once")
+    with locked(tmp_path / "elsewhere"):  # is another matter
+        pass
+    other.kill()
+    other.wait()
+    with locked(tmp_path / "run", patience=5):  # a killed process holds nothing
+        pass
+    with locked(tmp_path / "run", patience=0):  # nor does one that is done
+        pass

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 from torch_utils import misc
+from torch_utils.misc import load_tensors, save_tensors
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "infinite_sampler.npz")
 
@@ -151,3 +155,20 @@ def test_ddp_consistency(tmp_path: Path) -> None:
     outputs = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
     error = "the processes hold different values of Sequential: 0.weight, 1.running_mean"
     assert outputs == [["same", "ignored", error]] * 2
+
+
+def test_control_c_waits_for_a_file_being_saved():
+    """An exception amid torch.save's C++ part would abort the process ('terminate called ...')."""
+
+    class File(io.BytesIO):
+        def write(self, data):
+            if not done:
+                done.append(os.kill(os.getpid(), signal.SIGINT))
+            return super().write(data)
+
+    done = []
+    file = File()
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors({"x": torch.arange(1000.0)}, file)
+    assert done and torch.equal(load_tensors(io.BytesIO(file.getvalue()))["x"], torch.arange(1000.0))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

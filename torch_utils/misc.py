@@ -4,7 +4,10 @@ And `load_tensors` and `save_tensors`, for files that might be anything and disk
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence, Sized
 from typing import IO, Any
@@ -26,13 +29,32 @@ def load_tensors(file: Any) -> Any:
 
 
 def save_tensors(value: Any, file: IO[bytes]) -> None:
-    """`torch.save` that lets an OSError of the file through, instead of one of its own about a wrong position."""
+    """`torch.save` that lets an OSError of the file through, instead of one of its own about a wrong position, and
+    that a Ctrl-C finds finished: amid its C++ part an exception would abort the process."""
+    with interrupts_wait():
+        try:
+            torch.save(value, file)
+        except RuntimeError as exc:
+            if isinstance(exc.__context__, OSError):
+                raise exc.__context__ from None
+            raise
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """SIGINT takes effect after the block. In other threads than the main one, which gets the signals, does nothing."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *what: came.append(what))
     try:
-        torch.save(value, file)
-    except RuntimeError as exc:
-        if isinstance(exc.__context__, OSError):
-            raise exc.__context__ from None
-        raise
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            usual(*came[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ what was not finished: a stage goes on from its own training state; a finished o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.atomic import atomic_write, write_text
+from dnnlib.atomic import atomic_write, locked, write_text
 from dnnlib.cli import UsageError, UserError
 from dnnlib.util import open_url
 from metrics import detectors
@@ -142,6 +143,8 @@ class Ladder:
                 f"--eval-sets={options.eval_sets} of --eval-num={options.eval_num} images need more seeds than the "
                 f"{SEEDS} there are; use fewer"
             )
+        if not stage_options.outdir:
+            raise UsageError("--outdir is empty")
         self.outdir = Path(stage_options.outdir)
         self.teacher = load_everywhere(stage_options.transfer, stage_options.trust_network_code)
         num_steps = options.num_steps or (self.teacher.sampling.grid.steps if self.teacher.sampling else None)
@@ -157,6 +160,7 @@ class Ladder:
         if max(self.durations) > LONGEST:
             raise UsageError(f"--duration: {max(self.durations):g} million images are too many; {LONGEST:g} at most")
         self.lrs = one_per_stage("--lr", options.lrs, self.chain)
+        self.held = contextlib.ExitStack()  # the folder, from the first file on
         self.measured: list[Measured] = []
         self.curve: list[CurvePoint] = []
         self.halves: Halves | None = None
@@ -170,6 +174,12 @@ class Ladder:
         first.dataset.close()
         self.check_stages(first)
         self.config, self.solver = first.config, first.stage.solver
+        with self.held:
+            return self.climb(first)
+
+    def climb(self, first: Run) -> list[Rung]:
+        """`run`, once nothing speaks against it."""
+        assert first.stage is not None
         self.say(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
         self.say(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
         self.prepare_measuring(str(self.config.extras["data_fingerprint"]))
@@ -280,7 +290,7 @@ class Ladder:
         run = prepare(options)
         run.announce(self.say)
         command = train_command(options)
-        self.say(f"The same by itself:      {command}")
+        self.say(f"The same by itself, in another --outdir: {command}")
         self.say("")
         record = {
             "options": self.recipes[index],
@@ -304,8 +314,19 @@ class Ladder:
         path = folder / str(record["student"])
         if not dist.broadcast_object(record["student"] is not None and path.is_file()):
             return None
-        student = load_everywhere(str(path), self.base.trust_network_code)
-        return student if student.sha256 == record["sha256"] else None
+        try:
+            student = load_everywhere(str(path), self.base.trust_network_code)
+            problem = None if student.sha256 == record["sha256"] else "is not the file that this stage has left"
+        except UserError as exc:
+            problem = str(exc).removeprefix(f"{path}: ")
+        if problem is None:
+            return student
+        damaged = path.with_name(f"{path.name}.damaged")
+        self.say(f"{path} {problem}: it is {damaged.name} now, and made again")
+        dist.barrier()
+        if dist.is_main():
+            path.replace(damaged)
+        return None
 
     def write_record(self, folder: Path, record: dict[str, Any]) -> None:
         if dist.is_main():
@@ -330,6 +351,7 @@ class Ladder:
             self.reference_id = data_fingerprint
         if dist.is_main():
             check_run_dir(str(self.outdir / "rungs"))
+        dist.from_rank0(lambda: self.held.enter_context(locked(self.outdir)))
         self.reference = given
         if given is None:
             self.find_reference()
@@ -351,7 +373,7 @@ class Ladder:
         name, half_of = f"{self.reference_id} {self.detector_id}", self.options.eval_num
         path = self.outdir / "rungs" / f"reference-{short_hash(name)}.npz"
         halves_path = self.outdir / "rungs" / f"halves-{short_hash(f'{name} {half_of}')}.json"
-        known = (Stats.load(path) if path.is_file() else None, load_halves(halves_path)) if dist.is_main() else None
+        known = (load_stats(path), load_halves(halves_path)) if dist.is_main() else None
         self.reference, halves = dist.broadcast_object(known)
         if self.detector is not None and (self.reference is None or halves is None):
             self.say(f"Computing the reference statistics of {self.base.data}...")
@@ -534,6 +556,9 @@ class Ladder:
         contents["samples.png"] = sheet.getvalue()
         if self.curve:
             contents["teacher-curve.json"] = to_json(self.curve)
+        else:  # what an earlier start has left may have been measured in another way
+            for name in ("teacher-curve.json", "teacher-curve.csv"):
+                (self.outdir / name).unlink(missing_ok=True)
         contents["ladder.json"] = to_json(rungs)  # last: where it is, the others are
         for name, data in contents.items():
             path = self.outdir / name
@@ -658,6 +683,14 @@ def load_set(path: Path) -> MeasuredSet | None:
         with np.load(path, allow_pickle=False) as content:
             return MeasuredSet(**json.loads(str(content["record"])), images=torch.from_numpy(content["images"]))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def load_stats(path: Path) -> Stats | None:
+    """Statistics that were computed here, or None where there is no such file or it can't be read."""
+    try:
+        return Stats.load(path) if path.is_file() else None
+    except UserError:
         return None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dnnlib.atomic import atomic_write
 
 SMALLEST_SIDE = 48  # pixels: smaller images are enlarged by a whole factor, or nobody could see them
+PART_GAP = 14  # pixels between the parts of a row
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -53,9 +54,9 @@ def labelled_rows(
 ) -> Image.Image:
     """Rows of uint8 images [n, C, H, W], each with a few words to its left, under a title.
 
-    headings: words above equal parts of the rows' width, such as three for rows that hold three kinds of images.
+    headings: words above equal parts of the rows, such as three for rows that hold three kinds of images.
     """
-    strips = [tile(row, columns=len(row), scale=scale, gap=2) for row in rows]
+    strips = [_strip(row, max(len(headings), 1), scale) for row in rows]
     font_size, line = 15, 26
     left = 12 + max(int(_text_width(label, font_size)) for label in labels)
     top = 6 + line * (bool(title) + bool(headings))
@@ -65,13 +66,22 @@ def labelled_rows(
     if title:
         draw.text((6, 6), title, fill="black", font_size=font_size)
     for index, heading in enumerate(headings):
-        place = (left + index * width // len(headings), top - line)
+        place = (left + index * (width + PART_GAP) // len(headings), top - line)
         draw.text(place, heading, fill="black", font_size=font_size)
     for strip, label in zip(strips, labels, strict=True):
         draw.text((6, top + strip.height // 2 - font_size // 2 - 2), label, fill="black", font_size=font_size)
         sheet.paste(strip, (left, top))
         top += strip.height + 6
     return sheet
+
+
+def _strip(row: Tensor, parts: int, scale: int | None) -> Image.Image:
+    """A row of images in equal parts, with more room between the parts than within them."""
+    pieces = [tile(part, columns=len(part), scale=scale, gap=2) for part in row.chunk(parts)]
+    strip = Image.new("RGB", (sum(piece.width + PART_GAP for piece in pieces) - PART_GAP, pieces[0].height), "white")
+    for index, piece in enumerate(pieces):
+        strip.paste(piece, (sum(before.width + PART_GAP for before in pieces[:index]), 0))
+    return strip
 
 
 def _text_width(text: str, font_size: int) -> float:

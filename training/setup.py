@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.atomic import append_text, write_text
+from dnnlib.atomic import append_text, locked, write_text
 from dnnlib.cli import UsageError, UserError
 from torch_utils import distributed as dist
 
@@ -450,6 +450,12 @@ def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
 def train(options: Options, run: Run, trainer_class: type[Trainer] = Trainer) -> Path:
     """Runs what `prepare` returned, going on where there is a state, and returns the path of the final snapshot."""
     found = find_state(options, run)
+    with contextlib.ExitStack() as stack:
+        dist.from_rank0(lambda: stack.enter_context(locked(run.config.run_dir)))
+        return _train(run, found, trainer_class)
+
+
+def _train(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Path:
     config = run.config
     if dist.is_main():
         check_run_dir(config.run_dir)

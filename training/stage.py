@@ -119,7 +119,7 @@ def plan_ladder(num_steps: int, until: int, ratios: Sequence[int]) -> list[int]:
 def _no_chain(num_steps: int, until: int, ratios: Sequence[int]) -> str:
     text = f"--ratio={','.join(map(str, ratios))} does not lead from {num_steps} steps to {until}"
     if num_steps % until:
-        ratio = max(ratios[0], 2)
+        ratio = max([*ratios[:1], 2])
         fits = [until * ratio**k for k in range(1, 12)]
         near = min(fits, key=lambda n: abs(n - num_steps))
         return f"{text}: {num_steps} is no multiple of {until}; --num_steps={near} with --ratio={ratio} does"

@@ -136,7 +136,7 @@ def load_newest(run_dir: str | os.PathLike[str], say: Any = print) -> tuple[Path
         if len(readable) == 2:  # a dump's name is less exact than a rolling state's: look inside the two newest
             break
     if found and not readable:
-        raise UserError(f"{run_dir}: none of its {len(found)} training states can be read")
+        raise UserError(f"{run_dir}: none of its {len(found)} training states can be read; remove them to begin again")
     return max(readable, key=lambda item: item[1]["position"]["nimg"]) if readable else None
 
 

@@ -407,9 +407,10 @@ class Trainer:
                 f"Skipped {new} of {steps} steps since the last tick: gradients were not finite ({skipped} in all)"
             )
         if new == steps and steps > 1:
+            precision = ", --precision=fp32" if self.config.precision != "fp32" else ""
             raise UserError(
                 f"none of the last {steps} steps (up to step {self.step_count}) had finite gradients; what was saved "
-                "before is intact. Try a lower --lr, --precision=fp32, or look at the data"
+                f"before is intact. Try a lower --lr{precision}, or look at the data"
             )
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -466,7 +467,8 @@ class Trainer:
             shown = jump.x / (1 + jump.t**2).sqrt()  # the noisy image at a scale that can be looked at
             rows.append(torch.cat([pictures.to_uint8(x) for x in (shown, jump.target, answer)]))
             names.append(f"{t:.4g} -> {s:.4g}")
-        headings = ["noisy input (scaled)", "teacher's target", "student's answer"]
+        target = "target" if self.loss_fn.self_teacher is not None else "teacher's target"
+        headings = ["noisy input (scaled)", target, "student's answer"]
         title = f"Every jump of the student after {self.nimg / 1000:g} kimg, by its noise levels"
         sheet = pictures.labelled_rows(rows, names, title, headings)
         pictures.save_png(self.run_dir / f"targets-{self.nimg // 1000:06d}.png", sheet)
