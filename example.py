@@ -27,7 +27,10 @@ BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 @click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
 @click.option("--out", help="Picture to write", metavar="PNG", default="example.png")
 @click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
-def command(network: str | None, steps: int | None, seeds: list[int], out: str, device: str) -> None:
+@click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
+def command(
+    network: str | None, steps: int | None, seeds: list[int], out: str, device: str, trust_network_code: bool
+) -> None:
     """Make a grid of samples."""
     if not seeds:
         raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
@@ -43,7 +46,7 @@ def command(network: str | None, steps: int | None, seeds: list[int], out: str, 
 
     where = dist.init(device)
     check_target(out)
-    loaded = dist.rank0_first(lambda: load_network(network or BUNDLED))
+    loaded = dist.rank0_first(lambda: load_network(network or BUNDLED, trust_network_code=trust_network_code))
     if loaded.net.img_channels not in (1, 3):
         raise cli.UserError(f"{network} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
     plan = plan_sampling(loaded, steps=steps)

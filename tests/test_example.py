@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 import example
-from helpers import load_recipe, small_network
+from helpers import load_recipe, make_dataset, small_network
+from test_network_files import Persistent, module_state
 from training.grids import Sampling, network_grid
 from training.network_files import load_network, save_network
 from training.pictures import to_uint8
@@ -84,3 +86,31 @@ def test_mistakes(options: list[str], status: int, message: str, capsys: pytest.
     assert example.main(options) == status
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_every_script_that_reads_a_network_knows_the_option_that_its_message_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network of an unknown class: the refusal says --trust-network-code, and every script that says so has it."""
+    import convert
+    import distill
+    import fid
+    import generate
+    import train
+
+    path = tmp_path / "foreign.pkl"
+    path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", module_state({}), "x = 1\n")}))
+    data = make_dataset(tmp_path / "data.zip", count=8)
+    for script, args in (
+        (example, [f"--network={path}", f"--out={tmp_path / 'a.png'}"]),
+        (generate, [f"--network={path}", f"--outdir={tmp_path / 'out'}"]),
+        (fid, ["gen", f"--network={path}", "--ref=none.npz", "--num=10"]),
+        (train, [f"--transfer={path}", f"--data={data}", f"--outdir={tmp_path / 'run'}", "--precond=edm_distillation"]),
+        (distill, [f"--transfer={path}", f"--data={data}", f"--outdir={tmp_path / 'ladder'}", "--num_steps=4"]),
+        (convert, [str(path), str(tmp_path / "b.pkl")]),
+    ):
+        assert script.main(args) in (1, 2), script
+        error = capsys.readouterr().err
+        assert "Wonder" in error or "none.npz" in error, error
+        assert script.main([args[0], "--help"] if script is fid else ["--help"]) == 0
+        assert "--trust-network-code" in capsys.readouterr().out, script
