@@ -201,6 +201,10 @@ class _Machine:
             if opcode == 0x94 and stack and stack[-1] is not _MARK:  # MEMOIZE, every second one of a modern pickle
                 memo[len(memo)] = stack[-1]
                 continue
+            if opcode == 0x68 and position + 1 < end and data[position + 1] in memo:  # BINGET, the most frequent of all
+                stack.append(memo[data[position + 1]])
+                self.position = position + 2
+                continue
             if opcode == 0x2E:  # STOP
                 value = self.pop()
                 if stack:
