@@ -85,6 +85,7 @@ def draw(groups: Sequence[Group]) -> Any:
     """Distance and error against the number of steps, a line per group, bars of one standard deviation."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = [("Fréchet distance over the teacher's", [group.distances for group in groups])]
     panels.append(("end-point RMSE (pixel values in [-1, 1])", [group.errors for group in groups]))
@@ -119,6 +120,9 @@ def draw(groups: Sequence[Group]) -> Any:
         axis.minorticks_off()
         if highest is not None and lowest is not None and highest > 4 * lowest:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("steps (network calls per image)", fontsize=9)
         axis.set_ylabel(title, fontsize=9)
         axis.tick_params(labelsize=8)

@@ -68,6 +68,7 @@ SCREENS: dict[str, Screen] = {
             "longer last stages": "--duration=0.03,0.03,0.05,0.05",
             "longer first stage": "--duration=0.07,0.03,0.03,0.03",
             "from 32": "--num_steps=32 --duration=0.032",
+            "from 64": "--num_steps=64 --duration=0.02667",
             "16 -> 4 -> 1": "--ratio=4 --duration=0.08",
             "8 -> 1": "--num_steps=8 --duration=0.0533",
             "16 -> 1 at once": "--ratio=16 --duration=0.16",
