@@ -38,6 +38,14 @@ class UsageError(UserError):
     """A wrong option that is only noticed after parsing (it contradicts a file, say). Exit status 2."""
 
 
+class Stopped(UserError):
+    """A signal asked a run to end, and it has, with all that it needs to go on. Exit status 128 + signal."""
+
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
+        self.signal = signal
+
+
 class FailedElsewhere(UserError):
     """Another process has failed and says why; this one ends without a word."""
 
@@ -84,6 +92,8 @@ def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
         return _fail(prog, "interrupted", 130, exc)
     except (click.UsageError, UsageError) as exc:
         return _fail(prog, _message(exc), 2, exc)
+    except Stopped as exc:
+        return _fail(prog, _message(exc), 128 + exc.signal, exc) if str(exc) else 128 + exc.signal
     except Exception as exc:
         return _fail(prog, _message(exc), 1, exc)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -293,6 +294,55 @@ def test_two_and_three_processes_change_rounding_only_and_resume_exactly(data, t
     finish(3, *broken, log=tmp_path / "resumed.txt")
     assert_same_state(tmp_path / "p3" / "training-state-000001.pt", tmp_path / "broken" / "training-state-000001.pt")
     assert timeless(tmp_path / "p3") == timeless(tmp_path / "broken")
+
+
+def test_two_processes_stop_when_asked_and_go_on_exactly(data, tmp_path):
+    """SIGTERM to the launcher, as a queue sends it; no rolling state had been due for minutes."""
+    args = [f"--data={data}", *SMALL, "--nosubdir", "--duration=0.001", "--tick=0.012", "--dropout=0", "--dump=1000"]
+    finish(2, *args, f"--outdir={tmp_path / 'whole'}", log=tmp_path / "whole.txt")
+    with open(tmp_path / "stopped.txt", "w") as log:
+        job = launch(2, *args, f"--outdir={tmp_path / 'stopped'}", stdout=log, stderr=log)
+        wait_for(lambda: (tmp_path / "stopped/stats.jsonl").exists() and len(stats(tmp_path / "stopped")) > 20, job)
+        job.terminate()
+        assert job.wait(timeout=60) != 0
+    assert "interrupted by SIGTERM" in (tmp_path / "stopped.txt").read_text()
+    assert newest_nimg(tmp_path / "stopped") >= 20 * 12
+    finish(2, *args, f"--outdir={tmp_path / 'stopped'}", log=tmp_path / "resumed.txt")
+    assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "stopped")))
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capsys, number):
+    """It is finished as if nothing had been; exit status 128 + signal."""
+    args = [f"--data={data}", *SMALL, "--nosubdir", "--duration=0.001", "--dump=1000"]
+    assert run(*args, f"--outdir={tmp_path / 'whole'}") == 0
+    original, before = Trainer.step, signal.getsignal(number)
+
+    def step(self, loader):
+        if self.step_count == 5:
+            signal.raise_signal(number)
+        original(self, loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        assert run(*args, f"--outdir={tmp_path / 'stopped'}") == 128 + number
+    error = capsys.readouterr().err
+    assert f"interrupted by {number.name}" in error and error.count("\n") == 1
+    assert newest_nimg(tmp_path / "stopped") == 6 * 12 and signal.getsignal(number) == before
+    assert run(*args, f"--outdir={tmp_path / 'stopped'}") == 0
+    assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "stopped")))
+
+
+def test_a_second_control_c_stops_at_once(data, tmp_path, monkeypatch, capsys):
+    def step(self, loader):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert run(f"--data={data}", *SMALL, "--nosubdir", "--duration=0.0002", f"--outdir={tmp_path}") == 130
+    assert capsys.readouterr().err.endswith("interrupted\n") and not state.list_states(tmp_path)
 
 
 def newest_nimg(run_dir):

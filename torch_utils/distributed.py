@@ -157,6 +157,15 @@ def rank0_first(fetch: Callable[[], T]) -> T:
     return fetched[0] if fetched else fetch()
 
 
+def agree_on_largest(value: int) -> int:
+    """The largest of every rank's whole number, on every rank. Among hosts: no GPU is waited for."""
+    if not dist.is_initialized():
+        return value
+    box = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_control_group)
+    return int(box)
+
+
 def all_reduce_sum(tensors: Sequence[torch.Tensor]) -> None:
     """Sums each tensor over all processes, in place."""
     if dist.is_initialized():

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.atomic import append_text, write_text
-from dnnlib.cli import UserError
+from dnnlib.cli import Stopped, UserError
 from dnnlib.util import format_time
 from torch_utils import distributed as dist
 from torch_utils import training_stats
@@ -39,6 +40,7 @@ from .loader import Batch, Loader
 from .network_files import save_network
 from .samplers import edm_sampler, grid_sampler
 from .stage import Stage
+from .stopping import StopSignals
 
 MAX_ROWS = 64  # of a sheet of targets
 NETWORKS = {name: getattr(networks, name) for name in ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")}
@@ -302,29 +304,11 @@ class Trainer:
             step=self.step_count,
             workers=config.workers,
         )
-        start = tick_start = time.time()
-        last_save = start
-        maintenance = 0.0
         self.say(f"Training for {config.total_nimg / 1000:g} kimg...")
         self.say()
         try:
-            while self.nimg < config.total_nimg:
-                self.step(loader)
-                done = self.nimg >= config.total_nimg
-                if done or self.tick == 0 or self.nimg >= self.tick_start_nimg + config.kimg_per_tick * 1000:
-                    tick_end = time.time()
-                    self.maintain(done, self.elapsed_before + tick_end - start, tick_end - tick_start, maintenance)
-                    self.tick += 1
-                    self.tick_start_nimg, self.tick_start_step = self.nimg, self.step_count
-                    tick_start = time.time()
-                    maintenance = tick_start - tick_end
-                    if self.should_dump(done):
-                        elapsed = self.elapsed_before + tick_start - start
-                        self.save_state(f"training-state-{self.nimg // 1000:06d}.pt", elapsed)
-                        last_save = time.time()
-                if not done and time.time() - last_save >= config.save_every_min * 60:
-                    self.save_state(state.rolling_name(self.nimg), self.elapsed_before + time.time() - start)
-                    last_save = time.time()
+            with StopSignals() as signals:
+                self.train(loader, signals)
         finally:
             loader.close()
             if self.tensorboard is not None:
@@ -333,6 +317,35 @@ class Trainer:
         self.say()
         self.say(f"Done: {self.snapshot_path()}")
         return self.snapshot_path()
+
+    def train(self, loader: Loader, signals: StopSignals) -> None:
+        """Step by step to the end, with what ticks and time bring; raises Stopped when a signal has come."""
+        config = self.config
+        start = tick_start = last_save = time.time()
+        maintenance = 0.0
+        while self.nimg < config.total_nimg:
+            self.step(loader)
+            done = self.nimg >= config.total_nimg
+            if done or self.tick == 0 or self.nimg >= self.tick_start_nimg + config.kimg_per_tick * 1000:
+                tick_end = time.time()
+                self.maintain(done, self.elapsed_before + tick_end - start, tick_end - tick_start, maintenance)
+                self.tick += 1
+                self.tick_start_nimg, self.tick_start_step = self.nimg, self.step_count
+                tick_start = time.time()
+                maintenance = tick_start - tick_end
+                if self.should_dump(done):
+                    elapsed = self.elapsed_before + tick_start - start
+                    self.save_state(f"training-state-{self.nimg // 1000:06d}.pt", elapsed)
+                    last_save = time.time()
+            stop = 0 if done else signals.agreed()
+            if stop or (not done and time.time() - last_save >= config.save_every_min * 60):
+                self.save_state(state.rolling_name(self.nimg), self.elapsed_before + time.time() - start)
+                last_save = time.time()
+            if stop:
+                dist.barrier()  # whoever ended first would have the launcher kill the one that writes
+                text = f"interrupted by {signal.Signals(stop).name} at {self.nimg / 1000:g} kimg"
+                self.say(f"The state is in {self.run_dir / state.rolling_name(self.nimg)}: {text}")
+                raise Stopped(stop, f"{text}; what is needed to go on is saved" if dist.is_main() else "")
 
     def finish_again(self) -> Path:
         """For a state from which nothing is left to do: makes sure that the last snapshot is there."""
