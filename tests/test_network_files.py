@@ -1002,6 +1002,15 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
     refused(path, "noise grid can't be used")
 
 
+def test_a_header_that_nobody_would_read_is_not_written(tmp_path: Path) -> None:
+    extra = {"notes": "x" * network_files.MAX_HEADER}
+    save_network(tmp_path / "net.pkl", small(), extra=extra)
+    assert load_network(tmp_path / "net.pkl").extra == extra
+    with pytest.raises(TypeError, match="too large for the header"):
+        save_network(tmp_path / "net.safetensors", small(), extra=extra)
+    assert not (tmp_path / "net.safetensors").exists()
+
+
 def test_the_list_of_names_is_as_short_as_documented() -> None:
     from training.pickle_reader import GLOBALS
 

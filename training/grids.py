@@ -84,7 +84,10 @@ def network_grid(
     grid = build(steps)
     if grid is not None:
         return grid
-    works = next((count for count in range(steps - 1, 0, -1) if build(count)), 0)
+    works, fails = 0, steps
+    while fails - works > 1:  # one by one would take minutes, and it may be a file that asks
+        middle = (works + fails) // 2
+        works, fails = (middle, fails) if build(middle) else (works, middle)
     raise ValueError(f"{steps} steps need more noise levels than this network tells apart; at most {works} work")
 
 
@@ -137,7 +140,7 @@ class Sampling:
             levels, solver, ratio = data["levels"], data["solver"], data["ratio"]
             lineage = tuple(dict(entry) for entry in data.get("lineage", ()))
             numbers = tuple(float(level) for level in levels)
-        except (TypeError, KeyError, AttributeError, ValueError) as exc:
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as exc:
             raise ValueError(f"not a description of a noise grid: {exc!r}") from exc
         if solver not in ("heun", "euler") or isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
             raise ValueError(f"unknown solver {solver!r} or ratio {ratio!r} in the description of a noise grid")

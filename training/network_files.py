@@ -46,6 +46,8 @@ from .grids import Sampling, network_grid
 from .pickle_reader import (
     GLOBALS,
     MAX_DEPTH,
+    MAX_VALUES,
+    Budget,
     ContentError,
     ForeignError,
     StoredObject,
@@ -69,8 +71,19 @@ ENTRIES = (
 METADATA = "edm_network"  # key of the JSON text in a safetensors file
 COPIERS = min(4, os.cpu_count() or 1)  # threads that copy weights
 MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
-MAX_ARGUMENTS = 1000  # numbers among the constructor arguments of a network
-MAX_PARTS = 100_000  # modules of a network
+MAX_LIST = 64  # numbers in a list among the constructor arguments of a network
+MAX_PARTS = 5000  # modules of a network; the largest published ones have 320,
+MAX_MEMBERS = 100_000  # and tensors, attributes and modules together 20 thousand
+MAX_NAME = 200  # characters of a tensor's full name
+MAX_HEADER = 1 << 22  # bytes before the tensors of a safetensors file
+MAX_IGNORED = 100  # names of entries that are left aside
+LISTS = ("channel_mult", "attn_resolutions", "resample_filter")  # constructor arguments that are lists of numbers,
+TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")  # and those that are texts
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be stored as
+SETTINGS = (  # attributes that may be set after a network was made; any other would contradict its weights
+    *("use_fp16", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2"),
+    *("dropout", "label_dropout", "skip_scale", "eps"),
+)
 
 State = dict[str, Any]
 Buffer = bytes | mmap.mmap
@@ -119,7 +132,7 @@ class NetworkFile:
         foreign = [name for name in self.extra if name not in ENTRIES]
         found += [f"also holds {', '.join(foreign)[:200]}"] if foreign else []
         found += [f"left aside: {', '.join(self.ignored)[:200]}"] if self.ignored else []
-        return ", ".join(found)
+        return _printable(", ".join(found))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,7 +293,9 @@ def _read_edm_pickle(data: Buffer) -> _Content:
     for name, tensor in tensors.items():
         if not isinstance(tensor, StoredTensor):
             raise ContentError(f"is damaged: {name} is not a tensor")
-    if sum(math.prod(tensor.shape) for tensor in tensors.values()) > len(data):
+    elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    size = sum(math.prod(tensor.shape) * tensor.storage.itemsize for tensor in tensors.values())
+    if max(size, 2 * elements) > len(data):  # float16 is the smallest type
         raise ContentError("is damaged: its tensors are larger than the file")
     attributes = {path: _scalars(part.state) for path, part in parts.items()}
     try:
@@ -289,13 +304,14 @@ def _read_edm_pickle(data: Buffer) -> _Content:
         raise ContentError(f"is damaged: among its constructor arguments, {exc}") from exc
     with ThreadPoolExecutor(COPIERS) as pool:  # while the network is made; they do it without the interpreter
         copies = {name: pool.submit(_copy, tensor) for name, tensor in tensors.items()}
-        net = _make(root.class_name, args, kwargs, attributes, max_blocks=len(parts))
+        net = _make(root.class_name, args, kwargs, attributes, len(parts), elements)
         _check_same(
             "part",
             {path: part.class_name for path, part in parts.items()},
             {path: type(module).__name__ for path, module in net.named_modules()},
         )
-        _fill(net, {name: list(tensor.shape) for name, tensor in tensors.items()}, lambda name: copies[name].result())
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        _fill(net, shapes, lambda name: copies.pop(name).result())
     return _Content(net, *_other_entries(content), "EDM pickle")
 
 
@@ -303,28 +319,32 @@ def _instead(content: Any) -> str:
     """What a file without an `ema` holds, in words."""
     if not isinstance(content, dict):
         return "it holds something else"
-    networks_there = [str(name) for name, value in content.items() if isinstance(value, StoredObject)]
+    networks_there = [str(name)[:50] for name, value in content.items() if isinstance(value, StoredObject)]
     if networks_there:
         return f"it holds objects under {', '.join(networks_there[:8])[:200]}: store the averaged network as 'ema'"
-    return f"it holds a dict of {', '.join(map(str, list(content)[:8]))[:200]}"
+    return f"it holds a dict of {', '.join(str(name)[:50] for name in list(content)[:8])[:200]}"
 
 
-def _walk(
-    part: Any, path: str = "", depth: int = 0, seen: list[str] | None = None
-) -> Iterator[tuple[str, StoredObject]]:
-    """Every module below `part` with its path ('' for the first one). Bounded, since a file may refer to itself."""
-    seen = [] if seen is None else seen
-    seen.append(path)
-    if not isinstance(part, StoredObject):
-        raise ContentError(f"is damaged: part '{path}' is not a module")
-    if part.class_name not in KNOWN_CLASSES:
-        raise UnknownNameError(part.class_name)
-    if depth > MAX_DEPTH or len(seen) > MAX_PARTS:
-        raise ContentError("is damaged: its network has no end")
-    yield path, part
-    for name, child in _members(part, path, "_modules"):
-        if child is not None:
-            yield from _walk(child, name, depth + 1, seen)
+def _walk(root: StoredObject) -> Iterator[tuple[str, StoredObject]]:
+    """Every module from `root` down with its path, '' for the first one.
+
+    Bounded in every respect, since a file may refer to itself, and to one large table or text as often as it likes.
+    """
+    waiting: list[tuple[str, Any, int]] = [("", root, 0)]
+    parts = members = 0
+    while waiting:
+        path, part, depth = waiting.pop()
+        if not isinstance(part, StoredObject):
+            raise ContentError(f"is damaged: part '{path}' is not a module")
+        if part.class_name not in KNOWN_CLASSES:
+            raise UnknownNameError(part.class_name)
+        parts += 1
+        members += len(part.state) + sum(len(table) for table in part.state.values() if isinstance(table, dict))
+        if depth > MAX_DEPTH or parts > MAX_PARTS or members > MAX_MEMBERS:
+            raise ContentError("is damaged: its network has no end")
+        yield path, part
+        children = [(name, child) for name, child in _members(part, path, "_modules") if child is not None]
+        waiting += [(name, child, depth + 1) for name, child in reversed(children)]
 
 
 def _members(part: StoredObject, path: str, *tables: str) -> Iterator[tuple[str, Any]]:
@@ -334,6 +354,8 @@ def _members(part: StoredObject, path: str, *tables: str) -> Iterator[tuple[str,
         if not isinstance(members, dict):
             raise ContentError(f"is damaged: {table} of part '{path}' is no dict")
         for name, value in members.items():
+            if isinstance(name, str) and len(path) + len(name) > MAX_NAME:
+                raise ContentError(f"is damaged: {path}.{name[:50]}... is no name")
             yield (f"{path}.{name}" if path else str(name)), value
 
 
@@ -355,21 +377,32 @@ def _other_entries(content: Mapping[Any, Any]) -> tuple[State, list[str]]:
     become dicts of their plain attributes: an earlier fork's loss has its whole teacher inside."""
     entries: State = {}
     ignored: list[str] = []
+    total = Budget(3 * MAX_VALUES)
+
+    def keep(where: State, name: str, value: Any, full_name: str) -> None:
+        budget = Budget()
+        try:
+            where[name] = plain(value, budget)
+        except TypeError as exc:  # tensors and the like: no part of a network file, and nobody asks for them
+            if full_name == "sampling":
+                raise ContentError(f"its noise grid can't be used: {exc}") from exc
+            if len(ignored) < MAX_IGNORED:
+                ignored.append(full_name)
+        total.values -= MAX_VALUES - budget.values
+        if total.values < 0:
+            raise ContentError("holds too much besides its network")
+
     for name, value in content.items():
         if not isinstance(name, str) or name == "ema":
             continue
         if isinstance(value, StoredObject):
+            total.values -= len(value.state)
             public = {k: v for k, v in value.state.items() if isinstance(k, str) and not k.startswith("_")}
-            value = {"class_name": value.class_name}
+            found: State = {"class_name": value.class_name}
             for key, attribute in public.items():
-                try:
-                    value[key] = plain(attribute)
-                except TypeError:
-                    ignored.append(f"{name}.{key}")
-        try:
-            entries[name] = plain(value)
-        except TypeError:
-            ignored.append(name)  # tensors and the like: no part of a network file, and nobody asks for them
+                keep(found, key, attribute, f"{name[:50]}.{key[:50]}")
+            value = found
+        keep(entries, name, value, name)
     return entries, ignored
 
 
@@ -394,9 +427,14 @@ class _WithoutWeights(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _make(class_name: str, args: Any, kwargs: Any, attributes: Mapping[str, State], max_blocks: int) -> nn.Module:
+def _make(
+    class_name: str, args: Any, kwargs: Any, attributes: Mapping[str, State], parts: int, elements: int
+) -> nn.Module:
     """A network of this class without weights. Attributes (by path of the module) win over constructor arguments,
-    since EDM restores a network from its attributes. Raises ContentError."""
+    since EDM restores a network from its attributes. Raises ContentError.
+
+    parts, elements: how many modules and weights there are for it.
+    """
     if class_name not in PRECONDS:
         raise ContentError(f"its 'ema' is of class {class_name[:100]}; a network is one of {', '.join(PRECONDS)}")
     cls: Any = getattr(networks, class_name)
@@ -407,41 +445,70 @@ def _make(class_name: str, args: Any, kwargs: Any, attributes: Mapping[str, Stat
         default = parameters[name].default if name in parameters else value
         if name in parameters and not args and value != kwargs.get(name, default):
             kwargs = {**kwargs, name: value}
-    _check_sizes(args, kwargs, max_blocks)
+    _check_arguments(cls, args, kwargs, parts, elements)
     try:
         with _WithoutWeights():
             net: nn.Module = cls(*args, **kwargs)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, IndexError) as exc:
-        raise ForeignError(f"its {class_name} can't be made from its own constructor arguments: {exc}") from exc
+        raise _unusable(class_name, str(exc)) from exc
     for path, module in net.named_modules():
         for name, value in attributes.get(path, {}).items():
             own = vars(module).get(name)
-            if _is_number(own) and isinstance(own, bool) == isinstance(value, bool) and own != value:
-                setattr(module, name, value)
+            if not _is_number(own) or isinstance(own, bool) != isinstance(value, bool) or own == value:
+                continue
+            if name not in SETTINGS:
+                found = str(value)[:50]
+                raise ForeignError(f"does not fit the network it describes: {path}.{name} is {found}, not {own}")
+            setattr(module, name, value)
+        if not 0 <= vars(module).get("dropout", 0) <= 1:
+            raise ContentError(f"is damaged: {path}.dropout is no probability")
     return net
 
 
-def _check_sizes(args: list[Any], kwargs: State, max_blocks: int) -> None:
-    """Refuses arguments that would make a network out of all proportion to its file."""
+def _unusable(class_name: str, reason: str) -> ForeignError:
+    return ForeignError(f"its {class_name} can't be made from its own constructor arguments: {reason[:300]}")
 
-    def numbers(value: Any) -> list[int]:
-        if isinstance(value, (list, dict)):
-            return [n for item in (value.values() if isinstance(value, dict) else value) for n in numbers(item)]
-        return [abs(value)] if isinstance(value, int) else []
 
-    sizes = numbers([args, kwargs])
-    width = max(numbers(kwargs.get("model_channels")), default=1) * max(numbers(kwargs.get("channel_mult")), default=1)
-    if len(sizes) > MAX_ARGUMENTS or max([width, *sizes]) > MAX_SIZE:
+def _check_arguments(cls: Any, args: list[Any], kwargs: State, parts: int, elements: int) -> None:
+    """Refuses arguments of a wrong kind, and those that would make a network out of all proportion to its file."""
+    try:
+        given = dict(inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments)
+    except TypeError as exc:
+        raise _unusable(cls.__name__, str(exc)) from exc
+    given |= given.pop("model_kwargs", {})
+    del given["self"]
+    sizes: dict[str, list[int]] = {}
+    for name, value in given.items():
+        items = value if name in LISTS and isinstance(value, list) else [value]
+        if len(items) > MAX_LIST or any(isinstance(item, int) and abs(item) > MAX_SIZE for item in items):
+            raise ContentError(f"its constructor arguments hold a size above {MAX_SIZE}, or too many")
+        if not all(isinstance(item, str) if name in TEXTS else _is_number(item) for item in items):
+            raise _unusable(cls.__name__, f"{name} is a {type(value).__name__}")  # str * int would be a giant, say
+        sizes[name] = [abs(item) for item in items if isinstance(item, int)]
+    width = max(sizes.get("model_channels", []), default=1)
+    levels = sizes.get("channel_mult", [1])
+    if width * max(levels, default=1) > MAX_SIZE:
         raise ContentError(f"its constructor arguments hold a size above {MAX_SIZE}, or too many")
-    if max(numbers(kwargs.get("num_blocks")), default=0) > max_blocks:
-        raise ContentError(f"its constructor arguments ask for more blocks than the {max_blocks} modules that it holds")
+    # A level has as many blocks in the encoder and one more in the decoder. Each of these has five layers, and for each
+    # of its channels nine weights and more.
+    blocks = 2 * max(sizes.get("num_blocks", []), default=0) + 1
+    if 3 * blocks * len(levels) > parts or 9 * blocks * width * sum(levels) > elements:
+        raise ContentError("its constructor arguments make a larger network than it holds the parts and weights of")
 
 
 def _fill(net: nn.Module, shapes: Mapping[str, list[int]], tensor: Callable[[str], Tensor]) -> None:
-    """Gives `net` its weights and buffers, all of them and no other, in its own types. Raises ForeignError."""
+    """Gives `net` its weights and buffers, all of them and no other, in its own types. Raises ForeignError.
+
+    tensor: called once for each name; if it forgets what it returns, no more than one tensor is there twice.
+    """
     expected = net.state_dict()
     _check_same("tensor", shapes, {name: list(value.shape) for name, value in expected.items()})
-    values = {name: tensor(name).to(value.dtype).contiguous() for name, value in expected.items()}
+    values = {}
+    for name, value in expected.items():
+        found = tensor(name)
+        if found.dtype not in FLOATS:
+            raise ForeignError(f"stores {name} as {found.dtype}; a network of a known kind has floating-point weights")
+        values[name] = found.to(value.dtype).contiguous()
     net.load_state_dict(values, assign=True)
 
 
@@ -466,10 +533,14 @@ def _copy(stored: StoredTensor) -> Tensor:
     dtype = getattr(torch, stored.storage.dtype)
     if 0 in stored.shape:
         return torch.empty(stored.shape, dtype=dtype)
-    end = stored.offset + sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True)) + 1
     size = stored.storage.itemsize
-    window = np.frombuffer(stored.storage.data[stored.offset * size : end * size], np.uint8)
-    flat = torch.empty(end - stored.offset, dtype=dtype)
+    length = sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True)) + 1
+    if length > math.prod(stored.shape):  # there are others in between, maybe a great many: they stay in the file
+        steps = [step * size if n > 1 else 0 for n, step in zip(stored.shape, stored.stride, strict=True)]
+        elements = np.ndarray(stored.shape, f"i{size}", stored.storage.data, stored.offset * size, strides=steps)
+        return torch.from_numpy(elements.copy()).view(dtype)
+    window = np.frombuffer(stored.storage.data[stored.offset * size : (stored.offset + length) * size], np.uint8)
+    flat = torch.empty(length, dtype=dtype)
     np.copyto(flat.view(torch.uint8).numpy(), window)  # the file's numbers may lie at odd addresses
     return flat.as_strided(stored.shape, stored.stride)
 
@@ -482,12 +553,16 @@ def _read_safetensors(data: Buffer) -> _Content:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER:
+        raise ContentError(f"is a damaged safetensors file: its header is said to have {size} bytes")
     try:
         tensors = load(bytes(data))
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        meta = json.loads(header.get("__metadata__", {}).get(METADATA, "null"))
-    except (SafetensorError, ValueError, RecursionError) as exc:
-        raise ContentError(f"is a damaged safetensors file: {exc}") from exc
+        header = json.loads(data[8 : 8 + size])
+        meta = json.loads((header.get("__metadata__") or {}).get(METADATA, "null"))
+    except (SafetensorError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as exc:
+        reason = " ".join(str(exc).split())[:200]  # torch tells long stories
+        raise ContentError(f"is a damaged safetensors file: {reason}") from exc
     if meta is None:
         raise ContentError(
             f"is a safetensors file without '{METADATA}' in its metadata: it does not say which network it is"
@@ -505,9 +580,14 @@ def _read_safetensors(data: Buffer) -> _Content:
             raise ContentError(f"is a safetensors file whose '{METADATA}' is not as this program writes it")
     if class_name not in PRECONDS:
         raise UnknownNameError(class_name)
+    try:
+        args, kwargs, entries = plain(args), plain(kwargs), plain(entries)
+    except TypeError as exc:
+        raise ContentError(f"is a safetensors file whose '{METADATA}' is {exc}") from exc
     scalars = {path: _scalars(values) for path, values in attributes.items()}
-    net = _make(class_name, args, kwargs, scalars, max_blocks=len(tensors))
-    _fill(net, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    net = _make(class_name, args, kwargs, scalars, min(len(tensors), MAX_PARTS), elements)
+    _fill(net, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors.pop)
     return _Content(net, entries, (), "safetensors")
 
 
@@ -517,7 +597,7 @@ def _write_safetensors(file: IO[bytes], net: nn.Module, entries: State, half: bo
     class_name, init_args, init_kwargs = type(net).__name__, plain(net._init_args), plain(net._init_kwargs)
     if type(net) is not getattr(networks, class_name, None):
         raise TypeError(f"a {class_name} of foreign code can only be stored in a pickle")
-    fresh = dict(_make(class_name, init_args, init_kwargs, {}, max_blocks=MAX_PARTS).named_modules())
+    fresh = dict(_make(class_name, init_args, init_kwargs, {}, MAX_PARTS, sys.maxsize).named_modules())
     attributes = {}
     for path, module in net.named_modules():
         usual = _scalars(vars(fresh[path]))
@@ -532,7 +612,10 @@ def _write_safetensors(file: IO[bytes], net: nn.Module, entries: State, half: bo
     }
     weights = {name for name, _ in net.named_parameters()}
     tensors = {name: stored_tensor(tensor, half and name in weights, name) for name, tensor in net.state_dict().items()}
-    file.write(save(tensors, {METADATA: json.dumps(meta)}))
+    content = save(tensors, {METADATA: json.dumps(meta)})
+    if int.from_bytes(content[:8], "little") > MAX_HEADER:
+        raise TypeError("the entries are too large for the header of a safetensors file")
+    file.write(content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -666,7 +749,12 @@ class _CodeUnpickler(pickle.Unpickler):
 
 def _warn(text: str) -> None:
     """For people, beside the results: on standard error, by rank 0."""
-    dist.print0("".join(char if char.isprintable() else "?" for char in text[:500]), file=sys.stderr)
+    dist.print0(_printable(text[:500]), file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey: it may quote a file."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _run_and_reconstruct(meta: State) -> Any:

@@ -12,8 +12,9 @@ one knows the few dozen instructions that picklers write for plain data (protoco
     OrderedDict, EasyDict, set                           -> dict, dict, set
 
 Any other name or instruction ends the reading with a ContentError. Lengths are checked before anything is taken from
-the buffer, tensors stay windows on it, and every byte is copied once at most: reading takes memory and time in
-proportion to the file, whatever the file says. Imports no torch.
+the buffer, tensors stay windows on it, every byte is copied once at most, and the number of instructions is limited,
+each of which makes one small object at most: reading takes the file's size and some 100 MB, whatever the file says.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_INSTRUCTIONS = 10_000_000  # the largest published networks take a few hundred thousand
+MAX_INSTRUCTIONS = 500_000  # the largest published networks take 90 thousand; one can cost 230 bytes (an empty set)
+FREE_COPIES = 1 << 18  # bytes that even a small file may have copied
+ITEM_SIZE = 100  # bytes of a dict or a set for each of its items
 MAX_AXES = 16  # of a tensor
 MAX_PREAMBLE = 1000  # bytes; torch writes 131
-MAX_VALUES = 100_000  # of a plain entry, counted as often as they are referred to
+MAX_VALUES = 200_000  # of a plain entry, keys too, as often as they are referred to; 64 characters are one more
 MAX_DEPTH = 32  # of lists in lists, modules in modules
 
 NUMPY_SCALARS = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])
@@ -107,17 +110,26 @@ def read_pickle(data: bytes | bytearray | memoryview) -> Any:
     Raises ContentError for anything else, UnknownNameError for a name that is not on the list.
     """
     view = memoryview(data).cast("B")
-    return _Machine(view, GLOBALS, _Limits(MAX_INSTRUCTIONS, len(view))).run()
+    return _Machine(view, GLOBALS, _Limits(MAX_INSTRUCTIONS, FREE_COPIES + len(view))).run()
 
 
-def plain(value: Any) -> Any:
-    """`value` as dicts with text keys, lists, strings and Python's own numbers. Raises TypeError if it is more."""
-    budget = MAX_VALUES
+@dataclass
+class Budget:
+    """How many values may still be made."""
+
+    values: int = MAX_VALUES
+
+
+def plain(value: Any, budget: Budget | None = None) -> Any:
+    """`value` as dicts with text keys, lists, strings and Python's own numbers. Raises TypeError if it is more.
+
+    budget: what it may use up, and has used up afterwards, in whichever way it ends.
+    """
+    budget = Budget() if budget is None else budget
 
     def convert(value: Any, depth: int) -> Any:
-        nonlocal budget
-        budget -= 1
-        if budget < 0 or depth > MAX_DEPTH:
+        budget.values -= 1 + (len(value) // 64 if isinstance(value, str) else 0)
+        if budget.values < 0 or depth > MAX_DEPTH:
             raise TypeError("too large or too deeply nested")
         if value is None or type(value) in (bool, int, float, str):
             return sys.intern(value) if isinstance(value, str) else value
@@ -125,9 +137,14 @@ def plain(value: Any) -> Any:
             return value.item()
         if isinstance(value, (list, tuple)):
             return [convert(item, depth + 1) for item in value]
-        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {sys.intern(str(key)): convert(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, Mapping):
+            return {convert_key(key, depth): convert(item, depth + 1) for key, item in value.items()}
         raise TypeError(f"{type(value).__name__} is not plain data")
+
+    def convert_key(key: Any, depth: int) -> Any:
+        if not isinstance(key, str):
+            raise TypeError(f"a dict with a {type(key).__name__} for a key is not plain data")
+        return convert(str(key), depth)
 
     return convert(value, 0)
 
@@ -152,7 +169,7 @@ class _Limits:
     """What the pickles of one file may use up together."""
 
     instructions: int
-    copies: int  # bytes and elements that builders may copy: as many as the file has, so that none is copied often
+    copies: int  # bytes that may be copied, or read again: about as many as the file has, so that none is often
     preamble: bytes | None = None  # how the last tensor's data began: three pickles that need not be read again
 
     def spend_copies(self, count: int) -> None:
@@ -249,8 +266,13 @@ class _Machine:
 
     def text(self, size: int) -> str:
         """UTF-8 text of `size` bytes."""
+        data = self.take(size)
+        if self.persistent is not None:  # a storage's small texts; the same storage can be read any number of times
+            self.limits.spend_copies(size)
+        elif size > 16 and np.frombuffer(data, np.uint8).max() > 0xC3:  # beyond Latin-1: up to four bytes a character
+            self.limits.spend_copies(3 * size)
         try:
-            return str(self.take(size), "utf-8", "surrogatepass")
+            return str(data, "utf-8", "surrogatepass")
         except UnicodeDecodeError as exc:
             raise ContentError("is damaged: a text is not UTF-8") from exc
 
@@ -315,7 +337,7 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ContentError("is damaged: a name is not text")
         if (module, name) not in self.names:
-            raise UnknownNameError(f"{module}.{name}")
+            raise UnknownNameError(f"{module[:200]}.{name[:200]}")
         self.push(_Name(module, name))
 
     def call(self) -> None:
@@ -458,8 +480,11 @@ class _Dtype:
 def _persistent_object(m: _Machine, arguments: tuple[Any, ...]) -> StoredObject:
     match arguments:
         case ({"type": kind, "version": version, "class_name": str(name), "state": dict(state)},):
-            if kind != "class" or version != 6:
-                raise ContentError(f"holds a persistent object of format version {version!r}; only version 6 is known")
+            if kind != "class":
+                raise _UnexpectedArguments
+            if version != 6:
+                shown = version if isinstance(version, int) else type(version).__name__  # its text may be endless
+                raise ContentError(f"holds a persistent object of format version {shown}; only version 6 is known")
             return StoredObject(name, state)
     raise _UnexpectedArguments
 
@@ -475,7 +500,7 @@ def _dict(m: _Machine, arguments: tuple[Any, ...]) -> dict[Any, Any]:
         case ():
             return {}
         case (list() as pairs,) if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-            m.limits.spend_copies(len(pairs))
+            m.limits.spend_copies(ITEM_SIZE * len(pairs))
             return {_key(key): value for key, value in pairs}
     raise _UnexpectedArguments
 
@@ -485,7 +510,7 @@ def _set(m: _Machine, arguments: tuple[Any, ...]) -> set[Any]:
         case ():
             return set()
         case (list() as values,):
-            m.limits.spend_copies(len(values))
+            m.limits.spend_copies(ITEM_SIZE * len(values))
             return set(map(_key, values))
     raise _UnexpectedArguments
 
