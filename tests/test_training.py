@@ -312,7 +312,7 @@ def test_two_processes_stop_when_asked_and_go_on_exactly(data, tmp_path):
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capsys, number):
     """It is finished as if nothing had been; exit status 128 + signal."""
     args = [f"--data={data}", *SMALL, "--nosubdir", "--duration=0.001", "--dump=1000"]
@@ -332,6 +332,23 @@ def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capsys,
     assert newest_nimg(tmp_path / "stopped") == 6 * 12 and signal.getsignal(number) == before
     assert run(*args, f"--outdir={tmp_path / 'stopped'}") == 0
     assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "stopped")))
+
+
+def test_a_signal_that_was_to_be_ignored_is(data, tmp_path, monkeypatch):
+    """As under nohup."""
+    original, before = Trainer.step, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def step(self, loader):
+        signal.raise_signal(signal.SIGHUP)
+        original(self, loader)
+
+    try:
+        monkeypatch.setattr(Trainer, "step", step)
+        args = [f"--data={data}", *SMALL[:-4], "--batch=200", "--nosubdir", "--duration=0.001"]
+        assert run(*args, f"--outdir={tmp_path}") == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_control_c_stops_at_once(data, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Ending a run when the machine is wanted back: SIGTERM, SIGUSR1 (Slurm's early warning) and Ctrl-C.
+"""Ending a run when the machine is wanted back: SIGTERM, SIGUSR1 (Slurm's early warning), SIGHUP and Ctrl-C.
 
 The step in hand is finished, the state written, and the same command goes on from there to the same result. Processes
 of one run may get the signal at different moments, or only one of them: they agree after every step.
@@ -13,13 +13,14 @@ from typing import Any
 
 from torch_utils import distributed as dist
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class StopSignals:
     """While this is entered, the first signal is only noted; a second Ctrl-C stops at once.
 
-    Only a process's main thread gets signals: elsewhere this notes nothing.
+    A signal that the process was started to ignore (nohup, a shell's background job) stays ignored. Only a process's
+    main thread gets signals: elsewhere this notes nothing.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self.usual = {number: signal.signal(number, self.note) for number in SIGNALS}
+            obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self.usual = {number: signal.signal(number, self.note) for number in obeyed}
         return self
 
     def __exit__(
