@@ -17,6 +17,7 @@ import click
 
 from dnnlib import cli
 from dnnlib.atomic import check_target
+from dnnlib.util import is_url, local_path
 
 FORMATS = (".pkl", ".safetensors", ".pt")
 
@@ -24,10 +25,12 @@ FORMATS = (".pkl", ".safetensors", ".pt")
 @cli.command(name="convert")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST")
-@click.option("--half", help="Store the parameters in half precision", is_flag=True)
+@click.option(
+    "--half", help="Store the parameters in half precision  [default: as SRC]", metavar="BOOL", type=cli.Bool()
+)
 @click.option("--overwrite", help="Replace DST where it exists", is_flag=True)
 @click.option("--trust-network-code", help="Run the code inside a SRC of an unknown class", is_flag=True)
-def command(src: str, dst: str, half: bool, overwrite: bool, trust_network_code: bool) -> None:
+def command(src: str, dst: str, half: bool | None, overwrite: bool, trust_network_code: bool) -> None:
     """Turn the network file SRC (path or URL; EDM's .pkl or .safetensors) into DST.
 
     \b
@@ -36,14 +39,18 @@ def command(src: str, dst: str, half: bool, overwrite: bool, trust_network_code:
       .safetensors   weights, and all the rest as JSON metadata
       .pt            the weights alone: a state_dict for torch.load
 
-    The new file is read again and compared, tensor by tensor, before it takes DST's name.
+    The new file is read again and compared, tensor by tensor, before it takes DST's name (but for a network of foreign
+    code). A DST that is a link is replaced, not followed.
     """
     suffix = os.path.splitext(dst)[1]
     if suffix not in FORMATS:
         raise cli.UsageError(f"DST={dst}: its name must end in one of {', '.join(FORMATS)}")
+    if is_url(dst, allow_file_urls=True):
+        raise cli.UsageError(f"DST={dst}: is an address; give a path to write to")
     check_target(dst)
-    if os.path.exists(dst):
-        if os.path.exists(src) and os.path.samefile(src, dst):
+    if os.path.lexists(dst):
+        local = None if is_url(src) else local_path(src)
+        if local is not None and os.path.exists(local) and os.path.exists(dst) and os.path.samefile(local, dst):
             raise cli.UsageError(f"SRC and DST are the same file, {dst}")
         if not overwrite:
             raise cli.UserError(f"{dst} exists already; choose another name, or --overwrite")
@@ -53,12 +60,12 @@ def command(src: str, dst: str, half: bool, overwrite: bool, trust_network_code:
     file = load_network(src, trust_network_code=trust_network_code)
     print(f"Found {file.describe()}")
     convert_network(file, dst, half=half)
-    print(f"Wrote {dst}, {os.path.getsize(dst) / 1e6:.2f} MB" + (", in half precision" if half else ""))
+    print(f"Wrote {dst}, {os.path.getsize(dst) / 1e6:.2f} MB")
     if file.ignored:
         print(f"Not plain data, and left out: {', '.join(file.ignored)}")
     if suffix == ".pt":
-        told = " its noise grid (sampling) and" if file.sampling else ""
-        print(f"A state_dict holds the weights alone:{told} how the network is built are left out")
+        told = "its noise grid (sampling) and " if file.sampling else ""
+        print(f"A state_dict holds the weights alone: without {told}the arguments that build the network")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ POSITIVE = cli.Number(min=0, min_open=True)
     "--outdir", help="Where to save the results; the same command goes on there", metavar="DIR", required=True
 )
 @click.option("--data", help="Path to the dataset", metavar="ZIP|DIR", required=True)
-@click.option("--transfer", help="The teacher", metavar="PKL|URL", required=True)
+@click.option("--transfer", help="The teacher", metavar="PATH|URL", required=True)
 @click.option("--num_steps", help="The teacher's sampling steps", metavar="N", type=cli.Whole(1, 100_000))
 @click.option("--until", help="Steps of the last student", metavar="N", type=cli.Whole(min=1), default=1)
 @click.option(

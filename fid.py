@@ -77,7 +77,7 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 
 
 @command.command()
-@click.option("--network", help="Network to measure", metavar="PKL|URL", required=True)
+@click.option("--network", help="Network to measure", metavar="PATH|URL", required=True)
 @ref_option
 @click.option("--seeds", help="One image per seed [default: 0 to num - 1]", metavar="LIST", type=cli.IntList())
 @click.option(*NUM, help="Number of images [default: 50000]", metavar="INT", type=cli.Whole(min=2))

@@ -142,7 +142,7 @@ NAMES = cli.Choice
 @click.option("--dump", help="How often to dump state", metavar="TICKS", type=cli.Whole(min=1), default=500)
 @click.option("--save-every", help="Rolling training state", metavar="MIN", type=cli.Number(min=0), default=10)
 @click.option("--seed", help="Random seed  [default: random]", metavar="INT", type=cli.Whole(min=0))
-@click.option("--transfer", help="Teacher, or weights to start from", metavar="PKL|URL")
+@click.option("--transfer", help="Teacher, or weights to start from", metavar="PATH|URL")
 @click.option("--resume", help="Go on from a training state", metavar="PT|latest")
 @click.option("--tensorboard", help="Also write TensorBoard events", is_flag=True)
 @click.option("--trust-network-code", help="Run the code inside a --transfer file of an unknown class", is_flag=True)

@@ -109,7 +109,7 @@ def open_url(
         raise ValueError("a file name can only be returned for a file that is kept: cache=True")
     name = os.fspath(url)
     if not is_url(name):
-        path = _local_path(name)
+        path = local_path(name)
         if not path:
             raise UserError("the name of a file to read is empty; give a path or a URL")
         if not os.path.exists(path):
@@ -136,7 +136,7 @@ def open_url(
     return target if return_filename else open(target, "rb")
 
 
-def _local_path(name: str) -> str:
+def local_path(name: str) -> str:
     """The path meant by a plain path or a file:// URL. Raises UserError for any other kind of URL."""
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
         return name
@@ -225,7 +225,7 @@ class _Download:
             self.validator = _validator(response)
             length = response.headers.get("Content-Length", "")
             encoded = response.headers.get("Content-Encoding", "identity") != "identity"
-            self.total = int(length) if length.isdigit() and not encoded else None
+            self.total = int(length) if length.isascii() and length.isdigit() and not encoded else None
         elif status == 206:
             file.truncate(0)
             raise _Interrupted("the server went on at the wrong place")

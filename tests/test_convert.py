@@ -46,7 +46,7 @@ def test_there_and_back_is_the_same_file(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_bare_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "a.pkl")
     assert convert.main([str(tmp_path / "a.pkl"), str(tmp_path / "a.pt")]) == 0
-    assert "weights alone: its noise grid" in capsys.readouterr().out
+    assert "without its noise grid" in capsys.readouterr().out
     net = load_network(tmp_path / "a.pkl").net
     weights = torch.load(tmp_path / "a.pt", weights_only=True)
     assert list(weights) == list(net.state_dict())
@@ -58,7 +58,7 @@ def test_a_bare_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_half_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, c = tmp_path / "a.pkl", tmp_path / "b.safetensors", tmp_path / "c.safetensors"
     make(a)
-    assert convert.main([str(a), str(b), "--half"]) == 0 and convert.main([str(a), str(c)]) == 0
+    assert convert.main([str(a), str(b), "--half=1"]) == 0 and convert.main([str(a), str(c)]) == 0
     assert b.stat().st_size < 0.7 * c.stat().st_size
     for (name, halved), whole in zip(
         load_network(b).net.named_parameters(), load_network(a).net.parameters(), strict=True
@@ -68,7 +68,7 @@ def test_half_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with torch.no_grad():
         next(net.parameters()).fill_(1e6)
     save_network(a, net)
-    assert convert.main([str(a), str(tmp_path / "d.pkl"), "--half"]) == 1
+    assert convert.main([str(a), str(tmp_path / "d.pkl"), "--half=1"]) == 1
     assert "float16" in capsys.readouterr().err and not (tmp_path / "d.pkl").exists()
 
 
@@ -141,3 +141,41 @@ def test_help_comes_without_torch() -> None:
         [sys.executable, "-c", code], cwd=Path(convert.__file__).parent, capture_output=True, text=True
     )
     assert done.returncode == 0 and "safetensors" in done.stdout, done.stderr
+
+
+def test_half_precision_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+    names = [tmp_path / name for name in ("a.pkl", "half.pkl", "half.safetensors", "back.pkl", "whole.pkl")]
+    make(names[0])
+    assert convert.main([str(names[0]), str(names[1]), "--half=1"]) == 0
+    assert convert.main([str(names[1]), str(names[2])]) == 0 and convert.main([str(names[2]), str(names[3])]) == 0
+    assert names[1].read_bytes() == names[3].read_bytes()
+    assert load_network(names[1]).half and load_network(names[2]).half and not load_network(names[0]).half
+    assert "half precision" in load_network(names[1]).describe()
+    assert convert.main([str(names[1]), str(names[4]), "--half=0"]) == 0 and not load_network(names[4]).half
+
+
+def test_settings_that_are_no_numbers_and_entries_that_are_odd(tmp_path: Path, capsys: Any) -> None:
+    """NaN is not equal to itself, and yet kept; what can't be kept is named."""
+    entries = {"odd": {"x": float("nan"), "y": float("inf")}, "none": None, 7: "seven", "dataset_kwargs": "cifar"}
+    edm_file(tmp_path / "a.pkl", entries=entries)
+    assert convert.main([str(tmp_path / "a.pkl"), str(tmp_path / "b.safetensors")]) == 0
+    assert "left out: 7, dataset_kwargs" in capsys.readouterr().out
+    extra = load_network(tmp_path / "b.safetensors").extra
+    assert repr(extra["odd"]) == "{'x': nan, 'y': inf}" and extra["none"] is None
+
+
+def test_addresses_and_links(tmp_path: Path, capsys: Any) -> None:
+    make(tmp_path / "a.pkl")
+    before = (tmp_path / "a.pkl").read_bytes()
+    (tmp_path / "dangling.pkl").symlink_to(tmp_path / "nowhere")
+    for args, status, words in (
+        ([f"file://{tmp_path}/a.pkl", str(tmp_path / "a.pkl"), "--overwrite"], 2, "same file"),
+        ([str(tmp_path / "a.pkl"), "https://example.org/b.pkl"], 2, "is an address"),
+        ([str(tmp_path / "a.pkl"), f"file://{tmp_path}/b.pkl"], 2, "is an address"),
+        ([str(tmp_path / "a.pkl"), str(tmp_path / "dangling.pkl")], 1, "exists already"),
+    ):
+        assert convert.main(args) == status, args
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "a.pkl").read_bytes() == before
+    assert convert.main([f"file://{tmp_path}/a.pkl", str(tmp_path / "b.pkl")]) == 0
+    assert (tmp_path / "b.pkl").read_bytes() == before

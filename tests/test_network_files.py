@@ -659,7 +659,7 @@ def test_unknown_networks_run_only_when_trusted(tmp_path: Path, capsys: pytest.C
     file = load_network(path, trust_network_code=True)
     said = capsys.readouterr().err
     assert (
-        "class Wonder" in said
+        "for its Wonder" in said
         and f"{len(source)} bytes" in said
         and hashlib.sha256(source.encode()).hexdigest() in said
     )
@@ -691,10 +691,26 @@ def test_known_networks_never_run_their_text(tmp_path: Path) -> None:
     assert not (tmp_path / "TRAP").exists()
 
 
+def test_trusted_files_hide_nothing_in_their_tensors(tmp_path: Path) -> None:
+    """torch's own reader of stored tensors would unpickle whatever they hold, without a word."""
+    hidden = pickle.dumps(Call(os.mkdir, str(tmp_path / "RAN")))
+    state = module_state({"img_resolution": 8, "_init_args": (), "_init_kwargs": {}})
+    state["_parameters"]["scale"] = Call(torch.storage._load_from_bytes, hidden)
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": Persistent("Wonder", state, FOREIGN + "\n# hidden\n")}))
+    with pytest.raises(UserError, match="running its code failed"):
+        load_network(tmp_path / "net.pkl", trust_network_code=True)
+    assert not (tmp_path / "RAN").exists()
+    pickle.loads(hidden)
+    assert (tmp_path / "RAN").exists(), "the trap works"
+
+
 def test_trusted_code_that_fails_is_the_users_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.pkl"
     path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", {}, "raise OSError('no')")}))
     with pytest.raises(UserError, match=r"net\.pkl: running its code failed: OSError: no"):
+        load_network(path, trust_network_code=True)
+    path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", {}, "raise SystemExit(0)")}))
+    with pytest.raises(UserError, match="running its code failed: SystemExit"):
         load_network(path, trust_network_code=True)
     path.write_bytes(pickle.dumps({"ema": Call(os.getcwd)}))
     with pytest.raises(UserError, match="no network under 'ema'"):

@@ -13,6 +13,7 @@ text: class_name, init_args, init_kwargs, attributes (those set after constructi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import io
@@ -36,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UserError
-from dnnlib.util import open_url
+from dnnlib.util import is_url, open_url
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.misc import load_tensors, save_tensors
@@ -69,6 +70,7 @@ ENTRIES = (
     "training_options",
 )  # of a file, besides the network
 METADATA = "edm_network"  # key of the JSON text in a safetensors file
+MAX_POPULATED = 1 << 32  # bytes of a file that are read ahead before it is known to be a network's
 COPIERS = min(4, os.cpu_count() or 1)  # threads that copy weights
 MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
 MAX_LIST = 64  # numbers in a list among the constructor arguments of a network
@@ -100,6 +102,7 @@ class NetworkFile:
     dataset_kwargs  options of the data set it was trained on, if the file says
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
     format          what kind of file it was found to be: FORMATS
+    half            whether its parameters were stored in float16
     ignored         names of entries that are not plain data (a teacher, an optimiser, ...) and were not kept
     """
 
@@ -111,6 +114,7 @@ class NetworkFile:
     extra: dict[str, Any]
     format: str = FORMATS[0]
     ignored: tuple[str, ...] = ()
+    half: bool = False
 
     @property
     def sha256(self) -> str:
@@ -128,7 +132,8 @@ class NetworkFile:
         labels = f"{net.label_dim} classes" if net.label_dim else "no classes"
         steps = self.sampling.grid.steps if self.sampling else 0
         kind = f"student of {steps} step{'s' * (steps > 1)}" if steps else "undistilled"
-        found = [self.format, what, f"{parameters / 1e6:.2f} M parameters", shape, labels, kind]
+        kept = f"{self.format}{' in half precision' * self.half}"
+        found = [kept, what, f"{parameters / 1e6:.2f} M parameters", shape, labels, kind]
         foreign = [name for name in self.extra if name not in ENTRIES]
         found += [f"also holds {', '.join(foreign)[:200]}"] if foreign else []
         found += [f"left aside: {', '.join(self.ignored)[:200]}"] if self.ignored else []
@@ -150,10 +155,20 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
     Raises UserError, naming the file, for anything that is no such file or doesn't fit together.
     """
     source = os.fspath(path_or_url)
-    with open_url(source) as file:
-        data = _contents(file)
-        digest = _hash(file, data, source)
-    return _understand(data, source, digest, trust_network_code)
+    path = open_url(source, return_filename=True)
+    with open(path, "rb") as file:
+        try:
+            start = file.read(1024)
+            _check_start(start)
+            data = _contents(file, start)
+            return _understand(data, source, _hash(file, data, source), trust_network_code)
+        except ForeignNetworkError:
+            raise
+        except (UserError, ContentError) as exc:
+            if is_url(source):  # cut off by a server that gave no length, say: the next try downloads it again
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            raise exc if isinstance(exc, UserError) else UserError(f"{source}: {exc}") from exc
 
 
 def parse_network(data: bytes, source: str, *, trust_network_code: bool = False) -> NetworkFile:
@@ -161,14 +176,17 @@ def parse_network(data: bytes, source: str, *, trust_network_code: bool = False)
     return _understand(data, source, hashlib.sha256(data).hexdigest(), trust_network_code)
 
 
-def _contents(file: IO[bytes]) -> Buffer:
-    """The whole of a file, mapped into memory where that can be: every weight is then copied once, not twice."""
+def _contents(file: IO[bytes], start: bytes) -> Buffer:
+    """The whole of a file, mapped into memory where that can be: every weight is then copied once, not twice.
+
+    start: what has been read of it already.
+    """
     try:
-        if hasattr(mmap, "MAP_POPULATE"):  # Linux: all pages at once, not one by one
+        if hasattr(mmap, "MAP_POPULATE") and os.fstat(file.fileno()).st_size < MAX_POPULATED:  # all pages at once
             return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # a pipe, an empty file, a buffer
-        return file.read()
+        return start + file.read()
 
 
 def _hash(file: IO[bytes], data: Buffer, source: str) -> str | _Digest:
@@ -215,7 +233,8 @@ def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_
             raise UserError(f"{source}: {exc}") from exc
         if not trust_network_code:
             raise ForeignNetworkError(
-                f"{source}: {exc}; if you trust its author, --trust-network-code loads it by running its own code"
+                f"{source}: {exc}; only if you trust its author: --trust-network-code runs the code it brings, with "
+                "all your rights"
             ) from exc
         content = _run_pickle(data, source)
     net, entries = content.net, content.entries
@@ -224,6 +243,7 @@ def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_
     except ValueError as exc:
         raise UserError(f"{source}: its noise grid can't be used: {str(exc)[:300]}") from exc
     dataset_kwargs = entries.get("dataset_kwargs")
+    lost = ["dataset_kwargs"] if dataset_kwargs is not None and not isinstance(dataset_kwargs, dict) else []
     if isinstance(digest, _Digest):
         digest.start()
     return NetworkFile(
@@ -232,9 +252,14 @@ def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_
         digest=digest,
         source=source,
         dataset_kwargs=dataset_kwargs if isinstance(dataset_kwargs, dict) else None,
-        extra={k: v for k, v in entries.items() if k not in ("dataset_kwargs", "sampling") and v is not None},
+        extra={
+            name: value
+            for name, value in entries.items()
+            if name not in ("dataset_kwargs", "sampling") and (value is not None or name not in ENTRIES)
+        },
         format=content.format,
-        ignored=tuple(content.ignored),
+        ignored=(*content.ignored, *lost),
+        half=content.half,
     )
 
 
@@ -246,6 +271,7 @@ class _Content:
     entries: State
     ignored: Sequence[str]
     format: str
+    half: bool = False
 
 
 def _sampling(net: Any, content: _Content) -> Sampling | None:
@@ -266,16 +292,23 @@ def _sampling(net: Any, content: _Content) -> Sampling | None:
 
 def _read(data: Buffer) -> _Content:
     """The network in `data` and the other entries. Raises ContentError, whatever the format."""
-    start = data[:1024].lstrip().lower()
-    if not data:
+    _check_start(data[:1024])
+    return _read_safetensors(data) if data[8:9] == b"{" else _read_edm_pickle(data)
+
+
+def _check_start(start: bytes) -> None:
+    """Refuses what the first bytes show to be no network, before gigabytes of it are read. Raises ContentError."""
+    text = start.lstrip().lower()
+    if not start:
         raise ContentError("is empty")
-    if start.startswith((b"<!doctype html", b"<html")):
+    if text.startswith((b"<!doctype html", b"<html")):
         raise ContentError("is a web page, not a network; check where it was downloaded from")
-    if data[:4] == b"PK\x03\x04":
+    if start.startswith(b"PK\x03\x04"):
         raise ContentError("is an archive as torch.save writes it (a training state?); give a network-snapshot-*.pkl")
-    if data[8:9] == b"{":
-        return _read_safetensors(data)
-    return _read_edm_pickle(data)
+    if start.startswith(b"version https://git-lfs"):
+        raise ContentError("is a pointer of Git LFS, not the file itself: git lfs pull fetches that")
+    if start[8:9] != b"{" and not (start[:1] == b"\x80" and start[1:2] in (b"", *(bytes([n]) for n in range(2, 6)))):
+        raise ContentError("is not a pickle of protocol 2 to 5, nor a safetensors file")
 
 
 def _read_edm_pickle(data: Buffer) -> _Content:
@@ -312,7 +345,9 @@ def _read_edm_pickle(data: Buffer) -> _Content:
         )
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         _fill(net, shapes, lambda name: copies.pop(name).result())
-    return _Content(net, *_other_entries(content), "EDM pickle")
+    parameters = {name for name, _ in net.named_parameters()}
+    half = all(tensor.storage.dtype == "float16" for name, tensor in tensors.items() if name in parameters)
+    return _Content(net, *_other_entries(content), "EDM pickle", half)
 
 
 def _instead(content: Any) -> str:
@@ -394,6 +429,8 @@ def _other_entries(content: Mapping[Any, Any]) -> tuple[State, list[str]]:
 
     for name, value in content.items():
         if not isinstance(name, str) or name == "ema":
+            if name != "ema" and len(ignored) < MAX_IGNORED:
+                ignored.append(str(name)[:50])
             continue
         if isinstance(value, StoredObject):
             total.values -= len(value.state)
@@ -557,8 +594,11 @@ def _read_safetensors(data: Buffer) -> _Content:
     if size > MAX_HEADER:
         raise ContentError(f"is a damaged safetensors file: its header is said to have {size} bytes")
     try:
+        header = json.loads(str(data[8 : 8 + size], "utf-8"))  # bytes could be UTF-16 to json
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if 8 + size + max(ends, default=0) != len(data):
+            raise ValueError(f"it has {len(data)} bytes, but announces {8 + size + max(ends, default=0)}")
         tensors = load(bytes(data))
-        header = json.loads(data[8 : 8 + size])
         meta = json.loads((header.get("__metadata__") or {}).get(METADATA, "null"))
     except (SafetensorError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as exc:
         reason = " ".join(str(exc).split())[:200]  # torch tells long stories
@@ -587,8 +627,10 @@ def _read_safetensors(data: Buffer) -> _Content:
     scalars = {path: _scalars(values) for path, values in attributes.items()}
     elements = sum(tensor.numel() for tensor in tensors.values())
     net = _make(class_name, args, kwargs, scalars, min(len(tensors), MAX_PARTS), elements)
+    parameters = {name for name, _ in net.named_parameters()}
+    half = all(tensor.dtype == torch.float16 for name, tensor in tensors.items() if name in parameters)
     _fill(net, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors.pop)
-    return _Content(net, entries, (), "safetensors")
+    return _Content(net, entries, (), "safetensors", half)
 
 
 def _write_safetensors(file: IO[bytes], net: nn.Module, entries: State, half: bool) -> None:
@@ -677,13 +719,14 @@ def _write(file: IO[bytes], name: str, net: nn.Module, entries: State, half: boo
         NetworkPickler(file, half).dump({"ema": net, **entries})
 
 
-def convert_network(file: NetworkFile, path: str | os.PathLike[str], *, half: bool = False) -> None:
+def convert_network(file: NetworkFile, path: str | os.PathLike[str], *, half: bool | None = None) -> None:
     """Writes a loaded network in the format that `path` ends in: .pt (the bare state_dict), or as `save_network`.
 
+    half: store the parameters in float16; None: as in the file that `file` came from.
     What was written is read again before it takes its name, and must hold the same values (with `half`, those values
     in float16). Raises UserError for a network that the format can't hold.
     """
-    target = os.fspath(path)
+    target, half = os.fspath(path), file.half if half is None else half
     names = {name for name, _ in file.net.named_parameters()}
     try:
         with atomic_write(target) as stream:
@@ -709,7 +752,10 @@ def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -
     else:
         copy = parse_network(stream.read(), target)
         tensors = copy.net.state_dict()
-        if (copy.sampling, copy.dataset_kwargs, copy.extra) != (file.sampling, file.dataset_kwargs, file.extra):
+        # By their text: NaN is not equal to itself.
+        if repr((copy.sampling, copy.dataset_kwargs, copy.extra)) != repr(
+            (file.sampling, file.dataset_kwargs, file.extra)
+        ):
             raise RuntimeError("the copy says something else about the network than the original")
     parameters = {name for name, _ in file.net.named_parameters()}
     for name, tensor in file.net.state_dict().items():
@@ -726,7 +772,7 @@ def _run_pickle(data: Buffer, source: str) -> _Content:
     """Loads a pickle as Python and EDM would, with the code that it carries. Raises UserError if that fails."""
     try:
         content = _CodeUnpickler(io.BytesIO(data)).load()
-    except Exception as exc:  # foreign code can raise anything
+    except (Exception, SystemExit) as exc:  # foreign code can raise anything
         reason = " ".join(str(exc).split())[:300]
         raise UserError(f"{source}: running its code failed: {type(exc).__name__}: {reason}") from exc
     net = content.get("ema") if isinstance(content, dict) else None
@@ -742,9 +788,15 @@ class _CodeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch_utils.persistence", "_reconstruct_persistent_obj"):
             return _run_and_reconstruct
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _load_storage  # torch's own would unpickle whatever the bytes hold
         if (module, name) not in GLOBALS:
             _warn(f"--trust-network-code: the file uses {module}.{name} of this machine's Python")
         return super().find_class(module, name)
+
+
+def _load_storage(data: bytes) -> Any:
+    return load_tensors(io.BytesIO(data))
 
 
 def _warn(text: str) -> None:
@@ -763,8 +815,8 @@ def _run_and_reconstruct(meta: State) -> Any:
     name = f"_network_code_{digest[:16]}"
     if name not in sys.modules:
         _warn(
-            f"--trust-network-code: running the file's source text of class {meta['class_name']} as module {name}: "
-            f"{len(text.encode('utf-8'))} bytes, SHA-256 {digest}"
+            f"--trust-network-code: running the source text that the file brings for its {meta['class_name']} and "
+            f"others, as module {name}: {len(text.encode('utf-8'))} bytes, SHA-256 {digest}"
         )
         module = ModuleType(name)
         module.__dict__["__source__"] = text  # by this `persistence` knows its classes
