@@ -383,6 +383,38 @@ def test_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_golden(load_network(url + "/net.pkl").net, data, "EDMPrecond")  # from the cache
 
 
+def test_a_download_that_was_cut_off_unnoticed_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that gives no length can break off without anybody seeing: the content tells, and the next try fetches."""
+    edm_file(tmp_path / "net.pkl")
+    whole = (tmp_path / "net.pkl").read_bytes()
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    answers = [whole[: len(whole) // 2], whole]
+
+    class NoLength(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answers.pop(0))
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoLength) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}/net.pkl"
+            with pytest.raises(UserError, match="is cut off"):
+                load_network(url)
+            assert not list((tmp_path / "cache").rglob("*.pkl"))
+            assert load_network(url).sha256 == hashlib.sha256(whole).hexdigest() == load_network(url).sha256
+        finally:
+            server.shutdown()
+            thread.join()
+    assert not answers
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that are no networks
 
