@@ -24,7 +24,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalon
 
 demo: $(TEACHER) $(DEMO)/detector.pt
 	$(TORCHRUN) distill.py --outdir=$(DEMO) --data=$(DEMO)/digits.zip --transfer=$(TEACHER) --num_steps=16 --until=1 \
-	    --duration=0.04 --batch=64 --tick=10 --save-every=0.5 --seed=0 \
+	    --duration=0.07,0.03,0.03,0.03 --batch=64 --tick=10 --save-every=0.5 --seed=0 \
 	    --detector=$(DEMO)/detector.pt --eval-num=2000 --eval-batch=125
 
 $(DEMO)/digits.zip: | env
@@ -41,7 +41,7 @@ $(TEACHER): | $(DEMO)/digits.zip
 # The student that example.py brings along: the demo's 4-step one, in half precision.
 assets/digits-student.pkl: demo
 	$(BIN)/python -c 'from training.network_files import load_network, save_network; \
-	    student = load_network("$(DEMO)/stage-2-8to4/network-snapshot-000040.pkl"); \
+	    student = load_network("$(DEMO)/stage-2-8to4/network-snapshot-000030.pkl"); \
 	    save_network("$@", student.net, sampling=student.sampling, dataset_kwargs=student.dataset_kwargs, half=True)'
 
 test: env lint

@@ -32,7 +32,7 @@ POSITIVE = cli.Number(min=0, min_open=True)
 )
 @click.option(
     "--duration",
-    help="Length of a stage, for all stages or each",
+    help="Length of a stage, for all or each: a first one of twice the others measured best",
     metavar="MIMG,...",
     type=cli.FloatList(),
     default="20",

@@ -77,7 +77,14 @@ SCREENS: dict[str, Screen] = {
             "16 -> 4 -> 1, self-teacher": "--ratio=4 --self-teacher --duration=0.08",
         },
     ),
-    "finalists": (LADDER, {name: f"--weighting={name}" for name in ("geomean", "landing")}),
+    "finalists": (
+        LADDER,
+        {
+            "geomean": "--weighting=geomean",
+            "landing": "--weighting=landing",
+            "geomean, longer first stage": "--weighting=geomean --duration=0.07,0.03,0.03,0.03",
+        },
+    ),
     "budgets": (LADDER, {f"{kimg} kimg a stage": f"--duration={kimg / 1000}" for kimg in (10, 20, 40, 80)}),
 }
 
