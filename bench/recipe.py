@@ -70,6 +70,7 @@ SCREENS: dict[str, Screen] = {
             "from 32": "--num_steps=32 --duration=0.032",
             "from 64": "--num_steps=64 --duration=0.02667",
             "16 -> 4 -> 1": "--ratio=4 --duration=0.08",
+            "16 -> 4 -> 1, equal time": "--ratio=4 --duration=0.049",
             "8 -> 1": "--num_steps=8 --duration=0.0533",
             "16 -> 1 at once": "--ratio=16 --duration=0.16",
             "16 -> 1, self-teacher": "--ratio=16 --self-teacher --duration=0.16",
