@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import distill
-from bench import compare, earlier_attempt, recipe
+from bench import compare, earlier_attempt, plain, recipe, run
 from helpers import load_recipe, make_dataset, small_network
 from metrics.classifier import train_detector
 from training.grids import network_grid
@@ -178,3 +178,18 @@ def test_no_ladders_no_comparison(tmp_path, capsys):
         assert compare.main([argument]) == status
         error = capsys.readouterr().err
         assert words in error and "Traceback" not in error
+
+
+def test_what_is_measured_agrees_with_the_plain_way(tmp_path, capsys, monkeypatch):
+    """A case whose two ways differ is an error, not a row; the rows say what a reader needs."""
+    tiny = run.Size(cbase=16, cres=[1, 2], blocks=1, resolution=8, channels=1, images=40, batch=8)
+    monkeypatch.setitem(run.SIZES, "demo", tiny)
+    cases = "train,distil-heun,distil-euler,sample"
+    assert run.main([f"--cases={cases}", "--seconds=0", f"--json={tmp_path / 'rows.json'}", "--device=cpu"]) == 0
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["case"] for row in content["rows"]] == cases.split(",") and content["matmul_gflops"] > 0
+    assert all(row["ratio"] > 0 and row["gflops"] > 0 and row["agreement"] for row in content["rows"])
+    assert run.main(["--cases=train,tea"]) == 2
+    monkeypatch.setattr(plain.PlainTraining, "step", lambda *_: 7.0)
+    assert run.main(["--cases=train", "--seconds=0", "--device=cpu"]) == 1
+    assert "losses 7.0 and" in capsys.readouterr().err
