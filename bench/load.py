@@ -3,15 +3,16 @@
     python -m bench.load [--repeats=7]
 
 makes a DDPM++ network of CIFAR-10's published size (55.7 M parameters, a pickle of 223 MB) in a temporary folder, and
-loads its pickle, its safetensors file and its bare state_dict by turns, so that whatever else the machine does hits all
-of them alike. Files are in the page cache: this is about work, not about disks. Prints medians, and their ratio to
-the plain `torch.load(weights_only=True)`; peak memory is of a process that loads that one file.
+loads its pickle, its safetensors file and its bare state_dict by turns, each time in a process of its own, as programs
+do: `first` is what a program waits for. `again` is a second load there, once the first network has been let go: its
+memory has been touched before, which is half of the work. Files are in the page cache: this is not about disks. Prints
+medians, ratios to `torch.load(weights_only=True)`, and how much the process grew at most.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
+import json
 import statistics
 import subprocess
 import sys
@@ -26,42 +27,48 @@ import click
 from dnnlib import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PEAK = """
-import re, resource, sys, torch
+LOAD = """
+import json, re, resource, sys, time, torch
 from training.network_files import load_network
+import training.training_loop  # as every script has by then
 def peak():
     try:  # rusage counts what a parent had before, too
         return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def load():
+    start = time.perf_counter()
+    path = sys.argv[1]
+    kept = torch.load(path, map_location="cpu", weights_only=True) if path.endswith(".pt") else load_network(path)
+    seconds = time.perf_counter() - start
+    getattr(kept, "sha256", None)  # waits for the thread that computes it
+    return seconds
 before = peak()
-kept = torch.load(sys.argv[1], weights_only=True) if sys.argv[1].endswith(".pt") else load_network(sys.argv[1])
-print(peak() - before)
+first = load()
+growth = peak() - before
+print(json.dumps([first, load(), growth]))
 """
 
 
 def seconds(action: Callable[[], Any]) -> float:
-    """How long it takes; what it returns is let go, and its hash waited for, outside the time."""
-    gc.collect()
+    """How long it takes."""
     start = time.perf_counter()
-    result = action()
-    duration = time.perf_counter() - start
-    getattr(result, "sha256", None)
-    del result
-    return duration
+    action()
+    return time.perf_counter() - start
+
+
+def load_once(path: Path) -> list[float]:
+    """[seconds of the first load, seconds of a second one, bytes of growth] in a process of its own."""
+    words = [sys.executable, "-c", LOAD, str(path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    figures: list[float] = json.loads(done.stdout)
+    return figures
 
 
 def sha256(path: Path) -> str:
     """Of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def peak_bytes(path: Path) -> int:
-    """How much a process grows at most while it loads this file."""
-    words = [sys.executable, "-c", PEAK, str(path)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    return int(done.stdout)
 
 
 @cli.command(name="load")
@@ -86,33 +93,31 @@ def command(repeats: int, cbase: int, blocks: int) -> None:
         original = load_network(pickle)
         convert_network(original, safe)
         convert_network(original, plain)
-        actions: dict[Path, Callable[[], Any]] = {
-            plain: lambda: torch.load(plain, map_location="cpu", weights_only=True),
-            pickle: lambda: load_network(pickle),
-            safe: lambda: load_network(safe),
-        }
         found = torch.load(plain, weights_only=True)
         for path in (pickle, safe):  # all three give the same tensors
             weights = load_network(path).net.state_dict()
             assert weights.keys() == found.keys() and all(torch.equal(weights[key], found[key]) for key in found)
         del found, original
         digest = statistics.median(seconds(lambda: sha256(pickle)) for _ in range(repeats))
-        times: dict[Path, list[float]] = {path: [] for path in actions}
+        rows: dict[Path, list[list[float]]] = {path: [] for path in (plain, pickle, safe)}
         for _ in range(repeats):
-            for path, action in actions.items():
-                times[path].append(seconds(action))
+            for path, figures in rows.items():
+                figures.append(load_once(path))
         print(
-            f"{parameters / 1e6:.1f} M parameters, {repeats} loads of each file by turns, torch {torch.__version__}, "
-            f"threads: {torch.get_num_threads()}"
+            f"{parameters / 1e6:.1f} M parameters, {repeats} processes for each file by turns, torch "
+            f"{torch.__version__}, threads: {torch.get_num_threads()}"
         )
-        print(f"{'file':22s} {'MB':>7s} {'median s':>9s} {'range':>15s} {'MB/s':>7s} {'ratio':>6s} {'peak MB':>8s}")
-        base = statistics.median(times[plain])
-        for path in actions:
-            size, median = path.stat().st_size / 1e6, statistics.median(times[path])
-            spread = f"{min(times[path]):.3f} - {max(times[path]):.3f}"
+        columns = f"{'file':22s} {'MB':>7s} {'first s':>8s} {'range':>15s} {'ratio':>6s} {'again s':>8s} {'ratio':>6s}"
+        print(f"{columns} {'peak MB':>8s}")
+        base = [statistics.median(column) for column in zip(*rows[plain], strict=True)]
+        for path, figures in rows.items():
+            first, again, growth = (statistics.median(column) for column in zip(*figures, strict=True))
+            spread = f"{min(row[0] for row in figures):.3f} - {max(row[0] for row in figures):.3f}"
             label = f"{path.suffix}{' (torch.load)' if path == plain else ''}"
-            row = f"{label:22s} {size:7.1f} {median:9.3f} {spread:>15s} {size / median:7.0f} {median / base:6.2f}"
-            print(f"{row} {peak_bytes(path) / 1e6:8.0f}")
+            print(
+                f"{label:22s} {path.stat().st_size / 1e6:7.1f} {first:8.3f} {spread:>15s} {first / base[0]:6.2f} "
+                f"{again:8.3f} {again / base[1]:6.2f} {growth / 1e6:8.0f}"
+            )
         print(f"The SHA-256 of the pickle, computed in a thread once it is loaded, takes {digest:.3f} s")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import distill
-from bench import compare, earlier_attempt, plain, recipe, run
+from bench import compare, earlier_attempt, load, plain, recipe, run
 from helpers import load_recipe, make_dataset, small_network
 from metrics.classifier import train_detector
 from training.grids import network_grid
@@ -193,3 +193,10 @@ def test_what_is_measured_agrees_with_the_plain_way(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(plain.PlainTraining, "step", lambda *_: 7.0)
     assert run.main(["--cases=train", "--seconds=0", "--device=cpu"]) == 1
     assert "losses 7.0 and" in capsys.readouterr().err
+
+
+def test_loading_is_measured_for_every_format(capsys):
+    assert load.main(["--repeats=1", "--cbase=32", "--blocks=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == [".pt", ".pkl", ".safetensors"]
+    assert all(float(line.split()[-1]) > 0 for line in lines[2:5]), "every process grows"

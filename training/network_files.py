@@ -27,6 +27,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import IO, Any
 
@@ -336,7 +337,7 @@ def _read_edm_pickle(data: Buffer) -> _Content:
     except TypeError as exc:
         raise ContentError(f"is damaged: among its constructor arguments, {exc}") from exc
     with ThreadPoolExecutor(COPIERS) as pool:  # while the network is made; they do it without the interpreter
-        copies = {name: pool.submit(_copy, tensor) for name, tensor in tensors.items()}
+        copies = {name: pool.submit(_copy(tensor)) for name, tensor in tensors.items()}
         net = _make(root.class_name, args, kwargs, attributes, len(parts), elements)
         _check_same(
             "part",
@@ -565,21 +566,28 @@ def _check_same(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]
         )
 
 
-def _copy(stored: StoredTensor) -> Tensor:
-    """A tensor of its own from a window on the file."""
+def _copy(stored: StoredTensor) -> Callable[[], Tensor]:
+    """What is to be called, for another thread, to make a tensor of its own from a window on the file.
+
+    The memory is taken here: that of a thread goes with it, and the next load would have to touch every page anew.
+    """
     dtype = getattr(torch, stored.storage.dtype)
     if 0 in stored.shape:
-        return torch.empty(stored.shape, dtype=dtype)
+        return partial(torch.empty, stored.shape, dtype=dtype)
     size = stored.storage.itemsize
     length = sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True)) + 1
     if length > math.prod(stored.shape):  # there are others in between, maybe a great many: they stay in the file
         steps = [step * size if n > 1 else 0 for n, step in zip(stored.shape, stored.stride, strict=True)]
         elements = np.ndarray(stored.shape, f"i{size}", stored.storage.data, stored.offset * size, strides=steps)
-        return torch.from_numpy(elements.copy()).view(dtype)
+        return lambda: torch.from_numpy(elements.copy()).view(dtype)
     window = np.frombuffer(stored.storage.data[stored.offset * size : (stored.offset + length) * size], np.uint8)
     flat = torch.empty(length, dtype=dtype)
-    np.copyto(flat.view(torch.uint8).numpy(), window)  # the file's numbers may lie at odd addresses
-    return flat.as_strided(stored.shape, stored.stride)
+
+    def fill() -> Tensor:
+        np.copyto(flat.view(torch.uint8).numpy(), window)  # the file's numbers may lie at odd addresses
+        return flat.as_strided(stored.shape, stored.stride)
+
+    return fill
 
 
 # ----------------------------------------------------------------------------------------------------------------------
