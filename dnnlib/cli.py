@@ -69,11 +69,30 @@ def _settings() -> dict[str, Any]:
     }
 
 
+leaving_by_exit = False  # this process ends with `run`: nothing needs to be taken down
+
+
 def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
     """Runs `cmd` and returns its exit status: 0, 1 (any failure), 2 (wrong option), 128 + signal (interrupted).
 
     Every failure is one line on standard error, from the rank that met it. `EDM_DEBUG=1` shows the traceback too.
+
+    One of several processes that runs its own command line (args None) ends here, and does not return.
     """
+    global leaving_by_exit
+    leaving_by_exit = args is None and _launched()
+    status = _run(cmd, args)
+    if leaving_by_exit:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        # Threads of the process group may still be there when C++ takes its globals down, which then aborts the process
+        # ("terminate called without an active exception"), and the launcher calls a finished job failed.
+        os._exit(status)
+    return status
+
+
+def _run(cmd: click.Command, args: Sequence[str] | None) -> int:
     prog = os.path.basename(sys.argv[0]) if args is None else f"{cmd.name}.py"
     if args is None:  # a file name that the terminal's encoding does not know is no reason to stop
         for stream in (sys.stdout, sys.stderr):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dnnlib import cli
 from dnnlib.cli import FailedElsewhere, UsageError, UserError
 
 T = TypeVar("T")
@@ -73,8 +74,10 @@ def _local_rank() -> int:
 
 
 def shutdown() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one (unless the whole process is about to end, which does)."""
     global _control_group
+    if cli.leaving_by_exit:
+        return
     if dist.is_initialized():
         dist.destroy_process_group()
     _control_group = None
