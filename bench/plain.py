@@ -1,12 +1,13 @@
-"""The straightforward way to do each part of the work, as the public EDM code goes about it: eager, contiguous, fp32,
-parameter by parameter, PNG by PNG. What `bench.run` measures this project against, and checks its results with.
+"""The straightforward way to do each part of the work: eager, contiguous, fp32, parameter by parameter, PNG by PNG.
+
+What `bench.run` measures this project against, and checks its results with: therefore it states the formulas of the ODE
+once more, on purpose, and shares none with `training.solvers`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -31,16 +32,16 @@ def plain_layers() -> Iterator[None]:
     """Networks resample by grouped convolutions, and attend by two matrix products with a softmax between."""
 
     def upsample(x: Tensor, kernel: Tensor, padding: int) -> Tensor:
-        weight = (4 * kernel).tile([x.shape[1], 1, 1, 1])
+        weight = 4 * kernel.repeat(x.shape[1], 1, 1, 1)
         return F.conv_transpose2d(x, weight, stride=2, padding=padding, groups=x.shape[1])
 
     def downsample(x: Tensor, kernel: Tensor, padding: int) -> Tensor:
-        weight = kernel.tile([x.shape[1], 1, 1, 1])
+        weight = kernel.repeat(x.shape[1], 1, 1, 1)
         return F.conv2d(x, weight, stride=2, padding=padding, groups=x.shape[1])
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = torch.einsum("nhqc,nhkc->nhqk", q.float(), k.float() / math.sqrt(k.shape[-1])).softmax(dim=-1)
-        return torch.einsum("nhqk,nhkc->nhqc", weights.to(v.dtype), v)
+        similarity = (q.float() @ k.float().transpose(-2, -1)) / math.sqrt(q.shape[-1])
+        return F.softmax(similarity, dim=-1).to(v.dtype) @ v
 
     usual = networks.upsample, networks.downsample, networks.attend
     networks.upsample, networks.downsample, networks.attend = upsample, downsample, attend
@@ -81,19 +82,19 @@ class PlainTraining:
     def step(self, images: Tensor, labels: Tensor | None) -> float:
         """One step over uint8 images [N, C, H, W]; returns the mean loss."""
         draws = StepDraws(self.seed, self.step_count, self.batch, self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         clean = images.to(self.device).to(torch.float32) / 127.5 - 1
         source = draws.part(0, len(images))
         loss = self.denoising(clean, source) if self.teacher is None else self.distillation(clean, source)
-        loss.sum().mul(1 / self.batch).backward()
+        (loss.sum() / self.batch).backward()
         for parameter in self.net.parameters():
             if parameter.grad is not None:
-                torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+                parameter.grad.nan_to_num_(0.0, 1e5, -1e5)
         self.optimizer.step()
         nimg = self.step_count * self.batch
         beta = 0.5 ** (self.batch / max(min(self.ema_halflife, nimg * 0.05), 1e-8))
         for average, parameter in zip(self.ema.parameters(), self.net.parameters(), strict=True):
-            average.copy_(parameter.detach().lerp(average, beta))
+            average.mul_(beta).add_(parameter.detach(), alpha=1 - beta)
         self.step_count += 1
         return float(loss.detach().mean())
 
@@ -139,19 +140,10 @@ def sample(net: Any, seeds: Sequence[int], grid: NoiseGrid, solver: str, device:
     return x
 
 
-def write_pngs(images: Tensor, seeds: Sequence[int], folder: Path) -> None:
-    """One after the other, with Pillow's usual settings."""
-    pixels = (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    for seed, image in zip(seeds, pixels, strict=True):
-        grey = image.shape[2] == 1
-        Image.fromarray(image[:, :, 0] if grey else image, "L" if grey else "RGB").save(folder / f"{seed:06d}.png")
-
-
 def read_images(archive: Path, batch: int) -> Iterator[Tensor]:
-    """All images of a zip in the order of dataset.json, one after the other, in batches uint8 [n, C, H, W]."""
+    """All images of a zip by name, one after the other, in batches uint8 [n, C, H, W]."""
     with zipfile.ZipFile(archive) as file:
         names = sorted(name for name in file.namelist() if name.endswith(".png"))
-        json.loads(file.read("dataset.json"))
         for start in range(0, len(names), batch):
             arrays = [np.array(Image.open(io.BytesIO(file.read(name)))) for name in names[start : start + batch]]
             stack = np.stack([array[:, :, None] if array.ndim == 2 else array for array in arrays])
@@ -162,17 +154,3 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """By the square root of the product of the covariances."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)
     return float(np.real(np.square(mu1 - mu2).sum() + np.trace(sigma1 + sigma2 - 2 * root)))
-
-
-def feature_statistics(batches: Iterator[Tensor], detector: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of features, batch after batch in float64."""
-    count, total, products = 0, torch.zeros(()), torch.zeros(())
-    with torch.no_grad():
-        for images in batches:
-            features = detector(images).double()
-            count += len(features)
-            total = total + features.sum(0)
-            products = products + features.T @ features
-    mu = total / count
-    sigma = (products - mu.outer(mu) * count) / (count - 1)
-    return mu.numpy(), sigma.numpy()

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What all runs of a screen share; a variant's own options come after and win.
 SHORT = "--num_steps=16 --until=8 --duration=0.02 --batch=64 --lr=5e-4"  # the first halving
 OLD = f"{SHORT} --weighting=snr-trunc --intervals=uniform"  # what the defaults were before these screens
-LADDER = "--num_steps=16 --until=1 --duration=0.04 --batch=64 --lr=5e-4"  # the demo's, with the defaults
+LADDER = "--num_steps=16 --until=1 --duration=0.04 --batch=64 --lr=5e-4"  # four equal stages, with the defaults
 
 Screen = tuple[str, dict[str, str]]
 SCREENS: dict[str, Screen] = {

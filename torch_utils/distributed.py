@@ -61,7 +61,7 @@ def init(device: str = "auto", timeout_minutes: float = 10) -> torch.device:
             raise UserError(
                 f"the processes could not meet (check MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE): {exc}"
             ) from exc
-        atexit.register(shutdown)  # where an error ends the program, after its message has been printed
+        atexit.register(shutdown)  # for programs of others: our own scripts end by os._exit (dnnlib.cli.run)
     return _device
 
 
