@@ -1,8 +1,9 @@
-"""The Fréchet distance between two normal distributions. Needs numpy alone."""
+"""The Fréchet distance between two normal distributions."""
 
 from __future__ import annotations
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
 from dnnlib.cli import UserError
@@ -56,7 +57,28 @@ def checked_moments(mu: ArrayLike, sigma: ArrayLike, where: str) -> tuple[Array,
 
 
 def _factor(sigma: Array, where: str) -> Array:
-    """A [D, rank] with A A^T = sigma. Directions that can't be told from rounding errors are left out."""
+    """A [D, rank] with A A^T = sigma. Directions that can't be told from rounding errors are left out.
+
+    By Cholesky, an order of magnitude cheaper than eigenvectors: plain where all directions count, else with pivots,
+    which stops where rounding errors begin. What neither can factor is left to the eigenvalues, to judge how wrong it is.
+    """
+    rounding = np.diagonal(sigma).max() * len(sigma) * np.finfo(np.float64).eps
+    try:
+        factor: Array = scipy.linalg.cholesky(sigma, lower=True, check_finite=False)
+        if np.square(np.diagonal(factor)).min() > rounding:
+            return factor
+    except scipy.linalg.LinAlgError:
+        pass
+    packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, tol=rounding, lower=1)
+    factor = np.empty([len(sigma), rank])
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    if np.abs(factor @ factor.T - sigma).max() <= 2 * rounding:
+        return factor
+    return _eigen_factor(sigma, where)
+
+
+def _eigen_factor(sigma: Array, where: str) -> Array:
+    """The same by eigenvectors. Raises UserError for a matrix with negative eigenvalues that are no rounding errors."""
     try:
         values, vectors = np.linalg.eigh(sigma)
     except np.linalg.LinAlgError as exc:

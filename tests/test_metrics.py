@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import metrics
 from dnnlib.cli import FailedElsewhere, UserError
 from helpers import GOLDEN, golden, make_dataset
-from metrics import classifier, detectors, statistics
+from metrics import classifier, detectors, frechet, statistics
 from metrics.detectors import INCEPTION, Detector, full_precision, load_detector
 from metrics.frechet import frechet_distance
 from metrics.images import read_images
@@ -82,6 +82,30 @@ def test_no_spread_at_all():
     zero = np.zeros([3, 3])
     assert frechet_distance([1, 2, 3], zero, [1, 2, 3], zero) == 0
     assert frechet_distance(np.ones(3), zero, np.zeros(3), np.eye(3)) == pytest.approx(6)
+
+
+@pytest.mark.parametrize("rank", [1, 40, 119, 120, 300])
+@pytest.mark.parametrize("stored", [np.float64, np.float32])
+def test_every_way_to_factor_gives_the_same_distance(rank, stored):
+    """Plain Cholesky at full rank, with pivots below it, eigenvalues for what float32 has made indefinite."""
+    rng = np.random.default_rng(rank)
+    moments = []
+    for shift in (0.0, 0.3):
+        features = rng.standard_normal([rank + 1, 120]) * np.geomspace(1, 0.01, 120) + shift
+        moments.append((features.mean(axis=0), np.cov(features, rowvar=False).astype(stored).astype(np.float64)))
+    (mu1, sigma1), (mu2, sigma2) = moments
+    a1, a2 = (frechet._eigen_factor(sigma, "here") for sigma in (sigma1, sigma2))
+    root_trace = np.linalg.svd(a1.T @ a2, compute_uv=False).sum()
+    expected = np.square(mu1 - mu2).sum() + np.trace(sigma1 + sigma2) - 2 * root_trace
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [30, 100])
+def test_eigenvectors_are_the_last_resort(monkeypatch, count):
+    """They cost several times what a Cholesky factor does."""
+    monkeypatch.setattr(frechet, "_eigen_factor", lambda *args: pytest.fail("eigenvectors were computed"))
+    a, b = np.random.default_rng(0).standard_normal([2, count, 50])
+    frechet_distance(a.mean(axis=0), np.cov(a.T), b.mean(axis=0), np.cov(b.T))
 
 
 def test_symmetry_and_invariance():
