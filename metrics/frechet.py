@@ -59,8 +59,8 @@ def checked_moments(mu: ArrayLike, sigma: ArrayLike, where: str) -> tuple[Array,
 def _factor(sigma: Array, where: str) -> Array:
     """A [D, rank] with A A^T = sigma. Directions that can't be told from rounding errors are left out.
 
-    By Cholesky, an order of magnitude cheaper than eigenvectors: plain where all directions count, else with pivots,
-    which stops where rounding errors begin. What neither can factor is left to the eigenvalues, to judge how wrong it is.
+    By Cholesky, which is several times cheaper than eigenvectors: plain where all directions count, else with pivots,
+    which stops where rounding errors begin. What neither can factor is left to the eigenvalues.
     """
     rounding = np.diagonal(sigma).max() * len(sigma) * np.finfo(np.float64).eps
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-THREADS = 4
+CHUNK = 32  # images decoded by one task
 AHEAD = 4  # batches being decoded while one is in use
+THREADS = min(os.cpu_count() or 1, 8)
 
 
 def read_images(dataset: Any, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
@@ -20,12 +22,12 @@ def read_images(dataset: Any, batches: Iterable[Sequence[int]]) -> Iterator[Tens
     waiting: deque[list[Future[np.ndarray]]] = deque()
 
     def take() -> Tensor:
-        return torch.from_numpy(np.stack([future.result() for future in waiting.popleft()]))
+        return torch.from_numpy(np.concatenate([future.result() for future in waiting.popleft()]))
 
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for batch in batches:
-                waiting.append([pool.submit(lambda i: dataset[i][0], int(i)) for i in batch])
+                waiting.append([pool.submit(dataset.images, batch[i : i + CHUNK]) for i in range(0, len(batch), CHUNK)])
                 if len(waiting) > AHEAD:
                     yield take()
             while waiting:

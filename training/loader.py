@@ -49,7 +49,7 @@ class Order:
 class Loader:
     """Yields this process's batches from step `step` on, read ahead by `workers` threads.
 
-    dataset     `dataset[i]` gives (uint8 [C, H, W], float32 [label_dim]); must allow reading from several threads
+    dataset     gives `images(indices)` uint8 [n, C, H, W] and `labels(indices)` float32 [n, label_dim], in any thread
     batch_size  images of a step over all processes, a multiple of `world_size`
     Whatever goes wrong while reading is raised by `next`.
     """
@@ -70,7 +70,7 @@ class Loader:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.step, self.ahead = step, ahead
         self.pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="loader")
-        self.waiting: deque[list[Future[list[tuple[np.ndarray, np.ndarray]]]]] = deque()
+        self.waiting: deque[list[Future[tuple[np.ndarray, np.ndarray]]]] = deque()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -78,19 +78,18 @@ class Loader:
     def __next__(self) -> Batch:
         while len(self.waiting) < self.ahead:
             self.waiting.append(self._submit(self.step + len(self.waiting)))
-        items = [item for future in self.waiting.popleft() for item in future.result()]
+        images, labels = zip(*(future.result() for future in self.waiting.popleft()), strict=True)
         self.step += 1
-        images = torch.from_numpy(np.stack([image for image, _ in items]))
-        return Batch(images, torch.from_numpy(np.stack([label for _, label in items])))
+        return Batch(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
 
-    def _submit(self, step: int) -> list[Future[list[tuple[np.ndarray, np.ndarray]]]]:
+    def _submit(self, step: int) -> list[Future[tuple[np.ndarray, np.ndarray]]]:
         share = self.batch_size // self.world_size
         start = step * self.batch_size + self.rank * share
         indices = self.order.indices(start, start + share)
         return [self.pool.submit(self._read, indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
 
-    def _read(self, indices: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [self.dataset[index] for index in indices]
+    def _read(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return self.dataset.images(indices), self.dataset.labels(indices)
 
     def close(self) -> None:
         """Stops reading ahead."""
