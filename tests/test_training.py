@@ -19,6 +19,7 @@ import train
 from helpers import GOLDEN, golden, load_recipe, make_dataset, small_network
 from training import state
 from training.config import TrainConfig, check_batch, differences, next_run_number
+from training.dataset import Dataset
 from training.loader import Batch, Loader, Order
 from training.network_files import load_network, save_network
 from training.training_loop import Gradients, Trainer, cut_lines, ema_factor, learning_rate
