@@ -197,12 +197,14 @@ def _generated(
     from training.network_files import load_network
     from training.pictures import to_uint8
     from training.sampling import iterate_images, plan_sampling
+    from training.speed import use_cpu_kernels
 
     network = dist.rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
     plan = plan_sampling(network, steps=steps)
     dist.print0(f"sampling {path} ({network.describe()}) with {plan.text}", file=sys.stderr)
     allow_tf32(False)
     device = dist.device()
+    use_cpu_kernels(device.type == "cpu")
     for made in iterate_images(network, seeds, steps=steps, max_batch=batch, device=device, class_idx=class_idx):
         if not made.images.isfinite().all():
             raise cli.UserError(

@@ -69,6 +69,7 @@ from .network_files import NetworkFile
 from .samplers import nfe
 from .sampling import Batch, iterate_images, plan_sampling, show_progress
 from .setup import Options, Run, load_everywhere, prepare, train
+from .speed import use_cpu_kernels
 from .stage import plan_ladder
 from .state import list_states
 from .training_loop import set_precision
@@ -491,6 +492,7 @@ class Ladder:
         are a result too, a `problem`; otherwise they raise UserError.
         """
         set_precision(replace(self.config, precision="fp32"))  # whatever the training before it has set
+        use_cpu_kernels(dist.device().type == "cpu")
         size, plan = self.options.eval_num, plan_sampling(network)
         sets = self.options.eval_sets if self.detector is not None and not is_curve else 1
         who = "the teacher itself" if is_curve else network.source

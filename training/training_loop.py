@@ -39,6 +39,7 @@ from .intervals import Intervals
 from .loader import Batch, Loader
 from .network_files import save_network
 from .samplers import edm_sampler, grid_sampler
+from .speed import use_cpu_kernels
 from .stage import Stage
 from .stopping import StopSignals
 
@@ -183,6 +184,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.say = Log(self.run_dir / "log.txt")
         set_precision(config)
+        use_cpu_kernels(self.device.type == "cpu")
         training_stats.clear()
 
         torch.manual_seed(key(config.seed, 0, "init"))

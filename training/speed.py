@@ -1,0 +1,14 @@
+"""What makes networks faster on the device at hand, each part of which can be switched off."""
+
+from __future__ import annotations
+
+from torch_utils import cpu_kernels
+
+from . import networks
+
+
+def use_cpu_kernels(wanted: bool = True) -> bool:
+    """Lets all networks of this process normalise by torch_utils.cpu_kernels, or no longer. Returns whether they do:
+    not without a C compiler, nor under EDM_KERNELS=0. Takes part of a second the first time."""
+    networks.fused_norm = cpu_kernels.group_norm if wanted and cpu_kernels.library() is not None else None
+    return networks.fused_norm is not None
