@@ -132,7 +132,7 @@ def test_a_ladder(climbed, capsys):
     rungs = json.loads((climbed / "ladder.json").read_text())
     for rung in rungs:
         assert f"{rung['fd']:.4g}" in page.text and f"{rung['endpoint_rmse']:.4g}" in page.text
-    assert "4 → 2 → 1" in page.text and "2 euler steps" in page.text and "1 euler steps: this student" in page.text
+    assert "4 → 2 → 1" in page.text and "2 Euler steps" in page.text and "1 Euler step: this student" in page.text
     stages = sorted(climbed.glob("stage-*"))
     shots = sum(len(list(stage.glob(f"{kind}-*.png"))) for stage in stages for kind in ("samples", "targets"))
     assert len(page.all("img")) == shots + 1

@@ -578,12 +578,12 @@ def lineage_of(subject: Run | Ladder) -> list[dict[str, Any]]:
         {
             "network": str(entry.get("network", "?")),
             "sha256": str(entry.get("sha256", ""))[:16],
-            "text": f"{entry.get('steps', '?')} {entry.get('solver', '')} steps",
+            "text": show_steps(entry.get("steps"), entry.get("solver")),
         }
         for entry in last.lineage
     ]
     own = "this student" if last.done else "this student, in training"
-    steps = f"{last.steps[1]} euler steps" if last.steps else "?"
+    steps = show_steps(last.steps[1] if last.steps else None, "euler")
     return [*chain, {"network": str(last.folder), "sha256": "", "text": f"{steps}: {own}"}]
 
 
@@ -610,6 +610,11 @@ def show_duration(seconds: float | None) -> str:
 
 def show_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def show_steps(steps: Any, solver: Any) -> str:
+    """'16 Heun steps'."""
+    return f"{'?' if steps is None else steps} {str(solver or '').capitalize()} step{'s' * (steps != 1)}"
 
 
 def show_place(path: Any) -> str:
