@@ -24,8 +24,9 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalon
 
 demo: $(TEACHER) $(DEMO)/detector.pt
 	$(TORCHRUN) distill.py --outdir=$(DEMO) --data=$(DEMO)/digits.zip --transfer=$(TEACHER) --num_steps=16 --until=1 \
-	    --duration=0.07,0.03,0.03,0.03 --batch=64 --tick=10 --save-every=0.5 --seed=0 \
+	    --duration=0.07,0.03,0.03,0.03 --batch=64 --tick=5 --snap=2 --targets=2 --save-every=0.5 --seed=0 \
 	    --detector=$(DEMO)/detector.pt --eval-num=2000 --eval-batch=125
+	$(BIN)/python report.py $(DEMO)
 
 $(DEMO)/digits.zip: | env
 	$(BIN)/python dataset_tool.py --source=digits --dest=$@

@@ -18,6 +18,7 @@ import torch
 from dnnlib.atomic import append_text, locked, write_text
 from dnnlib.cli import UsageError, UserError
 from torch_utils import distributed as dist
+from torch_utils.environment import describe_environment
 
 from . import state
 from .config import (
@@ -461,7 +462,7 @@ def _train(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trai
         check_run_dir(config.run_dir)
         if found is None:
             Path(config.run_dir, "stats.jsonl").unlink(missing_ok=True)
-        written = {**config.to_options(), "identity": config.identity()}
+        written = {**config.to_options(), "identity": config.identity(), "environment": describe_environment()}
         write_text(Path(config.run_dir, "training_options.json"), json.dumps(written, indent=2) + "\n")
         if found is None:
             run.announce(lambda line: append_text(Path(config.run_dir, "log.txt"), line + "\n"))

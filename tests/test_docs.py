@@ -1,0 +1,295 @@
+"""README and docs are true: links lead somewhere, commands parse, quoted messages are the program's own."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+import dataset_tool
+import train
+from helpers import small_network
+from training.network_files import save_network
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+SCRIPTS = [path.name for path in ROOT.glob("*.py")]
+LAUNCHERS = {"python", "python3", ".venv/bin/python", "torchrun", "srun", "bash"}
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    """Prose and tables: fenced and indented blocks, and code within lines, blanked."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"(?m)^    .*$", "", text)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def blocks(text: str) -> Iterator[str]:
+    """Shell blocks: indented by four after an empty line, or fenced as sh, bash, console or without a language."""
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S):
+        if match[1] in ("", "sh", "bash", "console"):
+            yield match[2]
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    for match in re.finditer(r"(?:\A|\n\n)((?:    .*\n?|\n(?=    ))+)", plain):
+        yield re.sub(r"(?m)^    ", "", match[1])
+
+
+def commands(text: str) -> list[str]:
+    """Every command of a page, continued lines joined."""
+    found = []
+    for block in blocks(text):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            for part in re.split(r"\s&&\s|;\s", re.sub(r"\s#\s.*$|\s+&$|^\$ ", "", line.strip())):
+                if is_command(part):
+                    found.append(part.strip())
+    return found
+
+
+def is_command(line: str) -> bool:
+    """Something to type, and not a table, a tree of files or a formula."""
+    first = line.split(maxsplit=1)[:1]
+    return bool(first) and (first[0] in LAUNCHERS | {"make"} or bool(re.search(r"(?:python|torchrun) .*\.py\b", line)))
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+    return re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
+
+
+def anchors(path: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {slug(match[1]) for match in re.finditer(r"^#{1,6} (.+)$", text, flags=re.M)}
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links(name):
+    page = ROOT / name
+    text = without_code(text_of(name))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            assert re.fullmatch(r"https://[\w.-]+\.[a-z]+(/[\w.,~%/#?=&+-]*)?", target), target
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name} leads to {target}"
+        assert ROOT in [file, *file.parents], f"{target} leads out of the repository"
+        if anchor:
+            assert anchor in anchors(file), f"{name} leads to {target}; there are {sorted(anchors(file))}"
+    open_ended = re.findall(r"\]\([^)]*$", text, flags=re.M)
+    assert not open_ended
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_named_in_prose_exist(name):
+    for path in re.findall(
+        r"`((?:training|metrics|torch_utils|dnnlib|docs|tests|bench|assets)/[\w/.-]+\.\w+)`", text_of(name)
+    ):
+        assert (ROOT / path).exists(), f"{name} names {path}"
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def parse(line: str) -> None:
+    """Fails unless our script has the options and takes their values; nothing is run."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), flags=re.M))
+        assert all(word in targets or "=" in word for word in words[1:]), line
+        return
+    while words and "=" in words[0] and not words[0].startswith("-"):
+        words.pop(0)  # variables of the environment
+    if "-m" in words and words[words.index("-m") + 1].startswith(("bench.", "torch.distributed.run")):
+        at = words.index("-m") + 1
+        module = words[at]
+        if module.startswith("bench."):
+            parse_click(importlib.import_module(module).command, words[at + 1 :], line)
+            return
+        words = words[at:]
+    scripts = [index for index, word in enumerate(words) if word in SCRIPTS]
+    if not scripts:
+        assert words[:2] != ["python", "-m"] or importlib.util.find_spec(words[2]) is not None, line
+        assert "-c" in words or "-m" in words, f"what is it? {line}"
+        return
+    module = importlib.import_module(words[scripts[0]].removesuffix(".py"))
+    args = words[scripts[0] + 1 :]
+    if "torchrun" in words:
+        assert "--num" not in [arg.partition("=")[0] for arg in args], f"torchrun takes --num: {line}"
+    command = module.command if hasattr(module, "command") else module.main_group
+    parse_click(command, args, line)
+
+
+def parse_click(command: click.Command, args: list[str], line: str) -> None:
+    if "..." in args:  # an excerpt: what is there must fit
+        args = [arg for arg in args if arg != "..."]
+        known = {name.replace("_", "-") for parameter in command.params for name in parameter.opts}
+        assert {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")} <= known, line
+        return
+    try:
+        context = command.make_context(command.name, list(args))
+        if isinstance(command, click.Group):
+            name, sub, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+            assert sub is not None
+            sub.make_context(name, rest, parent=context)
+    except click.exceptions.Exit:
+        pass  # --help, --version
+    except click.ClickException as exc:
+        pytest.fail(f"{line}: {exc.format_message()}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_parse(name):
+    for line in commands(text_of(name)):
+        parse(line)
+
+
+def test_the_parser_of_this_file_finds_mistakes():
+    text = "Words:\n\n    python train.py --outdir=x --data=y --no-such=1\n\n```sh\ntorchrun --nproc_per_node=2 fid.py calc \\\n  --images=a --ref=b --num=3\n```\n"
+    found = commands(text)
+    assert len(found) == 2
+    with pytest.raises(pytest.fail.Exception, match="no-such"):
+        parse(next(line for line in found if "train.py" in line))
+    with pytest.raises(AssertionError, match="torchrun takes"):
+        parse(next(line for line in found if "fid.py" in line))
+    parse("python generate.py --outdir=out --seeds=0-3 --network=n.pkl")
+
+
+def test_there_are_commands():
+    """The way from a page to its commands is not broken."""
+    assert len(commands(text_of("README.md"))) >= 12 and len(commands(text_of("docs/your-own-data.md"))) >= 6
+
+
+def test_the_contracts_commands_are_in_the_readme():
+    words = " ".join(text_of("README.md").split())
+    for script, options in {
+        "train.py": "--precond=edm_distillation --batch-gpu=128 --duration=20 --num_steps=32",
+        "generate.py": "--outdir=fid-tmp-edm-distillation-32-16 --seeds=0-49999 --subdirs",
+        "fid.py": "calc --images=fid-tmp-edm-16",
+    }.items():
+        assert options in words.replace("\\ ", ""), script
+
+
+# -- translations ------------------------------------------------------------------------------------------------------
+
+
+def test_both_readmes_hold_the_same_commands_pictures_and_sections():
+    english, chinese = text_of("README.md"), text_of("README.zh-CN.md")
+    assert commands(english) == commands(chinese)
+    assert re.findall(r"!\[[^\]]*\]\(([^)]+)\)", english) == re.findall(r"!\[[^\]]*\]\(([^)]+)\)", chinese)
+    assert len(re.findall(r"^## ", english, flags=re.M)) == len(re.findall(r"^## ", chinese, flags=re.M))
+    numbers = [set(re.findall(r"\d+\.\d+", text)) for text in (english, chinese)]
+    assert numbers[0] == numbers[1], "figures differ"
+    assert "README.zh-CN.md" in english and "README.md" in chinese
+
+
+# -- what pages say of the program -------------------------------------------------------------------------------------
+
+EDM_OPTIONS = {
+    "train.py": "outdir data cond arch precond duration batch batch-gpu cbase cres lr ema dropout augment xflip fp16 ls bench "
+    "cache workers desc nosubdir tick snap dump seed transfer resume dry-run",
+    "generate.py": "network outdir seeds subdirs class batch steps sigma_min sigma_max rho S_churn S_min S_max S_noise solver "
+    "disc schedule scaling",
+    "fid.py": "images ref num seed batch data dest",
+    "dataset_tool.py": "source dest max-images transform resolution",
+}
+
+
+def options_of(command: click.Command) -> set[str]:
+    names = {name.replace("_", "-") for parameter in command.params for name in parameter.opts}
+    for sub in getattr(command, "commands", {}).values():
+        names |= options_of(sub)
+    return names
+
+
+@pytest.mark.parametrize("script", EDM_OPTIONS)
+def test_from_edm_speaks_of_every_option_of_edms(script):
+    section = text_of("docs/from-edm.md").partition(f"## {script}")[2].partition("\n## ")[0]
+    mentioned = set(re.findall(r"--([A-Za-z][\w-]*)", section))
+    assert set(EDM_OPTIONS[script].split()) <= mentioned
+    known = options_of(command_of(script))
+    assert {f"--{name.replace('_', '-')}" for name in mentioned} <= known
+
+
+def command_of(script: str) -> click.Command:
+    found: click.Command = importlib.import_module(script.removesuffix(".py")).command
+    return found
+
+
+def templates() -> str:
+    """Every text in the program, one a line, with an ellipsis where a value is put in."""
+    found = []
+    for path in [
+        *ROOT.glob("*.py"),
+        *(file for name in ("training", "metrics", "torch_utils", "dnnlib") for file in (ROOT / name).rglob("*.py")),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(" ".join(text.split()) for text in found)
+
+
+def test_messages_in_troubleshooting_are_the_programs():
+    known = templates()
+    page = text_of("docs/troubleshooting.md")
+    messages = [" ".join(text.split()) for text in re.findall(r"\*\*`([^`]+)`", page)]
+    ours = [message for message in messages if "torch_utils" not in message]  # that one is Python's
+    assert len(ours) > 20
+    for message in ours:
+        assert message in known, message
+
+
+# -- commands of pages, run --------------------------------------------------------------------------------------------
+
+
+def test_your_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """From a folder of photographs of odd shapes to the announcement of a run, and the measured sigma_data."""
+    page = text_of("docs/your-own-data.md")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        folder = tmp_path / "photos" / ("cats", "dogs")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40 + index, 60, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
+    found = commands(page)
+    convert = next(line for line in found if "dataset_tool.py" in line)
+    assert dataset_tool.main(shlex.split(convert)[2:]) == 0
+    plan = next(line for line in found if "--dry-run" in line)
+    assert train.main([*shlex.split(plan)[2:], "--device=cpu"]) == 0
+    assert "Parameters:" in capsys.readouterr().out
+    code = re.search(r"```python\n(.*?)```", page, flags=re.S)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    assert re.fullmatch(r"sigma_data 0\.\d{3}\n", capsys.readouterr().out)
+    assert 0.2 < names["pixels"].std() < 0.8 and names["pixels"].shape == (12, 3, 32, 32)
+    save_network(tmp_path / "training-runs" / "teacher.pkl", small_network(32, 3))
+    ladder = next(line for line in found if "distill.py" in line)
+    options = [
+        arg
+        for arg in shlex.split(ladder)[2:]
+        if arg.startswith(("--data", "--transfer", "--num_steps", "--batch", "--targets"))
+    ]
+    run = ["--outdir=stage", "--precond=edm_distillation", "--dry-run", "--device=cpu"]
+    assert train.main([*options, *run]) == 0
+    assert "32 heun steps -> 16" in capsys.readouterr().out

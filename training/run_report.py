@@ -1,0 +1,657 @@
+"""One page about a run or a ladder, from the files it has left so far. Imports no torch.
+
+Everything here may be missing, cut short or damaged, for the run may be going on or have been killed: what can be read
+is shown, and what can't is named. Nothing that a file says is trusted to be what it should be; the template escapes it.
+
+    read_run, read_ladder   folder -> Run, Ladder: plain values
+    render                  those -> HTML, by run_report.html
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from dnnlib.cli import UserError
+from dnnlib.util import format_time
+
+from .run_charts import Curve, line_chart, ramp, smooth
+
+MARK = "<!-- report.py of edm-distill -->"  # the first line of a page: what may be written over
+MAX_JSON = 1 << 26  # bytes of a file that is read whole
+MAX_LINE = 1 << 22  # of stats.jsonl
+SHOTS = 40  # pictures of a film
+LINES = 24  # jumps in a chart
+WIDEST, HEAVIEST = 2000, 1_500_000  # pixels, bytes: a picture beyond is shown smaller
+STAGE = re.compile(r"stage-(\d+)-(\d+)to(\d+)")
+RUNG = ("steps", "nfe", "fd", "fd_std", "endpoint_rmse", "sec_per_kimg", "kimg", "network")
+POINT = ("solver", "steps", "nfe", "fd", "endpoint_rmse")
+SERIES = {
+    "loss": "Loss/loss",
+    "sec_per_kimg": "Timing/sec_per_kimg",
+    "learning_rate": "Progress/learning_rate",
+    "seconds": "Timing/total_sec",
+    "maintenance": "Timing/maintenance_sec",
+    "cpu_gb": "Resources/cpu_mem_gb",
+    "gpu_gb": "Resources/peak_gpu_mem_gb",
+    "skipped": "Progress/skipped_steps",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@dataclass
+class Stats:
+    """What `stats.jsonl` says: a value per tick of each series, NaN where a tick has none."""
+
+    kimg: np.ndarray
+    series: dict[str, np.ndarray]
+    jumps: dict[int, np.ndarray]  # mean loss of some jumps
+    last_jumps: dict[int, tuple[int, float]]  # of all jumps: images and mean loss of the last tick that has them
+    written: float | None  # time of the last tick, seconds since 1970
+
+    def last(self, name: str) -> float | None:
+        """The newest finite value of a series."""
+        values = self.series[name]
+        good = values[np.isfinite(values)]
+        return float(good[-1]) if len(good) else None
+
+
+@dataclass
+class Shot:
+    """One picture, ready for the page."""
+
+    kimg: int
+    uri: str
+    width: int
+    height: int
+    note: str = ""
+
+
+@dataclass
+class Film:
+    """The pictures of one kind that a run has left, the oldest first."""
+
+    shots: list[Shot]
+    found: int  # on disk, more than are shown perhaps
+
+
+@dataclass
+class Run:
+    """A run directory."""
+
+    folder: Path
+    name: str
+    options: dict[str, Any]
+    stats: Stats
+    samples: Film
+    targets: Film
+    steps: tuple[int, int] | None = None  # of teacher and student
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def kimg(self) -> float:
+        return float(self.stats.kimg[-1]) if len(self.stats.kimg) else 0.0
+
+    @property
+    def total_kimg(self) -> float | None:
+        return number(self.options.get("total_kimg"))
+
+    @property
+    def done(self) -> bool:
+        return self.total_kimg is not None and self.kimg >= self.total_kimg > 0
+
+    @property
+    def state(self) -> str:
+        """A few words: how far it is."""
+        if self.done:
+            return f"finished, {show_kimg(self.kimg)} kimg"
+        of = f" of {show_kimg(self.total_kimg)}" if self.total_kimg else ""
+        return f"{show_kimg(self.kimg)}{of} kimg so far" if len(self.stats.kimg) else "no tick yet"
+
+    @property
+    def rate(self) -> float | None:
+        """Median seconds per 1000 images of the ticks; the first one, in which things warm up, apart."""
+        values = self.stats.series["sec_per_kimg"]
+        values = values[1:] if len(values) > 1 else values
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else None
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        return settings_of(self.options)
+
+    @property
+    def environment(self) -> list[tuple[str, str]]:
+        told = mapping(self.options.get("environment"))
+        return [(name.replace("_", " "), str(value)) for name, value in told.items() if value is not None]
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        entries = mapping(self.options.get("distillation")).get("lineage")
+        return [mapping(entry) for entry in entries] if isinstance(entries, list) else []
+
+
+@dataclass
+class Ladder:
+    """A ladder's folder."""
+
+    folder: Path
+    name: str
+    stages: list[Run]
+    rungs: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
+    halves: str | None
+    samples: Shot | None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, all stages together."""
+        return sum(stage.stats.last("seconds") or 0.0 for stage in self.stages)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else that JSON can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A dict, an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a reader wants to know first, in words; what the options don't say is left out."""
+    data, net = mapping(options.get("dataset_kwargs")), mapping(options.get("network_kwargs"))
+    loss, distillation = mapping(options.get("loss_kwargs")), mapping(options.get("distillation"))
+    optimizer, augment = mapping(options.get("optimizer_kwargs")), mapping(options.get("augment_kwargs"))
+    size = data.get("resolution")
+    rows: list[tuple[str, Any]] = [
+        ("data", data.get("path")),
+        ("images", f"{data.get('max_size')}, {size} x {size}" if size else None),
+        ("labels", "yes" if data.get("use_labels") else "no" if "use_labels" in data else None),
+        ("network", " ".join(str(net[key]) for key in ("class_name", "model_type") if key in net)),
+        ("channels", f"{net['model_channels']} x {net.get('channel_mult')}" if "model_channels" in net else None),
+        ("teacher", options.get("transfer") or options.get("resume_pkl")),
+        ("teacher's steps", distillation.get("num_steps")),
+        ("ratio", distillation.get("ratio")),
+        ("teacher's solver", distillation.get("teacher_solver")),
+        ("self-teacher", distillation.get("self_teacher") or None),
+        ("loss", loss.get("class_name")),
+        ("weighting", loss.get("weighting")),
+        ("intervals", loss.get("intervals")),
+        ("batch", options.get("batch_size")),
+        ("length, kimg", options.get("total_kimg")),
+        ("learning rate", optimizer.get("lr")),
+        ("learning-rate decay", options.get("lr_decay")),
+        ("warm-up, kimg", options.get("lr_rampup_kimg")),
+        ("EMA half-life, kimg", options.get("ema_halflife_kimg")),
+        ("EMA std", options.get("ema_std")),
+        ("gradient clip", options.get("clip")),
+        ("dropout", net.get("dropout")),
+        ("augmentation", augment.get("p")),
+        ("precision", options.get("precision")),
+        ("seed", options.get("seed")),
+    ]
+    return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_json(path: Path, kind: type, problems: list[str]) -> Any:
+    """The content if it is of this kind (dict or list); otherwise an empty one, with a word in `problems`."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError("too large to be what a run writes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, kind):
+            return content
+        problems.append(f"{path.name} is not what a run writes")
+    except FileNotFoundError:
+        problems.append(f"{path.name} is not there")
+    except (ValueError, RecursionError):
+        problems.append(f"{path.name} is damaged or cut short")
+    except OSError as exc:
+        problems.append(f"{path.name} can't be read ({exc.strerror})")
+    return kind()
+
+
+def read_stats(path: Path, problems: list[str]) -> Stats:
+    """Line by line; lines that are no statistics are counted. The last one may be half written."""
+    kimg = array("d")
+    series = {name: array("d") for name in SERIES}
+    jumps: dict[int, array[float]] = {}
+    last_jumps: dict[int, tuple[int, float]] = {}
+    written, bad, cut, before = None, 0, False, len(problems)
+    for line in lines_of(path, problems):
+        cut = False
+        try:
+            values = json.loads(line)
+            at = mean_of(values, "Progress/kimg")
+        except (ValueError, RecursionError):
+            at = math.nan
+        if not math.isfinite(at) or (len(kimg) and at <= kimg[-1]):
+            bad, cut = bad + 1, not line.endswith(b"\n")
+            continue
+        kimg.append(at)
+        for name, key in SERIES.items():
+            series[name].append(mean_of(values, key))
+        written = number(values.get("timestamp")) or written
+        found = {index: name for name in values if (index := jump_number(name)) is not None}
+        if found and not jumps:
+            chosen = sorted(found)
+            if len(chosen) > LINES:
+                chosen = [chosen[round(i * (len(chosen) - 1) / (LINES - 1))] for i in range(LINES)]
+            jumps = {index: array("d", [math.nan] * (len(kimg) - 1)) for index in chosen}
+        for index, name in found.items():
+            count = number(mapping(values[name]).get("num"))
+            if count and math.isfinite(mean_of(values, name)):
+                last_jumps[index] = (int(count), mean_of(values, name))
+        for index, column in jumps.items():
+            column.append(mean_of(values, found[index]) if index in found else math.nan)
+    if cut:
+        problems.append(f"the last line of {path.name} is cut short: left out")
+    if bad - cut:
+        problems.append(f"{bad - cut} {'line' if bad - cut == 1 else 'lines'} of {path.name} can't be read: left out")
+    if not len(kimg) and len(problems) == before:
+        problems.append(f"{path.name} has no tick yet")
+    return Stats(
+        np.asarray(kimg),
+        {name: np.asarray(column) for name, column in series.items()},
+        {index: np.asarray(column) for index, column in jumps.items()},
+        dict(sorted(last_jumps.items())),
+        written,
+    )
+
+
+def lines_of(path: Path, problems: list[str]) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE):
+                yield line
+    except FileNotFoundError:
+        problems.append(f"{path.name} is not there: no curves yet")
+    except OSError as exc:
+        problems.append(f"{path.name} can't be read ({exc.strerror})")
+
+
+def mean_of(values: Any, name: str) -> float:
+    """NaN where a line has no such number."""
+    mean = number(mapping(mapping(values).get(name)).get("mean"))
+    return math.nan if mean is None else mean
+
+
+def jump_number(name: str) -> int | None:
+    """3 of 'Loss/interval/03'."""
+    match = re.fullmatch(r"Loss/interval/(\d{1,6})", name, re.ASCII)
+    return int(match[1]) if match else None
+
+
+def list_pictures(folder: Path, kind: str) -> list[tuple[int, Path]]:
+    """(kimg, file) of `kind`-KKKKKK.png, the oldest first."""
+    found = [
+        (path, re.fullmatch(rf"{kind}-(\d{{1,12}})\.png", path.name, re.ASCII)) for path in folder.glob(f"{kind}-*.png")
+    ]
+    return sorted((int(match[1]), path) for path, match in found if match)
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """All, or `most` of them from the first to the last; of one, the last."""
+    if len(items) <= most:
+        return list(items)
+    if most < 2:
+        return list(items[-1:])
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def read_picture(path: Path, kimg: int, problems: list[str]) -> Shot | None:
+    """A whole PNG as it is, a smaller one of what is too large for a page; None, and a word, where it is neither."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.load()
+            width, height = picture.size
+            if max(width, height) <= WIDEST and len(data) <= HEAVIEST:
+                return Shot(kimg, data_uri(data, "png"), width, height)
+            small = picture.convert("RGB")
+            small.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            small.save(buffer, format="WEBP", quality=85)
+            note = f"; {width} x {height} pixels, shown smaller"
+            return Shot(kimg, data_uri(buffer.getvalue(), "webp"), *small.size, note)
+    except FileNotFoundError:
+        problems.append(f"{path.name} is not there")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else "damaged or cut short"
+        problems.append(f"{path.name} can't be shown ({reason})")
+    return None
+
+
+def read_film(folder: Path, kind: str, shots: int, problems: list[str]) -> Film:
+    """`shots` of the pictures of one kind, the newest among them."""
+    found = list_pictures(folder, kind)
+    taken = [read_picture(path, kimg, problems) for kimg, path in spread(found, shots)]
+    return Film([shot for shot in taken if shot is not None], len(found))
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def read_run(folder: Path, shots: int = SHOTS, name: str | None = None) -> Run:
+    """A run directory as it is now. shots: how many pictures of a kind."""
+    problems: list[str] = []
+    options = read_json(folder / "training_options.json", dict, problems)
+    samples, targets = (read_film(folder, kind, shots, problems) for kind in ("samples", "targets"))
+    stats = read_stats(folder / "stats.jsonl", problems)
+    if not samples.found:
+        problems.append("no samples-*.png yet (they come with snapshots, --snap)")
+    distillation = mapping(options.get("distillation"))
+    if distillation and not targets.found:
+        problems.append("no targets-*.png (they come with --targets)")
+    steps, ratio = number(distillation.get("num_steps")), number(distillation.get("ratio"))
+    return Run(
+        folder,
+        name or folder.resolve().name,
+        options,
+        stats,
+        samples,
+        targets,
+        steps=(int(steps), int(steps // ratio)) if steps and ratio else None,
+        problems=problems,
+    )
+
+
+def read_ladder(folder: Path, shots: int = SHOTS) -> Ladder:
+    """A ladder's folder as it is now."""
+    problems: list[str] = []
+    stages = []
+    for index, path in sorted(stage_folders(folder)):
+        stages.append(read_run(path, shots, name=f"Stage {index}"))
+    rungs = read_rows(folder / "ladder.json", RUNG, problems)
+    has_curve = (folder / "teacher-curve.json").exists()  # a distilled teacher has none
+    curve = read_rows(folder / "teacher-curve.json", POINT, problems) if has_curve else []
+    samples = read_picture(folder / "samples.png", 0, problems)
+    if not stages:
+        problems.append("no stage has begun yet")
+    problems += [f"{stage.folder.name}: {problem}" for stage in stages for problem in stage.problems]
+    return Ladder(folder, folder.resolve().name, stages, rungs, curve, read_halves(folder), samples, problems)
+
+
+def stage_folders(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("stage-*"):
+        match = STAGE.fullmatch(path.name)
+        if match and path.is_dir():
+            yield int(match[1]), path
+
+
+def read_rows(path: Path, names: Sequence[str], problems: list[str]) -> list[dict[str, Any]]:
+    """The values of these names of every row, None where it has none."""
+    content = read_json(path, list, problems)
+    rows = [{name: row.get(name) for name in names} for row in content if isinstance(row, dict)]
+    if len(rows) < len(content):
+        problems.append(f"{path.name} holds something other than rows: left out")
+    return rows
+
+
+def read_halves(folder: Path) -> str | None:
+    """How far random halves of the data set are from each other, in words; the newest file counts."""
+    for path in sorted(folder.glob("rungs/halves-*.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        told = read_json(path, dict, [])
+        given = told.get("distances")
+        distances = [value for each in given if (value := number(each)) is not None] if isinstance(given, list) else []
+        if distances:
+            return f"{np.mean(distances):.4g} (halves of {told.get('images')} images)"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts
+
+
+def loss_chart(run: Run, log_x: bool) -> Markup | None:
+    kimg, loss = run.stats.kimg, run.stats.series["loss"]
+    curves = [
+        Curve("every tick", kimg, loss, "s0 raw"),
+        Curve("smoothed", kimg, smooth(kimg, loss), "s0"),
+    ]
+    return line_chart(curves, "images trained, kimg", f"Loss of {run.name} against images trained", log_x)
+
+
+def jump_chart(run: Run, log_x: bool) -> Markup | None:
+    kimg, names = run.stats.kimg, jump_names(run)
+    colours = ramp(len(run.stats.jumps))
+    curves = []
+    for (index, loss), colour in zip(run.stats.jumps.items(), colours, strict=True):
+        known = np.isfinite(loss)
+        curves.append(
+            Curve(names.get(index, f"jump {index}"), kimg[known], smooth(kimg[known], loss[known]), "s0", colour)
+        )
+    return line_chart(curves, "images trained, kimg", f"Loss of each jump of {run.name}", log_x)
+
+
+def jump_names(run: Run) -> dict[int, str]:
+    """'80 → 24.4' for each jump of a student, by its noise levels."""
+    distillation = mapping(run.options.get("distillation"))
+    given, ratio = distillation.get("teacher_levels"), number(distillation.get("ratio"))
+    if not isinstance(given, list) or not ratio or ratio < 1:
+        return {}
+    levels = [number(level) for level in given[:: int(ratio)]]
+    pairs = enumerate(pairwise(levels))
+    return {index: f"{t:.4g} → {s:.4g}" for index, (t, s) in pairs if t is not None and s is not None}
+
+
+def jump_table(run: Run) -> list[dict[str, Any]]:
+    """Rows: name, colour in the chart (or None), part of the last tick's images, loss, its part of the largest."""
+    losses, names = run.stats.last_jumps, jump_names(run)
+    colours = dict(zip(run.stats.jumps, ramp(len(run.stats.jumps)), strict=True))
+    images = sum(count for count, _ in losses.values())
+    largest = max((loss for _, loss in losses.values()), default=0)
+    return [
+        {
+            "name": names.get(index, f"jump {index}"),
+            "colour": colours.get(index),
+            "share": count / images,
+            "loss": loss,
+            "part": loss / largest if largest > 0 else 0,
+        }
+        for index, (count, loss) in losses.items()
+    ]
+
+
+def side_charts(run: Run) -> list[tuple[str, Markup]]:
+    """Speed, learning rate and memory, each with its caption."""
+    kimg, series, x = run.stats.kimg, run.stats.series, "images trained, kimg"
+    memory = [Curve("host", kimg, series["cpu_gb"], "s0")]
+    memory_caption = "Memory of the first process, GiB"
+    if (series["gpu_gb"] > 0).any():
+        memory.append(Curve("GPU", kimg, series["gpu_gb"], "s3"))
+        memory_caption += ": host (blue), GPU (orange)"
+    speed = [Curve("every tick", kimg, series["sec_per_kimg"], "s0 raw")]
+    speed.append(Curve("smoothed", kimg, smooth(kimg, series["sec_per_kimg"]), "s0"))
+    rate = [Curve("learning rate", kimg, series["learning_rate"])]
+    charts = [
+        ("Speed, seconds per kimg", line_chart(speed, x, f"Speed of {run.name}")),
+        ("Learning rate", line_chart(rate, x, f"Learning rate of {run.name}", log_y=False)),
+        (memory_caption, line_chart(memory, x, f"Memory of {run.name}", log_y=False)),
+    ]
+    return [(caption, chart) for caption, chart in charts if chart is not None]
+
+
+def ladder_charts(ladder: Ladder) -> list[tuple[str, Markup]]:
+    """Quality against network calls: the students beside the teacher itself with fewer steps."""
+    charts = []
+    students, ticks = ladder.rungs[1:], sorted({nfe for rung in ladder.rungs if (nfe := number(rung.get("nfe")))})
+    for key, label in (("fd", "Fréchet distance"), ("endpoint_rmse", "End-point RMSE")):
+        curves = [points("students", students, key, "s0 dots")]
+        for solver, style in (("heun", "s1 dots dashed"), ("euler", "s2 dots dashed")):
+            curves.append(
+                points(f"teacher itself, {solver}", [p for p in ladder.curve if p.get("solver") == solver], key, style)
+            )
+        if key == "fd" and ladder.rungs and (level := number(ladder.rungs[0].get("fd"))) is not None and len(ticks) > 1:
+            curves.append(Curve("teacher", np.array([ticks[0], ticks[-1]]), np.array([level, level]), "s3 dashed"))
+        chart = line_chart(
+            curves, "network calls per image (NFE)", f"{label} against network calls", log_x=True, x_ticks=ticks
+        )
+        if chart is not None:
+            charts.append((label, chart))
+    return charts
+
+
+def points(name: str, rows: Sequence[dict[str, Any]], key: str, style: str) -> Curve:
+    found = sorted(
+        (nfe, value)
+        for row in rows
+        if (nfe := number(row.get("nfe"))) is not None and (value := number(row.get(key))) is not None
+    )
+    return Curve(name, np.array([nfe for nfe, _ in found]), np.array([value for _, value in found]), style)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def render(subject: Run | Ladder) -> str:
+    """The whole page."""
+    is_ladder = isinstance(subject, Ladder)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "time": show_time,
+        "num": show_number,
+        "duration": show_duration,
+        "json": show_json,
+        "place": show_place,
+        "kimg": show_kimg,
+    }
+    functions = (loss_chart, jump_chart, jump_table, side_charts)
+    page = environment.get_template("run_report.html").render(
+        mark=Markup(MARK),
+        subject=subject,
+        is_ladder=is_ladder,
+        runs=subject.stages if isinstance(subject, Ladder) else [subject],
+        lineage=lineage_of(subject),
+        ladder_charts=ladder_charts(subject) if isinstance(subject, Ladder) else [],
+        now=datetime.now(UTC).timestamp(),
+        **{function.__name__: function for function in functions},
+    )
+    return page.encode("utf-8", "backslashreplace").decode()  # JSON can hold halves of characters
+
+
+def lineage_of(subject: Run | Ladder) -> list[dict[str, Any]]:
+    """Every network from the first teacher to the last student: the longest lineage that there is, and its student."""
+    runs = subject.stages if isinstance(subject, Ladder) else [subject]
+    last = max(runs, key=lambda run: len(run.lineage), default=None)
+    if last is None or not last.lineage:
+        return []
+    chain = [
+        {
+            "network": str(entry.get("network", "?")),
+            "sha256": str(entry.get("sha256", ""))[:16],
+            "text": show_steps(entry.get("steps"), entry.get("solver")),
+        }
+        for entry in last.lineage
+    ]
+    own = "this student" if last.done else "this student, in training"
+    steps = show_steps(last.steps[1] if last.steps else None, "euler")
+    return [*chain, {"network": str(last.folder), "sha256": "", "text": f"{steps}: {own}"}]
+
+
+def show_time(seconds: float | None) -> str:
+    try:
+        return "?" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, ValueError, OSError):
+        return "?"
+
+
+def show_number(value: Any, digits: int = 4) -> str:
+    shown = number(value)
+    return "–" if shown is None else f"{shown:.{digits}g}"
+
+
+def show_kimg(kimg: float) -> str:
+    """12.35, or 4,096,000."""
+    return f"{kimg:,.0f}" if kimg >= 1000 else f"{kimg:.4g}"
+
+
+def show_duration(seconds: float | None) -> str:
+    return "–" if seconds is None else format_time(seconds)
+
+
+def show_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def show_steps(steps: Any, solver: Any) -> str:
+    """'16 Heun steps'."""
+    return f"{'?' if steps is None else steps} {str(solver or '').capitalize()} step{'s' * (steps != 1)}"
+
+
+def show_place(path: Any) -> str:
+    """A network's folder and file: enough to know it by."""
+    return "/".join(str(path).split("/")[-2:])
+
+
+def read(folder: Path, megabytes: float) -> Run | Ladder:
+    """What `folder` holds, with as many pictures as `megabytes` of a page have room for.
+
+    Raises UserError for a folder that is neither a run nor a ladder.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: there is no such folder; name a run directory of train.py, or a ladder of distill.py"
+        )
+    names = {path.name for path in folder.iterdir()}
+    stages = [path for _, path in stage_folders(folder)]
+    if "ladder.json" in names or "rungs" in names or stages:
+        return read_ladder(folder, shots_within(stages, megabytes))
+    if names & {"training_options.json", "stats.jsonl", "log.txt"} or list_pictures(folder, "samples"):
+        return read_run(folder, shots_within([folder], megabytes))
+    inside = newest_within(folder)
+    hint = f"did you mean {inside}?" if inside else "it has neither training_options.json nor ladder.json"
+    raise UserError(f"{folder} is neither a run of train.py nor a ladder of distill.py; {hint}")
+
+
+def newest_within(folder: Path) -> Path | None:
+    runs = [path.parent for name in ("training_options.json", "ladder.json") for path in folder.glob(f"*/{name}")]
+    return max(runs, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def shots_within(folders: Iterable[Path], megabytes: float) -> int:
+    """How many pictures of each kind and run fit, as they are on disk; 1 at least: the newest."""
+    films = [[path for _, path in list_pictures(folder, kind)] for folder in folders for kind in ("samples", "targets")]
+    for shots in range(SHOTS, 1, -1):
+        chosen = [path for film in films for path in spread(film, shots)]
+        if sum(min(path.stat().st_size, HEAVIEST) for path in chosen) * 4 / 3 <= megabytes * 1e6:
+            return shots
+    return 1
