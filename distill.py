@@ -155,7 +155,7 @@ def command(
 
     from torch_utils import distributed as dist
 
-    dist.init(device, timeout_minutes=24 * 60)  # processes may finish their share of a measurement far apart
+    dist.init(device, cli.options_in_use())
     from training.ladder import Ladder, LadderOptions
     from training.ladder_report import format_table
     from training.setup import Options

@@ -201,6 +201,7 @@ def _generated(
 
     network = dist.rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
     plan = plan_sampling(network, steps=steps)
+    dist.check_agreement({f"the content of {path}": network.sha256})
     dist.print0(f"sampling {path} ({network.describe()}) with {plan.text}", file=sys.stderr)
     allow_tf32(False)
     device = dist.device()
@@ -217,7 +218,7 @@ def _with_processes(device: str, work: Callable[[Any], None]) -> None:
     """Runs `work` with the processes and the device set up, and takes them down again."""
     from torch_utils import distributed as dist
 
-    dist.init(device, timeout_minutes=24 * 60)  # processes may finish far apart
+    dist.init(device, cli.options_in_use())
     work(dist)
     dist.shutdown()
 

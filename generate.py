@@ -133,7 +133,7 @@ def command(
     seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
     if not seeds:
         raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
-    where = dist.init(device, timeout_minutes=24 * 60)  # processes may finish hours apart
+    where = dist.init(device, cli.options_in_use())
     output = open_output(outdir)
 
     @functools.cache
@@ -157,6 +157,7 @@ def command(
     dist.print0(f"Loading network from {network} ...")
     work = dist.from_rank0(find_work)
     loaded, plan = load()  # the other ranks meet a filled download cache
+    dist.check_agreement({f"the content of {network}": loaded.sha256})
     todo = sum(map(len, work.batches))
     dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Using {plan.text}")

@@ -165,7 +165,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
     """
     from torch_utils import distributed as dist
 
-    dist.init(device)
+    dist.init(device, cli.options_in_use())
     from training import setup
 
     options = setup.Options(**values)

@@ -127,7 +127,7 @@ def command(
     seed: int,
 ) -> None:
     """Climb a ladder with the habits of an earlier attempt, to see what each of them costs."""
-    dist.init("auto", timeout_minutes=24 * 60)
+    dist.init("auto")
     stages = Options(
         outdir=outdir,
         data=data,

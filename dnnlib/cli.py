@@ -70,6 +70,7 @@ def _settings() -> dict[str, Any]:
 
 
 leaving_by_exit = False  # this process ends with `run`: nothing needs to be taken down
+at_end: Callable[[str | None], None] | None = None  # told of this process's end, with its error or None for a good one
 
 
 def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
@@ -81,7 +82,11 @@ def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
     """
     global leaving_by_exit
     leaving_by_exit = args is None and _launched()
+    if leaving_by_exit and not _debugging():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ shows its stack when a connection breaks
     status = _run(cmd, args)
+    if at_end is not None:
+        at_end(None)
     if leaving_by_exit:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -131,7 +136,7 @@ def _message(exc: BaseException) -> str:
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(text):
         return f"out of memory: use a smaller --batch-gpu (train.py) or --batch (the others). {text}".strip()
     if isinstance(exc, RuntimeError) and _launched() and _LOST_PEER.search(f"{type(exc).__name__} {text}"):
-        return "another process has ended, or can't be reached any more; its own message says why"
+        return "another process has ended, or can't be reached any more; its own message says why, unless it was killed"
     return f"unexpected {type(exc).__name__}: {text} (EDM_DEBUG=1 shows where; please report it)"
 
 
@@ -168,19 +173,47 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 
 
 def _fail(prog: str, message: str, status: int, exc: BaseException) -> int:
+    failed = not isinstance(exc, (FailedElsewhere, Stopped))
+    if at_end is not None and failed:
+        at_end(printable(message))
     if isinstance(exc, FailedElsewhere):
         time.sleep(3)  # a launcher kills all processes when the first one ends: let that be the one with the message
         return status
-    if os.environ.get("EDM_DEBUG", "0") not in ("", "0"):
+    if _debugging():
         traceback.print_exception(exc)
-    rank = f" [rank {os.environ.get('RANK', '?')}]" if _launched() else ""
     try:
         sys.stdout.flush()
     except OSError:  # its reader is gone or its disk full: Python would try again at exit, and say so in many lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.stderr.write(f"{prog}{rank}: error: {' '.join(message.split())}\n")  # at once: print() would let others between
-    sys.stderr.flush()
+    print_error(prog, message)
     return status
+
+
+def print_error(prog: str, message: str) -> None:
+    """The one line on standard error, with the rank of a process that isn't alone."""
+    rank = f" [rank {os.environ.get('RANK', '?')}]" if _launched() else ""
+    sys.stderr.write(f"{prog}{rank}: error: {printable(message)}\n")  # at once: print() would let others between
+    sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without what a terminal would obey: names in files and archives may hold anything."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def options_in_use() -> dict[str, Any]:
+    """The command's options and their values, for comparing processes: without those that name a file to read, which
+    may lie elsewhere on another machine, and are compared by what they hold."""
+    context = click.get_current_context()
+    return {name: value for name, value in context.params.items() if name not in _FILES}
+
+
+_FILES = {"data", "transfer", "network", "path", "ref", "images", "detector", "spec"}
+
+
+def _debugging() -> bool:
+    return os.environ.get("EDM_DEBUG", "0") not in ("", "0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

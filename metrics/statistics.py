@@ -114,6 +114,7 @@ class FeatureStatistics:
 
     def reduce(self) -> None:
         """Adds up the sums of all processes, on each of them. To be called once, after the last `append`."""
+        dist.barrier()  # shares of the work may end hours apart
         dist.all_reduce_sum([self.count, self.total, self.products])
 
     def mean_cov(self) -> tuple[Array, Array, int]:

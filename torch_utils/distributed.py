@@ -6,9 +6,13 @@ Every function works before `init` and without it: then there is one process, ra
 from __future__ import annotations
 
 import atexit
+import hashlib
+import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,20 +21,29 @@ import torch.distributed as dist
 from dnnlib import cli
 from dnnlib.cli import FailedElsewhere, UsageError, UserError
 
+from .peers import Peers
+
 T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = 600.0  # seconds of a training step's exchange; EDM_COLLECTIVE_TIMEOUT sets another
+PEER_TIMEOUT = 45.0  # seconds without a sign of life after which a process is given up; EDM_PEER_TIMEOUT
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("training", "torch_utils", "metrics", "dnnlib")
 
 _device = torch.device("cpu")
 _control_group: dist.ProcessGroup | None = None  # Gloo beside NCCL: decisions among hosts never wait for a GPU
+_peers: Peers | None = None
 
 
-def init(device: str = "auto", timeout_minutes: float = 10) -> torch.device:
+def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torch.device:
     """Sets up this process and returns its device.
 
     device: 'auto' (CUDA where present), 'cuda' or 'cpu'. Under a launcher (WORLD_SIZE > 1) joins the process group:
     NCCL on CUDA with one GPU a process, Gloo on the CPU. Raises UsageError for a device that isn't there, UserError for
-    more processes than GPUs and for a rendezvous that doesn't come about.
+    more processes than GPUs, for a rendezvous that doesn't come about, and for processes that run other code or have
+    other `options` (by name, as the user knows them).
     """
-    global _device, _control_group
+    global _device, _control_group, _peers
     if device not in ("auto", "cuda", "cpu"):
         raise UsageError(f"--device={device} is unknown; use auto, cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -49,38 +62,72 @@ def init(device: str = "auto", timeout_minutes: float = 10) -> torch.device:
         torch.cuda.set_device(_device)
     else:
         _device = torch.device("cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
+    if _launched_world() > 1 and not dist.is_initialized():
+        limit = timedelta(seconds=_seconds("EDM_COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT))
+        signs = _seconds("EDM_PEER_TIMEOUT", PEER_TIMEOUT)
         try:
             if use_cuda:
-                dist.init_process_group("nccl", timeout=timeout, device_id=_device)
-                _control_group = dist.new_group(backend="gloo", timeout=timeout)
+                dist.init_process_group("nccl", timeout=limit, device_id=_device)
+                _control_group = dist.new_group(backend="gloo", timeout=limit)
             else:
-                dist.init_process_group("gloo", timeout=timeout)
+                dist.init_process_group("gloo", timeout=limit)
+            _peers = Peers(dist.get_rank(), dist.get_world_size(), signs)
         except (ValueError, RuntimeError) as exc:
             raise UserError(
                 f"the processes could not meet (check MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE): {exc}"
             ) from exc
+        cli.at_end = _at_end
         atexit.register(shutdown)  # for programs of others: our own scripts end by os._exit (dnnlib.cli.run)
+        check_agreement({"the program's code": code_hash(), **{f"--{k}": v for k, v in (options or {}).items()}})
+        versions = gather_objects(torch.__version__)
+        if len(set(versions)) > 1:
+            print0(f"warning: the processes have different versions of torch: {', '.join(versions)}", file=sys.stderr)
     return _device
+
+
+def _launched_world() -> int:
+    """How many processes the launcher has started. Raises UserError for variables that say nothing sensible."""
+    text = {name: os.environ.get(name) or default for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"))}
+    if not all(value.isascii() and value.isdigit() for value in text.values()):
+        raise UserError(f"RANK={text['RANK']} and WORLD_SIZE={text['WORLD_SIZE']} must be whole numbers")
+    if int(text["RANK"]) >= max(int(text["WORLD_SIZE"]), 1):
+        raise UserError(f"RANK={text['RANK']} must be below WORLD_SIZE={text['WORLD_SIZE']}: ranks begin with 0")
+    return int(text["WORLD_SIZE"])
+
+
+def _seconds(variable: str, default: float) -> float:
+    try:
+        value = float(os.environ.get(variable) or default)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 1e9:
+        raise UserError(f"{variable}={os.environ[variable]} is not a number of seconds, 1 or more")
+    return value
 
 
 def _local_rank() -> int:
     """This process's number on its machine: torchrun's variable, Slurm's, or the rank itself."""
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if name in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if name in os.environ and _launched_world() > 1:
             return int(os.environ[name])
     return 0
 
 
+def _at_end(failure: str | None) -> None:
+    """What this process's end means for the others: nothing, or that they are to end too."""
+    if _peers is not None:
+        _peers.leave() if failure is None else _peers.fail(failure)
+
+
 def shutdown() -> None:
     """Leaves the process group, if there is one (unless the whole process is about to end, which does)."""
-    global _control_group
+    global _control_group, _peers
     if cli.leaving_by_exit:
         return
+    _at_end(None)
     if dist.is_initialized():
         dist.destroy_process_group()
-    _control_group = None
+    _control_group = _peers = None
 
 
 def device() -> torch.device:
@@ -110,24 +157,28 @@ def print0(*args: Any, **kwargs: Any) -> None:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
-    if dist.is_initialized():
+    """Waits until every process is here, for hours if need be: as long as all of them are alive."""
+    if _peers is not None:
+        _peers.meet()
+    elif dist.is_initialized():
         dist.barrier(group=_control_group)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` (a plain picklable object), on every rank."""
+    """Rank 0's `value` (a plain picklable object), on every rank. Waits as `barrier` does."""
     if not dist.is_initialized():
         return value
+    barrier()
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0, group=_control_group)
     return box[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, on every rank, in the order of ranks."""
+    """Every rank's `value`, on every rank, in the order of ranks. Waits as `barrier` does."""
     if not dist.is_initialized():
         return [value]
+    barrier()
     values: list[Any] = [None] * get_world_size()
     dist.all_gather_object(values, value, group=_control_group)
     return values
@@ -158,6 +209,42 @@ def rank0_first(fetch: Callable[[], T]) -> T:
     fetched: list[T] = []
     from_rank0(lambda: fetched.append(fetch()))
     return fetched[0] if fetched else fetch()
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Raises UserError, on every rank, naming what a process has otherwise than rank 0, which alone says so.
+
+    facts: plain values that JSON knows, by the names that they have for people. To be called by all.
+    """
+    if not dist.is_initialized():
+        return
+    everybody = gather_objects({name: _comparable(value) for name, value in facts.items()})
+    wrong = [
+        f"{name} is {value} on rank 0, {theirs.get(name, 'nothing')} on rank {rank}"
+        for name, value in everybody[0].items()
+        for rank, theirs in enumerate(everybody)
+        if theirs.get(name) != value
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        if is_main():
+            raise UserError(f"the processes do not agree: {'; '.join(wrong[:3])}{more}. Start all of them alike")
+        raise FailedElsewhere("rank 0 says what differs")
+
+
+def _comparable(value: Any) -> str:
+    """A short text that tells values apart: JSON, of a long one the beginning and a hash."""
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 80 else f"{text[:60]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def code_hash() -> str:
+    """SHA-256 (its beginning) over this program's own source files: the packages, and the script that was started."""
+    digest = hashlib.sha256()
+    for path in [*sorted(path for name in PACKAGES for path in (ROOT / name).glob("*.py")), Path(sys.argv[0])]:
+        if path.is_file():
+            digest.update(f"{path.name} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def agree_on_largest(value: int) -> int:

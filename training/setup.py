@@ -175,7 +175,13 @@ def prepare(options: Options) -> Run:
     check_run_dir(config.run_dir, make=False)
     meta_network(config, dataset)  # refuses what can't be made
     config.seed = _seed(options, config.run_dir)
+    dist.check_agreement({"the run's directory": config.run_dir, **_named(config.identity())})
     return Run(config, dataset, stage, teacher, arch, options.precond)
+
+
+def _named(identity: Kwargs) -> Kwargs:
+    """An identity, for comparing processes."""
+    return {f"'{name}' of the run (training_options.json)": value for name, value in identity.items()}
 
 
 def _check(options: Options) -> None:
@@ -398,6 +404,8 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     Raises UserError, naming the options, where going on, or starting afresh, would spoil a run of other options.
     """
     found = _find_state(options, run)
+    position = found and {name: value for name, value in found[1]["position"].items() if name != "elapsed_sec"}
+    dist.check_agreement({f"the state to go on from in {run.config.run_dir}": position})
     if found is not None:
         check_same_options(found[0], found[1]["options"], run.config)
     if found is None or found[0].resolve().parent != Path(run.config.run_dir).resolve():

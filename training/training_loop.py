@@ -7,6 +7,7 @@ every tick: statistics, pictures, files
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -373,7 +374,7 @@ class Trainer:
         self.report_progress(elapsed, tick_seconds, maintenance)
         self.check_numbers()
         if config.snapshot_ticks is not None and (done or self.tick % config.snapshot_ticks == 0):
-            check_same_weights(self.ema)
+            check_same_weights(self.net, self.ema)
             if dist.is_main():
                 self.save_snapshot()
                 self.save_samples()
@@ -650,13 +651,21 @@ def copy_matching(source: torch.nn.Module, target: torch.nn.Module) -> str:
 
 
 @torch.no_grad()
-def check_same_weights(net: torch.nn.Module) -> None:
-    """Raises RuntimeError when processes hold different weights (a fault of the machine or of this program)."""
+def check_same_weights(*nets: torch.nn.Module) -> None:
+    """Raises UserError, naming a rank, when processes hold other bits (a fault of a machine or of this program)."""
     if dist.get_world_size() == 1:
         return
-    sums = [float(torch.stack([p.double().sum() for p in net.parameters()]).sum())]
-    if len({repr(value) for value in dist.gather_objects(sums)}) > 1:
-        raise RuntimeError("the processes hold different weights; the last state on disk is from before this was seen")
+    digest = hashlib.sha256()
+    for net in nets:
+        for parameter in net.parameters():
+            digest.update(parameter.detach().contiguous().cpu().numpy().data)
+    mine = digest.hexdigest()[:16]
+    other = [rank for rank, theirs in enumerate(dist.gather_objects(mine)) if theirs != mine]
+    if other:
+        raise UserError(
+            f"the processes hold different weights (rank {dist.get_rank()} and rank {other[0]}, for one), a fault of "
+            "a machine or of this program; the last state on disk is from before this was seen"
+        )
 
 
 def cut_lines(path: Path, count: int) -> None:

@@ -1,0 +1,246 @@
+"""Several processes: one that dies or stands still ends the job, those that disagree never begin, signals lose nothing."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from helpers import make_dataset
+from test_training import SMALL, assert_same_state, finish, launch, newest_nimg, timeless, wait_for
+from torch_utils import distributed as dist
+from training.training_loop import check_same_weights
+
+ROOT = Path(__file__).parent.parent
+ARGS = [*SMALL, "--nosubdir", "--duration=0.001", "--tick=0.012", "--dropout=0", "--dump=1000"]
+
+# A job of two processes, of which rank 1 (in one case rank 0) gets into trouble as its argument says.
+TROUBLE = """
+import os, signal, sys, time
+from dnnlib import cli
+
+@cli.command(name="job")
+@cli.click.argument("trouble")
+@cli.click.option("--number", type=int)
+def command(trouble, number):
+    import torch
+    from torch_utils import distributed as dist
+
+    if os.environ["RANK"] == "1" and trouble == "other-code":
+        dist.code_hash = lambda: "ffff"
+    if os.environ["RANK"] == "1" and trouble == "late":
+        torch.__version__ = "1.0"
+    dist.init("cpu", cli.options_in_use())
+    print("met", flush=True)
+    second = dist.get_rank() == (0 if trouble == "first-killed" else 1)
+    if trouble == "late":
+        time.sleep(9 * second)
+        dist.barrier()
+    elif trouble == "stuck" and not second:
+        dist.all_reduce_sum([torch.zeros(1)])
+    elif not second or trouble == "stuck":
+        time.sleep(100)
+    elif trouble == "raises":
+        1 / 0
+    else:
+        os.kill(os.getpid(), signal.SIGSTOP if trouble == "stopped" else signal.SIGKILL)
+
+sys.argv[0] = "job.py"
+sys.exit(cli.run(command))
+"""
+TROUBLES = {  # -> status and words of the rank that is left
+    "killed": (1, ["rank 1 has given no sign of life for", "what was saved is intact"]),
+    "stopped": (1, ["rank 1 has given no sign of life for"]),
+    "raises": (1, ["rank 1 has failed: unexpected ZeroDivisionError"]),
+    "first-killed": (1, ["the process that the others meet at (rank 0, or the launcher) has ended"]),
+    "stuck": (1, ["another process has ended, or can't be reached"]),
+    "late": (0, ["warning: the processes have different versions of torch", "1.0"]),
+    "other-code": (1, ["do not agree: the program's code is", 'rank 0, "ffff" on rank 1']),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "blobs.zip", count=40)
+
+
+def start_plainly(commands, **variables):
+    """One process for each command, as srun starts them: nobody looks after them, nobody ends those that are left."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    place |= {"WORLD_SIZE": str(len(commands)), **variables}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, **place, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+
+
+def end(process, seconds=90):
+    """Status and lines of standard error of a process that is to end by itself."""
+    try:
+        said = process.communicate(timeout=seconds)[1]
+    finally:
+        process.kill()
+    return process.returncode, said.splitlines()
+
+
+def test_whoever_dies_or_stands_still_ends_the_job(tmp_path):
+    """Without a launcher. All cases at once, for each consists of waiting. Only `stuck` has to wait for a collective's
+    timeout; `late` shows that waiting at a barrier has none."""
+    limits = {"EDM_PEER_TIMEOUT": "5", "EDM_COLLECTIVE_TIMEOUT": "8"}
+    jobs = {name: start_plainly([["-c", TROUBLE, name]] * 2, **limits) for name in TROUBLES}
+    for name, (status, words) in TROUBLES.items():
+        left, other = jobs[name][:: -1 if name == "first-killed" else 1]
+        found, lines = end(left)
+        assert found == status, (name, found, lines)
+        assert len(lines) == bool(words), (name, lines)
+        assert all(word in line for word in words for line in lines), (name, lines)
+        if status:
+            assert lines[0].startswith(f"job.py [rank {name == 'first-killed':d}]: error: "), lines
+        other.send_signal(signal.SIGCONT)
+        found, lines = end(other)
+        if name == "raises":
+            assert lines[0].startswith("job.py [rank 1]: error: unexpected ZeroDivisionError"), lines
+        assert len(lines) <= 1 and (name != "late" or found == 0), (name, found, lines)
+
+
+def test_a_training_process_that_stands_still_ends_the_run(data, tmp_path):
+    """Without a launcher; the run goes on from its newest state afterwards."""
+    command = [ROOT / "train.py", f"--data={data}", *ARGS, f"--outdir={tmp_path}", "--save-every=0"]
+    first, second = start_plainly([command] * 2, EDM_PEER_TIMEOUT="5")
+    wait_for(lambda: newest_nimg(tmp_path) >= 100, first)
+    second.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        status, lines = end(first)
+    finally:
+        second.kill()
+    assert status == 1 and time.monotonic() - began < 60
+    assert len(lines) == 1 and "[rank 0]: error: rank 1 has given no sign of life" in lines[0], lines
+    assert 100 <= newest_nimg(tmp_path) < 1000
+    second.communicate()
+
+
+def test_processes_that_disagree_do_not_begin(data, tmp_path):
+    other = make_dataset(tmp_path / "blobs.zip", count=40, seed=1)
+    out = tmp_path / "run"
+    usual = [ROOT / "train.py", f"--data={data}", *ARGS, f"--outdir={out}"]
+    cases = [
+        (
+            [*usual, "--lr=0.1", "--batch=14"],
+            ["--batch is 12 on rank 0, 14 on rank 1", "--lr is 0.0005 on rank 0, 0.1"],
+        ),
+        ([*usual, f"--data={other}"], ["'data' of the run", "rank 1"]),
+    ]
+    jobs = [start_plainly([usual, command]) for command, _ in cases]
+    for (first, second), (_, words) in zip(jobs, cases, strict=True):
+        status, lines = end(first)
+        assert status == 1 and len(lines) == 1 and "the processes do not agree" in lines[0], lines
+        assert all(word in lines[0] for word in words), lines
+        assert end(second) == (1, []), "rank 0 speaks for all"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "must be whole numbers"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "must be whole numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "EDM_PEER_TIMEOUT": "soon"}, "EDM_PEER_TIMEOUT=soon"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "EDM_COLLECTIVE_TIMEOUT": "nan"}, "EDM_COLLECTIVE_TIMEOUT=nan"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "check MASTER_ADDR"),
+    ],
+)
+def test_a_launch_that_makes_no_sense(variables, words, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(dist.UserError, match=words):
+        dist.init("cpu")
+
+
+def test_weights_that_are_swapped_are_noticed(monkeypatch):
+    """Their sum is the same."""
+    nets = [torch.nn.Linear(2, 2, bias=False) for _ in range(2)]
+    with torch.no_grad():
+        for net, row in zip(nets, ([1.0, 2.0], [2.0, 1.0]), strict=True):
+            net.weight.copy_(torch.tensor([row, row]))
+    seen = []
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather_objects", lambda value: seen.append(value) or [seen[0], value])
+    check_same_weights(nets[0])
+    check_same_weights(nets[0])
+    with pytest.raises(dist.UserError, match="different weights"):
+        check_same_weights(nets[1])
+
+
+# -- signals and restarts ------------------------------------------------------------------------------------------------
+
+
+def workers(job):
+    """The processes of train.py below torchrun."""
+    return [p for p in psutil.Process(job.pid).children(recursive=True) if any("train.py" in w for w in p.cmdline())]
+
+
+def test_torchrun_starts_again_from_the_newest_state(data, tmp_path):
+    """--max-restarts: one process is killed, once; the job ends well, with the weights of one that nothing happened to."""
+    finish(2, f"--data={data}", *ARGS, f"--outdir={tmp_path / 'whole'}", log=tmp_path / "whole.txt")
+    args = [f"--data={data}", *ARGS, f"--outdir={tmp_path / 'killed'}", "--save-every=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    with open(tmp_path / "killed.txt", "w") as log:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        job = subprocess.Popen([*command, ROOT / "train.py", *args], env=env, stdout=log, stderr=log)
+        wait_for(lambda: newest_nimg(tmp_path / "killed") >= 300, job)
+        workers(job)[1].kill()
+        assert job.wait(timeout=200) == 0, (tmp_path / "killed.txt").read_text()[-3000:]
+    assert "Going on from" in (tmp_path / "killed/log.txt").read_text()
+    assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "killed")))
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "plain"])
+def test_twenty_signals_at_random_moments_lose_nothing(data, tmp_path, launcher):
+    """SIGTERM to torchrun, or to each of two processes without a launcher, at moments up to half a second apart: each
+    time the state is written at the step that was reached, and after twenty of them the run ends bit-identical."""
+    chance = random.Random(launcher)
+    args = [f"--data={data}", *ARGS, "--duration=0.006"]
+    finish(2, *args, f"--outdir={tmp_path / 'whole'}", log=tmp_path / "whole.txt")
+    run = tmp_path / "broken"
+    for count in range(20):
+        before = newest_nimg(run)
+        if launcher == "torchrun":
+            job = launch(2, *args, f"--outdir={run}", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            ranks = [job]
+        else:
+            ranks = start_plainly([[ROOT / "train.py", *args, f"--outdir={run}"]] * 2)
+        lines = len(timeless(run)) if (run / "stats.jsonl").exists() else 0
+        wait_for(lambda: (run / "stats.jsonl").exists() and len(timeless(run)) != lines, ranks[0])  # noqa: B023 (it trains)
+        time.sleep(0.6 * chance.random())
+        for process in chance.sample(ranks, len(ranks)):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5 * chance.random())
+        assert all(process.wait(timeout=60) != 0 for process in ranks), count
+        for process in ranks:
+            if process.stdout:
+                process.communicate()
+        assert before < newest_nimg(run) < 6000, (count, before, newest_nimg(run))
+    finish(2, *args, f"--outdir={run}", log=tmp_path / "resumed.txt")
+    assert_same_state(*(tmp_path / name / "training-state-000006.pt" for name in ("whole", "broken")))
+    assert timeless(tmp_path / "whole") == timeless(run)
