@@ -23,14 +23,15 @@ import click
 
 from dnnlib import cli
 from dnnlib.atomic import atomic_write
-from dnnlib.cli import UsageError, UserError
+from dnnlib.cli import UsageError, UserError, printable
+from dnnlib.util import open_file
 
 if TYPE_CHECKING:  # heavy, so imported where needed: --help answers at once
     import numpy as np
 
 CIFAR10_IMAGES = 50_000
 MAX_SIDE = 8192  # pixels
-MAX_UNPACKED = 1 << 30  # bytes; the real archives unpack to far less
+MAX_UNPACKED = 1 << 28  # bytes; a file of the real archives unpacks to far less
 
 Save = Callable[[str, bytes], None]
 Transform = Callable[["np.ndarray"], "np.ndarray | None"]
@@ -135,15 +136,15 @@ def read_cifar10(path: str) -> Source:
 
     images, labels = [], []
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
             members = {os.path.basename(member.name): member for member in archive if member.isfile()}
             for name in (f"data_batch_{i}" for i in range(1, 6)):
                 if name not in members:
                     raise UserError(f"{path}: {name} is missing; is it CIFAR-10's Python version, and whole?")
-                file = archive.extractfile(members[name])
-                if file is None or members[name].size > MAX_UNPACKED:
+                batch = archive.extractfile(members[name])
+                if batch is None or members[name].size > MAX_UNPACKED:
                     raise UserError(f"{path}: {name} is not one of CIFAR-10's files")
-                pixels, classes = _cifar_batch(file.read(), f"{name} in {path}")
+                pixels, classes = _cifar_batch(batch.read(), f"{name} in {path}")
                 images.append(pixels)
                 labels += classes
     except (tarfile.TarError, EOFError, zlib.error) as exc:
@@ -257,7 +258,7 @@ def _read_idx(path: str, axes: int) -> np.ndarray:
 
     import numpy as np
 
-    with open(path, "rb") as raw:
+    with open_file(path) as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         try:
@@ -477,14 +478,15 @@ def report(result: Outcome, source: Source, dest: str) -> None:
     lost = len(result.unlabelled)
     print(f"{count} images, {_describe(result.shape)}, written to {dest}")
     if result.skipped:
-        print(f"skipped {len(result.skipped)} images smaller than --resolution, the first: {result.skipped[0]}")
+        first = printable(result.skipped[0])
+        print(f"skipped {len(result.skipped)} images smaller than --resolution, the first: {first}")
     if 0 < lost < count:
         print(
             f"warning: all labels were dropped, because {lost} of {count} images have none, "
-            f"the first: {result.unlabelled[0]}"
+            f"the first: {printable(result.unlabelled[0])}"
         )
         return
-    print(source.note)
+    print(printable(source.note))
     if lost:
         return
     try:
@@ -492,7 +494,7 @@ def report(result: Outcome, source: Source, dest: str) -> None:
         kind = "classes" if labels.ndim == 1 else "numbers each"
         print(f"{labels.max() + 1 if labels.ndim == 1 else labels.shape[1]} {kind}")
     except UserError as exc:
-        print(f"warning: the labels were copied, but can't be trained on: {exc}")
+        print(f"warning: the labels were copied, but can't be trained on: {printable(str(exc))}")
 
 
 def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:

@@ -133,6 +133,8 @@ def command(
     seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
     if not seeds:
         raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
+    if not outdir:
+        raise cli.UsageError("--outdir is empty; name a folder, or a .zip")
     where = dist.init(device, cli.options_in_use())
     output = open_output(outdir)
 

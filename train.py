@@ -67,10 +67,10 @@ NAMES = cli.Choice
 )
 @click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
 @click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))
-@click.option("--cbase", help="Channel multiplier  [default: varies]", metavar="INT", type=cli.Whole(min=1))
-@click.option("--cres", help="Channels per resolution  [default: varies]", metavar="LIST", type=cli.IntList(min=1))
+@click.option("--cbase", help="Channel multiplier  [default: varies]", metavar="INT", type=cli.Whole(1, 65536))
+@click.option("--cres", help="Channels per resolution  [default: varies]", metavar="LIST", type=cli.IntList(1, 1024))
 @click.option(
-    "--blocks", help="Residual blocks per resolution  [default: varies]", metavar="INT", type=cli.Whole(min=1)
+    "--blocks", help="Residual blocks per resolution  [default: varies]", metavar="INT", type=cli.Whole(1, 64)
 )
 @click.option(
     "--lr",
@@ -126,7 +126,7 @@ NAMES = cli.Choice
 @click.option("--ls", help="Loss scaling", metavar="FLOAT", type=cli.Number(min=0, min_open=True), default=1)
 @click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=cli.Bool(), default=True)
 @click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=cli.Bool(), default=True)
-@click.option("--workers", help="Threads that read images", metavar="INT", type=cli.Whole(min=1), default=1)
+@click.option("--workers", help="Threads that read images", metavar="INT", type=cli.Whole(1, 256), default=1)
 @click.option("--deterministic", help="CUDA: deterministic kernels, for exact resuming", is_flag=True)
 # I/O.
 @click.option("--desc", help="String to include in result dir name", metavar="STR")

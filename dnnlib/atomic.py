@@ -60,7 +60,7 @@ def locked(folder: str | os.PathLike[str], patience: float = 5.0) -> Iterator[No
     if fcntl is None:
         yield
         return
-    fd = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         end = time.monotonic() + patience
         while not _try_lock(fd):

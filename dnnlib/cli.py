@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 
-MAX_RANGE = 100_000_000  # numbers in a range such as 0-49999: they are held in memory
+MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
 
 
 class UserError(Exception):
@@ -279,30 +279,34 @@ def parse_int_list(text: str | Sequence[int]) -> list[int]:
     """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10]. An empty range ('9-7') gives nothing. Raises ValueError."""
     if not isinstance(text, str):
         return [int(value) for value in text]
-    values: list[int] = []
+    ranges = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", part)
-        if match and int(match[2]) - int(match[1]) >= MAX_RANGE:
-            raise ValueError(f"{part} is longer than {MAX_RANGE} numbers")
-        values += range(int(match[1]), int(match[2]) + 1) if match else [int(part)]
-    return values
+        first, last = (int(match[1]), int(match[2])) if match else (int(part), int(part))
+        ranges.append(range(first, last + 1))
+    if sum(max(numbers.stop - numbers.start, 0) for numbers in ranges) > MAX_RANGE:
+        raise ValueError(f"more than {MAX_RANGE} numbers")
+    return [number for numbers in ranges for number in numbers]
 
 
 class IntList(click.ParamType):
-    """A comma-separated list of whole numbers and ranges, such as 0-63 or 1,2,5-10; none of them below `min`."""
+    """A comma-separated list of whole numbers from `min` to `max` and of ranges, such as 0-63 or 1,2,5-10."""
 
     name = "list"
 
-    def __init__(self, min: int | None = None) -> None:
-        self.min = min
+    def __init__(self, min: int | None = None, max: int | None = None) -> None:
+        self.min, self.max = min, max
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         try:
             numbers = parse_int_list(value)
-        except ValueError:
-            self.fail(f"'{value}' is not a list of whole numbers such as 0-63 or 1,2,5-10", param, ctx)
+        except ValueError as exc:
+            more = f" ({exc})" if "more than" in str(exc) else ""
+            self.fail(f"'{value}' is not a list of whole numbers such as 0-63 or 1,2,5-10{more}", param, ctx)
         if self.min is not None and numbers and min(numbers) < self.min:
             self.fail(f"'{value}' holds {min(numbers)}, but the least is {self.min}", param, ctx)
+        if self.max is not None and numbers and max(numbers) > self.max:
+            self.fail(f"'{value}' holds {max(numbers)}, but the most is {self.max}", param, ctx)
         return numbers
 
 

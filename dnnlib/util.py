@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
 import os
 import re
+import stat
 import sys
 import time
 import urllib.parse
@@ -116,7 +118,7 @@ def open_url(
             raise UserError(f"{name}: no such file")
         if os.path.isdir(path):
             raise UserError(f"{name}: is a folder, a file is needed")
-        return path if return_filename else open(path, "rb")
+        return path if return_filename else open_file(path)
 
     fetch = _Download(name, num_attempts, verbose and os.environ.get("RANK", "0") == "0", pause, timeout)
     if not cache:
@@ -134,6 +136,21 @@ def open_url(
     with atomic_write(target) as file:
         fetch.into(file)
     return target if return_filename else open(target, "rb")
+
+
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """`open(path, "rb")` of a file proper. Raises UserError for pipes, devices and sockets, which may never end."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{os.fspath(path)}: not a file but a pipe or a device; copy its content into a file")
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def local_path(name: str) -> str:

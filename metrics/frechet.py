@@ -41,8 +41,8 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 def checked_moments(mu: ArrayLike, sigma: ArrayLike, where: str) -> tuple[Array, Array]:
     """(mu [D], sigma [D, D]) as float64, sigma exactly symmetric. Raises UserError, which calls bad ones `where`."""
     try:
-        if np.iscomplexobj(mu) or np.iscomplexobj(sigma):
-            raise TypeError("complex numbers")
+        if not {np.asarray(mu).dtype.kind, np.asarray(sigma).dtype.kind} <= set("fiub"):
+            raise TypeError("complex numbers, times or texts")
         mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
     except (TypeError, ValueError) as exc:
         raise UserError(f"{where}: mu and sigma are not arrays of numbers") from exc

@@ -25,6 +25,8 @@ from .detectors import INCEPTION, Detector
 from .frechet import Array, checked_moments, frechet_distance
 from .images import read_images
 
+MAX_ARRAY_BYTES = 1 << 28  # Inception's covariance has 32 MB
+
 
 @dataclass(frozen=True, eq=False)
 class Stats:
@@ -58,9 +60,12 @@ class Stats:
                 content = np.load(file, allow_pickle=False)
                 if not isinstance(content, np.lib.npyio.NpzFile):
                     raise UserError(f"{source}: a single array; statistics are an npz file with mu and sigma")
-                arrays = {name: content[name] for name in ("mu", "sigma", "num", "detector") if name in content}
+                arrays = {name: _array(content, name) for name in ("mu", "sigma", "num", "detector") if name in content}
                 num = int(arrays["num"].item()) if "num" in arrays else None
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:
+                detector = str(arrays["detector"].item()) if "detector" in arrays else INCEPTION
+            except UserError:
+                raise
+            except Exception as exc:  # damage shows in many ways: ValueError, BadZipFile, zlib.error, MemoryError
                 raise UserError(f"{source}: not a readable npz file of plain arrays ({exc})") from exc
         missing = [name for name in ("mu", "sigma") if name not in arrays]
         if missing:
@@ -68,8 +73,17 @@ class Stats:
                 f"{source}: has no {' and no '.join(missing)}; fid.py ref makes such a file from a data set"
             )
         mu, sigma = checked_moments(arrays["mu"], arrays["sigma"], str(source))
-        detector = str(arrays["detector"]) if "detector" in arrays else INCEPTION
         return Stats(mu, sigma, num, detector)
+
+
+def _array(content: Any, name: str) -> Array:
+    """One array of an npz file. Raises ValueError for one that claims a size that no statistics have."""
+    archive: zipfile.ZipFile = content.zip
+    size = max((entry.file_size for entry in archive.infolist() if entry.filename in (name, f"{name}.npy")), default=0)
+    if size > MAX_ARRAY_BYTES:
+        raise ValueError(f"{name} claims {size} bytes")
+    array: Array = content[name]
+    return array
 
 
 def frechet_between(a: Stats, b: Stats) -> float:

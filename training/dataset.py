@@ -12,9 +12,11 @@ from __future__ import annotations
 import functools
 import io
 import json
+import logging
 import os
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -25,10 +27,12 @@ from PIL import Image
 
 from dnnlib import EasyDict
 from dnnlib.cli import UserError
+from dnnlib.util import open_file
 
 from .png import decode_plain
 
-MAX_FILE_BYTES = 1 << 30  # a packed file that claims more than this is no image and no list of labels
+MAX_FILE_BYTES = 1 << 28  # a larger file is no image and no list of labels
+MAX_PIXELS = 1 << 27  # of an image
 MAX_CLASSES = 1_000_000  # more than that are identifiers, not classes, and one-hot labels would fill the memory
 
 # Formats that Pillow knows but that are not for data sets: EPS would start Ghostscript, the rest have no decoder.
@@ -283,9 +287,12 @@ class PackedFiles:
         self.path = os.fspath(path)
         self._opened: tuple[int, zipfile.ZipFile] | None = None  # process id and archive, replaced in one piece
         try:
-            self.is_folder = stat.S_ISDIR(os.stat(self.path).st_mode)
+            mode = os.stat(self.path).st_mode
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file or folder; dataset_tool.py makes data sets") from None
+        self.is_folder = stat.S_ISDIR(mode)
+        if not self.is_folder and not stat.S_ISREG(mode):
+            raise UserError(f"{self.path}: neither a folder nor a zip archive, but a pipe or a device")
         self.names = sorted(self._walk() if self.is_folder else self._members())
 
     def _walk(self) -> set[str]:
@@ -330,8 +337,11 @@ class PackedFiles:
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
         if self.is_folder:
-            with open(os.path.join(self.path, name), "rb") as file:
-                return file.read()
+            with open_file(os.path.join(self.path, name)) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
+                raise UserError(f"{name} in {self.path} is larger than {MAX_FILE_BYTES} bytes")
+            return data
         archive = self._zip()
         try:
             info = archive.getinfo(name)
@@ -366,7 +376,12 @@ class PackedFiles:
         for index, pair in enumerate(labels):
             if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise UserError(f"{where}: entry {index} of labels is {_short(pair)}, not a pair [name, label]")
-        return dict(labels)
+        table = dict(labels)
+        if len(table) < len(labels):
+            for name, label in labels:
+                if table[name] != label:
+                    raise UserError(f"{where}: {name} has two labels, {_short(label)} and {_short(table[name])}")
+        return table
 
     def close(self) -> None:
         opened, self._opened = self._opened, None
@@ -442,6 +457,8 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(data), formats=image_formats()[1]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it claims {image.width}x{image.height} pixels: a decompression bomb?")
             pixels = _as_uint8(image)
     except MemoryError:
         raise
@@ -471,6 +488,8 @@ def _as_uint8(image: Image.Image) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def image_formats() -> tuple[frozenset[str], tuple[str, ...]]:
     """File endings (lower case, with dot) and the names of the formats that are read."""
+    warnings.filterwarnings("ignore", module="PIL")  # about odd files: what matters is an error
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # likewise
     endings = Image.registered_extensions()  # loads Pillow's plugins
     formats = [name for name in Image.OPEN if name not in _REFUSED_FORMATS]
     formats.sort(key=lambda name: name not in _FIRST_FORMATS)

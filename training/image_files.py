@@ -19,7 +19,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -162,6 +162,7 @@ class ImageZip:
         self.path = Path(path)
         self._kept: frozenset[str] = frozenset()  # images of the zip that is already there
         self._part: zipfile.ZipFile | None = None
+        self._part_file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
     def previous(self) -> Manifest | None:
@@ -196,7 +197,9 @@ class ImageZip:
 
     def open(self, rank: int) -> None:
         """Begins this process's part."""
-        self._part = zipfile.ZipFile(self._part_path(rank), "w", zipfile.ZIP_STORED)
+        path = self._part_path(rank)
+        self._part_file = open(path, "xb")  # noqa: SIM115 (never somebody else's, or what a link of that name leads to)
+        self._part = zipfile.ZipFile(self._part_file, "w", zipfile.ZIP_STORED)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes one image; threads may do so at the same time."""
@@ -209,12 +212,15 @@ class ImageZip:
 
     def close(self, complete: bool) -> None:
         """Completes this process's part, or removes it."""
-        if self._part is None or self._part.filename is None:
+        if self._part is None or self._part_file is None:
             return
         with self._lock, nullcontext() if complete else suppress(OSError):  # a full disk has been reported already
-            self._part.close()
+            try:
+                self._part.close()
+            finally:
+                self._part_file.close()
         if not complete:
-            Path(self._part.filename).unlink(missing_ok=True)
+            Path(self._part_file.name).unlink(missing_ok=True)
 
     def finish(self, manifest: Manifest, world_size: int) -> None:
         """Puts the parts, and the images kept, together."""

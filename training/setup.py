@@ -191,8 +191,10 @@ def _check(options: Options) -> None:
     for name in ("outdir", "data"):
         if not getattr(options, name):
             raise UsageError(f"--{name} is empty")
-    if options.desc is not None and re.search(r"[/\\]", options.desc):
-        raise UsageError(f"--desc={options.desc} becomes part of a folder's name, which can't hold a slash")
+    if options.desc is not None and (re.search(r"[/\\]", options.desc) or not options.desc.isprintable()):
+        raise UsageError(
+            f"--desc={options.desc} becomes part of a folder's name, which can't hold a slash, or what isn't printed"
+        )
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if options.fp16 and options.precision not in (None, "fp16"):

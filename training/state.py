@@ -117,7 +117,9 @@ def list_states(run_dir: str | os.PathLike[str]) -> list[Path]:
         return (int(match[2]) if match[1] else int(match[2]) * 1000, bool(match[1]))
 
     folder = Path(run_dir)
-    states = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    states = (
+        [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()] if folder.is_dir() else []
+    )
     return sorted(states, key=images_seen, reverse=True)
 
 
