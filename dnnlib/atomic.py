@@ -27,6 +27,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     so that a crash at any moment leaves the old file or the new one. Raises OSError, with `path` as its file name.
     """
     target = Path(path)
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
@@ -43,6 +44,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     except BaseException as exc:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+            for folder in made:
+                folder.rmdir()  # if nobody else has put something there
         if isinstance(exc, OSError) and exc.errno is not None and exc.filename in (None, temporary):
             raise OSError(exc.errno, exc.strerror, str(target)) from exc
         raise

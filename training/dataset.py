@@ -347,8 +347,8 @@ class PackedFiles:
             info = archive.getinfo(name)
             if info.file_size > MAX_FILE_BYTES:
                 raise ValueError(f"it claims to hold {info.file_size} bytes")
-            data = _read_stored(archive, info)
-            return archive.read(info) if data is None else data
+            stored = _read_stored(archive, info)
+            return archive.read(info) if stored is None else stored
         except MemoryError:
             raise
         except Exception as exc:  # damage shows in many ways: BadZipFile, zlib.error, EOFError, RuntimeError, KeyError
