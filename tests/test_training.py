@@ -420,9 +420,9 @@ def test_a_resumed_run_is_the_same_run(data, teacher, tmp_path, monkeypatch, ext
     args += [*extra, "--save-every=0"] + ([f"--transfer={teacher}"] if "--num_steps=4" in extra else SMALL[:3])
     assert run(*args, f"--outdir={tmp_path / 'straight'}") == 0
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 37)
+        interrupt_at(patch, 40)  # ticks end with steps 1, 10, 19, 28, 37
         assert run(*args, f"--outdir={tmp_path / 'broken'}") == 1
-    assert newest_nimg(tmp_path / "broken") == 37 * 12
+    assert newest_nimg(tmp_path / "broken") == 40 * 12
     with open(tmp_path / "broken" / "stats.jsonl", "a") as file:  # what a killed run may have written after its state
         file.write('{"Loss/loss": "from a step that never was"}\n')
     assert run(*args, f"--outdir={tmp_path / 'broken'}") == 0
