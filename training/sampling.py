@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dnnlib.cli import UsageError
-from dnnlib.util import format_time
 from torch_utils import distributed as dist
 
 from .grids import Sampling, network_grid, ratios_that_work
@@ -34,9 +30,7 @@ from .samplers import (
     noise_levels,
 )
 
-T = TypeVar("T")
 DEFAULT_STEPS = 18
-SAY_EVERY = 10.0  # seconds between lines that say how far a task is, where there is no terminal for a bar
 ABLATION_OPTIONS = ("solver", "discretization", "schedule", "scaling")
 NOT_SETTINGS = ("net", "latents", "class_labels", "randn_like", "num_steps")  # a sampler's other arguments are settings
 
@@ -273,26 +267,3 @@ def check_class(net: Any, class_idx: int | None) -> None:
         raise UsageError(f"--class={class_idx}: this network has no classes; leave --class out")
     if not 0 <= class_idx < net.label_dim:
         raise UsageError(f"--class={class_idx}: this network's classes are 0 to {net.label_dim - 1}")
-
-
-def show_progress(
-    batches: Iterable[T], size: Callable[[T], int], total: int, say: Callable[[str], None]
-) -> Iterator[T]:
-    """Passes this process's batches on; rank 0 shows how far all processes are, of `total` images.
-
-    size: images in a batch. The other processes are taken to be as far as this one. A bar on a terminal; elsewhere
-    `say` gets a line every ten seconds.
-    """
-    on_terminal = dist.is_main() and sys.stderr.isatty()
-    start = said = time.monotonic()
-    done = 0
-    with tqdm(total=total, unit="img", leave=False, disable=not on_terminal) as bar:
-        for batch in batches:
-            yield batch
-            made = min(size(batch) * dist.get_world_size(), total - done)
-            done += made
-            bar.update(made)
-            now = time.monotonic()
-            if now - said >= SAY_EVERY and done < total and not on_terminal:
-                said = now
-                say(f"  {done} of {total} images, {format_time((now - start) / done * (total - done))} to go")
