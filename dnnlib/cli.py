@@ -105,7 +105,7 @@ class Command(click.Command):
         width = max(len(name) for name in names if len(name) <= MAX_NAME)
         for title, rows in sections.items():
             with formatter.section(bold(title)):
-                formatter.write_dl([(name.ljust(width), text) for name, text in rows], col_max=MAX_NAME)
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows], col_max=width)
 
 
 class Group(click.Group):

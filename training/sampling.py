@@ -1,7 +1,12 @@
 """From a network file and seeds to images: which sampler a network needs, how seeds are batched, who does what.
 
-`iterate_images` is the whole of it in one call. A distilled network knows its own noise grid and solver; here is the
-one place that decides what may be asked of it.
+`sample` is the whole of it in one call, for notebooks and programs:
+
+    from training.sampling import load_network, sample
+    student = load_network("assets/digits-student.pkl")
+    images = sample(student, seeds=range(16))  # uint8 [16, 8, 8, 1]
+
+A distilled network knows its own noise grid and solver; here is the one place that decides what may be asked of it.
 """
 
 from __future__ import annotations
@@ -10,16 +15,19 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.cli import UsageError
+from dnnlib.cli import UsageError, UserError
 from torch_utils import distributed as dist
 
 from .grids import Sampling, network_grid, ratios_that_work
 from .network_files import NetworkFile
+from .network_files import load_network as load_network  # for notebooks: one import for all they need
+from .pictures import to_uint8
 from .samplers import (
     RandnLike,
     StackedRandomGenerator,
@@ -257,6 +265,71 @@ def iterate_images(
     net = network.net.to(device)
     batches = split_seeds(seeds, count_batches(len(seeds), max_batch, dist.get_world_size()))
     return (sample_batch(net, batch, plan, device, class_idx) for batch in own_share(batches))
+
+
+@overload
+def sample(
+    network: NetworkFile,
+    seeds: Sequence[int],
+    *,
+    class_idx: int | None = None,
+    device: torch.device | str | None = None,
+    batch: int = 64,
+    raw: Literal[False] = False,
+    **options: Any,
+) -> np.ndarray: ...
+
+
+@overload
+def sample(
+    network: NetworkFile,
+    seeds: Sequence[int],
+    *,
+    class_idx: int | None = None,
+    device: torch.device | str | None = None,
+    batch: int = 64,
+    raw: Literal[True],
+    **options: Any,
+) -> Tensor: ...
+
+
+def sample(
+    network: NetworkFile,
+    seeds: Sequence[int],
+    *,
+    class_idx: int | None = None,
+    device: torch.device | str | None = None,
+    batch: int = 64,
+    raw: bool = False,
+    **options: Any,
+) -> np.ndarray | Tensor:
+    """One image per seed, in the order of `seeds`: uint8 [N, H, W, C], the pixels that `generate.py` writes.
+
+    network    what `load_network` returns; moved to the device
+    class_idx  class of all images; None: each seed draws its own, for a network with classes
+    device     None: CUDA where there is a GPU, else the CPU
+    batch      images at a time
+    raw        return float32 [N, C, H, W] on the CPU instead, in [-1, 1] as far as the network keeps to it
+    options    steps, solver, S_churn, ... of `plan_sampling`: a student needs none
+
+    Raises UsageError for what contradicts a distilled network's grid or its classes, UserError for images that are NaN.
+    """
+    if len(seeds) == 0 or batch < 1:
+        raise UsageError(f"seeds are {len(seeds)}, batch is {batch}: both must be at least 1")
+    plan = plan_sampling(network, **options)
+    check_class(network.net, class_idx)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    net = network.net.to(where)
+    parts = []
+    for chosen in split_seeds(seeds, count_batches(len(seeds), batch)):
+        images = sample_batch(net, chosen, plan, where, class_idx).images
+        if not images.isfinite().all():
+            raise UserError(
+                f"{network.source}: some images of seeds {chosen[0]} to {chosen[-1]} hold NaN or infinities"
+            )
+        parts.append(images.cpu() if raw else to_uint8(images.double()).permute(0, 2, 3, 1).cpu())
+    together = torch.cat(parts)
+    return together if raw else together.numpy()
 
 
 def check_class(net: Any, class_idx: int | None) -> None:
