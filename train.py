@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dnnlib import cli
-from training.config import INTERVALS, WEIGHTINGS
+from training.config import ARCHITECTURES, INTERVALS, WEIGHTINGS
 from training.options import WANDB_PROJECT, Options, check_options, options_of_file
 
 NAMES = cli.Choice
@@ -23,9 +23,7 @@ NAMES = cli.Choice
 @click.option(
     "--cond", help="Class-conditional: default 0, or as the teacher", metavar="BOOL", type=cli.Bool(), default=None
 )
-@click.option(
-    "--arch", help="Network architecture: default ddpmpp, or the teacher's", type=NAMES(["ddpmpp", "ncsnpp", "adm"])
-)
+@click.option("--arch", help="Network architecture: default ddpmpp, or the teacher's", type=NAMES(list(ARCHITECTURES)))
 @click.option(
     "--precond",
     help="Preconditioning and loss; edm_distillation runs one stage of progressive distillation",

@@ -264,9 +264,10 @@ def _student_kwargs(stage: Stage, dropout: float, precision: str, options: Optio
 
 
 def _arch_name(network_kwargs: Kwargs) -> str:
-    if network_kwargs.get("model_type") == "DhariwalUNet":
-        return "adm"
-    return "ncsnpp" if network_kwargs.get("embedding_type") == "fourier" else "ddpmpp"
+    kind = network_kwargs.get("model_type", "SongUNet")
+    if kind == "SongUNet":
+        return "ncsnpp" if network_kwargs.get("embedding_type") == "fourier" else "ddpmpp"
+    return next(name for name, usual in ARCHITECTURES.items() if usual["model_type"] == kind)
 
 
 def _check_architecture(options: Options, net: Any) -> None:
