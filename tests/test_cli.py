@@ -413,7 +413,7 @@ def test_bars_are_for_terminals_alone(tmp_path: Path) -> None:
     args = [f"--data={data}", "--nosubdir", "--duration=0.002", "--seed=1", *SMALL]
     shown = on_a_terminal("train.py", f"--outdir={tmp_path / 'a'}", *args)
     assert re.search(r"training: +\d+%.*img/s, loss 0\.\d+", shown), shown[-3000:]
-    assert "\x1b[32mWritten: " in shown
+    assert "\x1b[32mWritten to " in shown
     log = (tmp_path / "a" / "log.txt").read_text()
     assert "img/s" not in log and "\r" not in log and "\x1b" not in log and len(log) > 5000
     assert len(re.findall(r"^About .* for the .* kimg that are left$", log, re.MULTILINE)) == 1

@@ -22,33 +22,31 @@ def describe_end(options: Options, run: Run, snapshot: Path) -> list[str]:
     config = run.config
     folder = Path(config.run_dir)
     kimg = snapshot.stem.rpartition("-")[2]
-    left = [name for name in (f"samples-{kimg}.png", f"targets-{kimg}.png") if (folder / name).is_file()]
-    left += [f"training-state-{kimg}.pt"] if (folder / f"training-state-{kimg}.pt").is_file() else []
-    lines = [
-        "",
-        green(f"Written: {snapshot}"),
-        f"         in the same folder: {', '.join([*left, 'stats.jsonl', 'log.txt', 'training_options.json'])}",
-        bold("Next:"),
-    ]
-    for title, command in next_commands(options, run, snapshot):
-        lines += [f"  {title}", f"    {command}"]
+    names = (f"samples-{kimg}.png", f"targets-{kimg}.png", f"training-state-{kimg}.pt")
+    left = [snapshot.name, *(name for name in names if (folder / name).is_file())]
+    left += ["stats.jsonl", "log.txt", "training_options.json"]
+    lines = ["", green(f"Written to {folder}: {', '.join(left)}"), bold("Next:")]
+    for title, commands in next_commands(options, run, snapshot):
+        lines += [f"  {title}", *(f"    {command}" for command in commands)]
     return lines
 
 
-def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str, str]]:
-    """(what for, command): images, the Fréchet distance, and the next stage where there is one."""
+def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str, list[str]]]:
+    """(what for, commands): images, the Fréchet distance, and the next stage where there is one."""
     folder, data = Path(run.config.run_dir), str(run.config.dataset_kwargs["path"])
     network, ref = f"--network={snapshot}", folder / "ref.npz"
+    images = [*launched("generate.py"), network, f"--outdir={folder / 'images'}", "--seeds=0-63"]
+    reference = [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"]
+    distance = [*launched("fid.py"), "gen", network, f"--ref={ref}"]
     commands = [
-        ("images", [*launched("generate.py"), network, f"--outdir={folder / 'images'}", "--seeds=0-63"]),
-        ("FID: the reference, then the network", [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"]),
-        ("", [*launched("fid.py"), "gen", network, f"--ref={ref}"]),
+        ("images", [images]),
+        ("FID: the data's statistics, then the network's distance", [reference, distance]),
     ]
-    found = [(title, shlex.join(words)) for title, words in commands]
+    found = [(title, [shlex.join(words) for words in each]) for title, each in commands]
     following = next_stage(options, run, snapshot)
     if following is not None:
         steps, chosen = following
-        found.append((f"{steps} -> {steps // chosen.ratio} steps", train_command(chosen)))
+        found.append((f"{steps} -> {steps // chosen.ratio} steps", [train_command(chosen)]))
     return found
 
 
