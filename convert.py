@@ -41,6 +41,12 @@ def command(src: str, dst: str, half: bool | None, overwrite: bool, trust_networ
 
     The new file is read again and compared, tensor by tensor, before it takes DST's name (but for a network of foreign
     code). A DST that is a link is replaced, not followed.
+
+    \b
+    Examples:
+      python convert.py network-snapshot-020000.pkl student.safetensors
+      python convert.py student.safetensors student-again.pkl
+      python convert.py student.pkl weights.pt
     """
     suffix = os.path.splitext(dst)[1]
     if suffix not in FORMATS:

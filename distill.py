@@ -10,12 +10,14 @@ import click
 
 from dnnlib import cli
 from training.config import INTERVALS, WEIGHTINGS
+from training.options import WANDB_PROJECT, Options, check_options, ladder_options_of_file
 
 NAMES = cli.Choice
 POSITIVE = cli.Number(min=0, min_open=True)
 
 
 @cli.command(name="distill")
+@cli.section("Main")
 @click.option(
     "--outdir", help="Where to save the results; the same command goes on there", metavar="DIR", required=True
 )
@@ -37,11 +39,9 @@ POSITIVE = cli.Number(min=0, min_open=True)
     type=cli.FloatList(),
     default="20",
 )
-@click.option(
-    "--lr", help="Learning rate, for all stages or each", metavar="FLOAT,...", type=cli.FloatList(), default="5e-4"
-)
-@click.option("--lr-decay", help="Decay to 0 over a stage", type=NAMES(["none", "linear", "cosine"]), default="linear")
-@click.option("--warmup", help="Learning-rate ramp of a stage", metavar="MIMG", type=cli.Number(min=0), default=0)
+@click.option("--cond", help="Class-conditional: default as the teacher", metavar="BOOL", type=cli.Bool(), default=None)
+@cli.config_option(ladder_options_of_file)
+@cli.section("Distillation")
 @click.option(
     "--teacher-solver", help="How the first teacher steps: default heun if undistilled", type=NAMES(["heun", "euler"])
 )
@@ -58,6 +58,23 @@ POSITIVE = cli.Number(min=0, min_open=True)
 )
 @click.option("--self-teacher", help="The student's own EMA makes all but the first step of a jump", is_flag=True)
 @click.option(
+    "--stop-if-worse",
+    help="End where a student's endpoint_rmse is so many times that of the one before, such as 1.5",
+    metavar="FACTOR",
+    type=POSITIVE,
+)
+@cli.section("Hyperparameters")
+@click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
+@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))
+@click.option(
+    "--lr", help="Learning rate, for all stages or each", metavar="FLOAT,...", type=cli.FloatList(), default="5e-4"
+)
+@click.option("--lr-decay", help="Decay to 0 over a stage", type=NAMES(["none", "linear", "cosine"]), default="linear")
+@click.option("--warmup", help="Learning-rate ramp of a stage", metavar="MIMG", type=cli.Number(min=0), default=0)
+@click.option(
+    "--ema", help="EMA half-life, at most 5% of the images seen", metavar="MIMG", type=cli.Number(min=0), default=0.5
+)
+@click.option(
     "--ema-std",
     help="Power-function EMA of this relative width (EDM2's sigma_rel) instead of --ema",
     metavar="FLOAT",
@@ -66,15 +83,11 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @click.option(
     "--clip", help="Largest gradient norm  [default: none]", metavar="FLOAT", type=cli.Number(min=0, min_open=True)
 )
-@click.option("--cond", help="Class-conditional: default as the teacher", metavar="BOOL", type=cli.Bool(), default=None)
-@click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
-@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))
-@click.option(
-    "--ema", help="EMA half-life, at most 5% of the images seen", metavar="MIMG", type=cli.Number(min=0), default=0.5
-)
 @click.option("--dropout", help="Dropout probability", metavar="FLOAT", type=cli.Number(0, 1), default=0)
 @click.option("--augment", help="Augment probability", metavar="FLOAT", type=cli.Number(0, 1), default=0)
 @click.option("--xflip", help="Enable dataset x-flips", metavar="BOOL", type=cli.Bool(), default=False)
+@click.option("--seed", help="Random seed", metavar="INT", type=cli.Whole(min=0), default=0)
+@cli.section("Measuring")
 @click.option("--ref", help="Reference statistics  [default: computed from --data]", metavar="NPZ|URL")
 @click.option("--detector", help="Features for the Fréchet distance", metavar="inception|FILE", default="inception")
 @click.option(
@@ -99,12 +112,7 @@ POSITIVE = cli.Number(min=0, min_open=True)
     type=cli.Bool(),
     default=True,
 )
-@click.option(
-    "--stop-if-worse",
-    help="End where a student's endpoint_rmse is so many times that of the one before, such as 1.5",
-    metavar="FACTOR",
-    type=POSITIVE,
-)
+@cli.section("Performance")
 @click.option("--device", help="Where to compute", type=NAMES(["auto", "cuda", "cpu"]), default="auto")
 @click.option(
     "--precision", help="Arithmetic of the student", type=NAMES(["fp32", "tf32", "bf16", "fp16"]), default="fp32"
@@ -114,13 +122,20 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=cli.Bool(), default=True)
 @click.option("--workers", help="Threads that read images", metavar="INT", type=cli.Whole(1, 256), default=1)
 @click.option("--deterministic", help="CUDA: deterministic kernels, for exact resuming", is_flag=True)
+@cli.section("Output and going on")
 @click.option("--tick", help="How often to print progress", metavar="KIMG", type=POSITIVE, default=50)
 @click.option("--snap", help="How often to save snapshots", metavar="TICKS", type=cli.Whole(min=1), default=50)
 @click.option("--dump", help="How often to dump state", metavar="TICKS", type=cli.Whole(min=1), default=500)
 @click.option("--targets", help="How often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1))
 @click.option("--save-every", help="Rolling training state", metavar="MIN", type=cli.Number(min=0), default=10)
-@click.option("--seed", help="Random seed", metavar="INT", type=cli.Whole(min=0), default=0)
 @click.option("--tensorboard", help="Also write TensorBoard events", is_flag=True)
+@click.option(
+    "--wandb",
+    help="Also log to Weights & Biases, --wandb=PROJECT or just --wandb",
+    metavar="[PROJECT]",
+    is_flag=False,
+    flag_value=WANDB_PROJECT,
+)
 @click.option("--trust-network-code", help="Run the code inside a --transfer file of an unknown class", is_flag=True)
 def command(
     device: str,
@@ -147,20 +162,24 @@ def command(
 
     Leaves ladder.json, ladder.csv, ladder.png and samples.png in --outdir, teacher-curve.json and .csv (the teacher
     itself with as few steps), and a run directory for every stage. The same command started again goes on there.
+
+    \b
+    The same ladder elsewhere, with another seed:
+      python distill.py --config=ladder/ladder-options.json --outdir=ladder-seed-1 --seed=1
     """
+    stages = Options(precond="edm_distillation", **values)
+    check_options(stages, cli.world_size())  # this and the next are answered at once, before anything heavy is loaded
     if num_steps is not None:
         from training.stage import plan_ladder
 
-        plan_ladder(num_steps, until, ratio)  # answered at once, before anything heavy is loaded
+        plan_ladder(num_steps, until, ratio)
 
     from torch_utils import distributed as dist
 
     dist.init(device, cli.options_in_use())
-    from training.ladder import Ladder, LadderOptions
+    from training.ladder import Ladder, LadderOptions, next_commands
     from training.ladder_report import format_table
-    from training.setup import Options
 
-    stages = Options(precond="edm_distillation", **values)
     options = LadderOptions(
         num_steps,
         until,
@@ -174,13 +193,19 @@ def command(
         eval_sets=eval_sets,
         curve=curve,
         stop_if_worse=stop_if_worse,
+        command_line=cli.given(click.get_current_context()),
     )
     ladder = Ladder(stages, options)
     rungs = ladder.run()
     dist.print0()
     dist.print0(format_table(rungs, ladder.curve, ladder.halves))
     dist.print0()
-    dist.print0(f"Pictures: {stages.outdir}/ladder.png (the curve) and {stages.outdir}/samples.png (the images)")
+    dist.print0(
+        cli.green(f"Pictures: {stages.outdir}/ladder.png (the curve) and {stages.outdir}/samples.png (the images)")
+    )
+    dist.print0(cli.bold("Next:"))
+    for title, words in next_commands(rungs, stages.outdir):
+        dist.print0(f"  {title}\n    {words}")
     dist.shutdown()
 
 

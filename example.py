@@ -31,7 +31,13 @@ BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 def command(
     network: str | None, steps: int | None, seeds: list[int], out: str, device: str, trust_network_code: bool
 ) -> None:
-    """Make a grid of samples."""
+    """Make a grid of samples.
+
+    \b
+    With the network that comes with the repository, and with another:
+      python example.py
+      python example.py --network=student.pkl --seeds=0-15 --out=grid.png
+    """
     if not seeds:
         raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
     if not out.lower().endswith(".png"):

@@ -58,12 +58,14 @@ def command() -> None:
 
 
 @command.command()
+@cli.section("Main")
 @click.option("--images", help="Images to measure", metavar="DIR|ZIP", required=True)
 @ref_option
 @click.option(*NUM, help="Number of images to use", metavar="INT", type=cli.Whole(min=2), default=50000)
 @click.option("--seed", help="Which images, if there are more", metavar="INT", type=int, default=0)
-@batch_option
 @detector_option
+@cli.section("Performance")
+@batch_option
 @device_option
 def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, device: str) -> None:
     """Measures images against a reference."""
@@ -77,16 +79,18 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 
 
 @command.command()
+@cli.section("Main")
 @click.option("--network", help="Network to measure", metavar="PATH|URL", required=True)
 @ref_option
 @click.option("--seeds", help="One image per seed [default: 0 to num - 1]", metavar="LIST", type=cli.IntList())
 @click.option(*NUM, help="Number of images [default: 50000]", metavar="INT", type=cli.Whole(min=2))
+@click.option("--trust-network-code", help="Run code stored in the network file", is_flag=True)
 @click.option("--steps", help="Sampling steps [default: as generate.py]", metavar="INT", type=cli.Whole(min=1))
 @click.option("--class", "class_idx", help="Class label [default: random]", metavar="INT", type=cli.Whole(min=0))
-@batch_option
 @detector_option
+@cli.section("Performance")
+@batch_option
 @device_option
-@click.option("--trust-network-code", help="Run code stored in the network file", is_flag=True)
 def gen(
     network: str,
     ref: str,
@@ -110,16 +114,18 @@ def gen(
         from metrics.statistics import statistics_of_images, with_progress
 
         batches = _generated(network, chosen, steps, class_idx, batch, trust_network_code)
-        return statistics_of_images(with_progress(batches, total=None), detector)
+        return statistics_of_images(with_progress(batches, len(chosen)), detector)
 
     _compare(ref, spec, device, measure)
 
 
 @command.command()
+@cli.section("Main")
 @click.option("--data", "--images", "data", help="Images to summarise", metavar="DIR|ZIP", required=True)
 @click.option("--dest", help="File to write", metavar="NPZ", required=True)
-@batch_option
 @detector_option
+@cli.section("Performance")
+@batch_option
 @device_option
 def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
     """Makes a reference from all images of a data set."""
@@ -139,6 +145,7 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
 
 
 @command.command()
+@cli.section("Main")
 @click.option("--data", help="Data set with class labels", metavar="DIR|ZIP", required=True)
 @click.option("--dest", help="File to write", metavar="FILE", required=True)
 @click.option("--seed", help="Random seed", metavar="INT", type=cli.Whole(0, 2**63 - 1), default=0)
@@ -148,6 +155,7 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
     metavar="FLOAT",
     type=cli.Number(min=0, min_open=True),
 )
+@cli.section("Performance")
 @device_option
 def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -> None:
     """Trains a small classifier as a detector."""

@@ -56,16 +56,15 @@ class Grid(click.ParamType):
 
 
 @cli.command(name="generate")
+@cli.section("Main")
 @click.option("--network", help="Network file, .pkl or .safetensors", metavar="PATH|URL", required=True)
 @click.option("--outdir", help="Where to save the images: a folder, or a .zip", metavar="DIR|ZIP", required=True)
 @click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
-@click.option("--subdirs", help="A subfolder for every 1000 seeds", is_flag=True)
 @click.option(
     "--class", "class_idx", help="Class of all images  [default: random]", metavar="INT", type=cli.Whole(min=0)
 )
-@click.option(
-    "--batch", "max_batch", help="Maximum batch size per process", metavar="INT", type=cli.Whole(min=1), default=64
-)
+@click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
+@cli.section("Sampling")
 @click.option("--steps", help="Sampling steps  [default: 18, or a student's own]", metavar="INT", type=cli.Whole(min=1))
 @click.option("--sigma_min", help="Lowest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)
 @click.option("--sigma_max", help="Highest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)
@@ -85,7 +84,13 @@ class Grid(click.ParamType):
 @click.option(
     "--grid", help="For a student whose file has no grid: it was distilled from N steps, K at a time", type=Grid()
 )
+@cli.section("Output and going on")
+@click.option("--subdirs", help="A subfolder for every 1000 seeds", is_flag=True)
 @click.option("--skip-existing", help="Go on with an interrupted run", is_flag=True)
+@cli.section("Performance")
+@click.option(
+    "--batch", "max_batch", help="Maximum batch size per process", metavar="INT", type=cli.Whole(min=1), default=64
+)
 @click.option(
     "--precision",
     help="Arithmetic of the network; auto: fp16 on CUDA if its file says so, otherwise fp32",
@@ -96,7 +101,6 @@ class Grid(click.ParamType):
     "--compile", "use_compile", help="torch.compile the network", metavar="BOOL", type=cli.Bool(), default=False
 )
 @click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
-@click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
 def command(
     network: str,
     outdir: str,
@@ -119,11 +123,12 @@ def command(
 
     \b
     Make 64 images in out/:
-      python generate.py --outdir=out --seeds=0-63 --batch=64 --network=NETWORK
+      python generate.py --outdir=out --seeds=0-63 --batch=64 --network=student.pkl
 
     \b
-    Make 50,000 images for FID on 4 GPUs:
-      torchrun --standalone --nproc_per_node=4 generate.py --outdir=fid-tmp --seeds=0-49999 --subdirs --network=NETWORK
+    Make 50,000 images for FID on 4 GPUs, with 18 steps of an undistilled network:
+      torchrun --standalone --nproc_per_node=4 generate.py --outdir=fid-tmp --seeds=0-49999 --subdirs \\
+          --network=teacher.pkl --steps=18
     """
     from torch_utils import distributed as dist
     from training.image_files import Manifest, open_output, prepare
@@ -199,11 +204,12 @@ def _make_images(
     from torch_utils import distributed as dist
     from training.image_files import BackgroundWriter
     from training.pictures import to_uint8
-    from training.sampling import own_share, sample_batch, show_progress
+    from training.progress import show_progress
+    from training.sampling import own_share, sample_batch
 
     with BackgroundWriter(output, work.manifest.name, dist.get_rank()) as writer:
         total = sum(map(len, work.batches))
-        for seeds in show_progress(own_share(work.batches), len, total, dist.print0):
+        for seeds in show_progress(own_share(work.batches), len, total, dist.print0, title=f"NFE {plan.nfe}"):
             batch = sample_batch(net, seeds, plan, where, class_idx)
             if not batch.images.isfinite().all():
                 raise cli.UserError(

@@ -10,28 +10,29 @@ from typing import Any
 import click
 
 from dnnlib import cli
-from training.config import INTERVALS, WEIGHTINGS
+from training.config import ARCHITECTURES, INTERVALS, WEIGHTINGS
+from training.options import WANDB_PROJECT, Options, check_options, options_of_file
 
 NAMES = cli.Choice
 
 
 @cli.command(name="train")
-# Main options.
+@cli.section("Main")
 @click.option("--outdir", help="Where to save the results", metavar="DIR", required=True)
 @click.option("--data", help="Path to the dataset", metavar="ZIP|DIR", required=True)
 @click.option(
     "--cond", help="Class-conditional: default 0, or as the teacher", metavar="BOOL", type=cli.Bool(), default=None
 )
-@click.option(
-    "--arch", help="Network architecture: default ddpmpp, or the teacher's", type=NAMES(["ddpmpp", "ncsnpp", "adm"])
-)
+@click.option("--arch", help="Network architecture: default ddpmpp, or the teacher's", type=NAMES(list(ARCHITECTURES)))
 @click.option(
     "--precond",
     help="Preconditioning and loss; edm_distillation runs one stage of progressive distillation",
     type=NAMES(["vp", "ve", "edm", "edm_distillation"]),
     default="edm",
 )
-# Distillation.
+@click.option("--transfer", help="Teacher, or weights to start from", metavar="PATH|URL")
+@cli.config_option(options_of_file)
+@cli.section("Distillation")
 @click.option("--num_steps", help="Teacher's sampling steps; the student gets N / ratio", metavar="N", type=int)
 @click.option("--ratio", help="Teacher steps per student step", metavar="INT", type=cli.Whole(min=1), default=2)
 @click.option(
@@ -41,24 +42,22 @@ NAMES = cli.Choice
 )
 @click.option(
     "--weighting",
-    help="Distillation: weight of noise levels in the loss; the default measured best",
+    help="Weight of noise levels in the loss; the default measured best",
     type=NAMES(WEIGHTINGS),
     default="geomean",
 )
 @click.option(
     "--intervals",
-    help="Distillation: train all jumps equally often, or by their loss: default loss, which measured better",
+    help="Train all jumps equally often, or by their loss: default loss, which measured better",
     type=NAMES(INTERVALS),
 )
 @click.option(
     "--self-teacher",
-    help="Distillation: the student's own EMA makes all but the first step of a jump (TRACT, consistency)",
+    help="The student's own EMA makes all but the first step of a jump (TRACT, consistency)",
     is_flag=True,
 )
-@click.option(
-    "--targets", help="Distillation: how often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1)
-)
-# Hyperparameters.
+@click.option("--targets", help="How often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1))
+@cli.section("Hyperparameters")
 @click.option(
     "--duration",
     help="Training duration: default 200, distillation 20",
@@ -116,7 +115,7 @@ NAMES = cli.Choice
     metavar="FLOAT",
     type=cli.Number(min=0, min_open=True),
 )
-# Performance.
+@cli.section("Performance")
 @click.option("--device", help="Where to compute", type=NAMES(["auto", "cuda", "cpu"]), default="auto")
 @click.option(
     "--precision", help="Arithmetic of the trained network: default fp32", type=NAMES(["fp32", "tf32", "bf16", "fp16"])
@@ -128,7 +127,7 @@ NAMES = cli.Choice
 @click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=cli.Bool(), default=True)
 @click.option("--workers", help="Threads that read images", metavar="INT", type=cli.Whole(1, 256), default=1)
 @click.option("--deterministic", help="CUDA: deterministic kernels, for exact resuming", is_flag=True)
-# I/O.
+@cli.section("Output and going on")
 @click.option("--desc", help="String to include in result dir name", metavar="STR")
 @click.option("--nosubdir", help="Use --outdir itself; the same command goes on where it was", is_flag=True)
 @click.option(
@@ -142,9 +141,15 @@ NAMES = cli.Choice
 @click.option("--dump", help="How often to dump state", metavar="TICKS", type=cli.Whole(min=1), default=500)
 @click.option("--save-every", help="Rolling training state", metavar="MIN", type=cli.Number(min=0), default=10)
 @click.option("--seed", help="Random seed  [default: random]", metavar="INT", type=cli.Whole(min=0))
-@click.option("--transfer", help="Teacher, or weights to start from", metavar="PATH|URL")
 @click.option("--resume", help="Go on from a training state", metavar="PT|latest")
 @click.option("--tensorboard", help="Also write TensorBoard events", is_flag=True)
+@click.option(
+    "--wandb",
+    help="Also log to Weights & Biases, --wandb=PROJECT or just --wandb",
+    metavar="[PROJECT]",
+    is_flag=False,
+    flag_value=WANDB_PROJECT,
+)
 @click.option("--trust-network-code", help="Run the code inside a --transfer file of an unknown class", is_flag=True)
 @click.option("-n", "--dry-run", help="Print training options and costs, then exit", is_flag=True)
 def command(device: str, dry_run: bool, **values: Any) -> None:
@@ -156,19 +161,28 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
           --data=datasets/cifar10-32x32.zip --cond=1 --arch=ddpmpp
 
     \b
-    Distil 32 Heun steps of a teacher into 16:
+    Distil 32 Heun steps of a teacher into 16, then these into 8:
       torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs \\
           --data=datasets/cifar10-32x32.zip --precond=edm_distillation --num_steps=32 --transfer=teacher.pkl
+      torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs \\
+          --data=datasets/cifar10-32x32.zip --precond=edm_distillation --transfer=student-16.pkl
+
+    \b
+    What would it cost? And the same run again, with another seed:
+      python train.py --outdir=training-runs --data=datasets/cifar10-32x32.zip --cond=1 --dry-run
+      python train.py --config=training-runs/00000-run/training_options.json --seed=1
 
     MIMG stands for millions of images, KIMG for thousands, and a tick ends with a line of progress (--tick). Every
     start makes a new numbered directory in --outdir; with --nosubdir the same command goes on where it was.
     """
+    options = Options(**values)
+    check_options(options, cli.world_size())  # answered at once, before anything heavy is loaded
+
     from torch_utils import distributed as dist
 
     dist.init(device, cli.options_in_use())
-    from training import setup
+    from training import next_steps, setup
 
-    options = setup.Options(**values)
     run = setup.prepare(options)
     dist.print0()
     dist.print0("Training options:")
@@ -182,7 +196,9 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
         dist.print0(f"Would go on from {found[0]}" if found else "Would start from the beginning")
         dist.print0("Dry run; exiting.")
     else:
-        setup.train(options, run)
+        snapshot = setup.train(options, run)
+        for line in next_steps.describe_end(options, run, snapshot):
+            dist.print0(line)
     dist.shutdown()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import json
 import math
 import os
 import re
@@ -23,9 +24,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from click.shell_completion import shell_complete
 
 MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
 
@@ -51,13 +53,14 @@ class FailedElsewhere(UserError):
 
 
 def command(**attrs: Any) -> Callable[[Callable[..., Any]], click.Command]:
-    """`click.command` with this project's habits: `-` and `_` are the same in option names, defaults are shown."""
-    return click.command(context_settings=_settings(), **attrs)
+    """`click.command` with this project's habits: `-` and `_` are the same in option names, defaults are shown, help
+    comes in sections, and there is a --version."""
+    return click.command(cls=Command, context_settings=_settings(), **attrs)
 
 
 def group(**attrs: Any) -> Callable[[Callable[..., Any]], click.Group]:
     """`click.group` for a script with subcommands, which are defined by its `command()` and take over its habits."""
-    return click.group(context_settings=_settings(), no_args_is_help=False, **attrs)
+    return click.group(cls=Group, context_settings=_settings(), no_args_is_help=False, **attrs)
 
 
 def _settings() -> dict[str, Any]:
@@ -67,6 +70,168 @@ def _settings() -> dict[str, Any]:
         "max_content_width": 120,
         "show_default": True,
     }
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def section(title: str) -> Callable[[F], F]:
+    """Decorator above some `click.option`s: in the help, they stand under `title` (down to the next section)."""
+
+    def mark(function: F) -> F:
+        for param in getattr(function, "__click_params__", []):  # decorators further down have been applied already
+            vars(param).setdefault("section", title)
+        return function
+
+    return mark
+
+
+class Command(click.Command):
+    """A command whose help lists the options by `section`, and which knows --version."""
+
+    def __init__(self, *args: Any, **attrs: Any) -> None:
+        super().__init__(*args, **attrs)
+        self.params.append(_version_option())
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(vars(param).get("section", "Help"), []).append(record)
+        if len(sections) == 1:
+            sections = {"Options": sections["Help"]}
+        names = [name for rows in sections.values() for name, _ in rows]
+        width = max(len(name) for name in names if len(name) <= MAX_NAME)
+        for title, rows in sections.items():
+            with formatter.section(bold(title)):
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows], col_max=width)
+
+
+class Group(click.Group):
+    """A script with subcommands."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **attrs: Any) -> None:
+        super().__init__(*args, **attrs)
+        self.params.append(_version_option())
+
+
+def _version_option() -> click.Option:
+    def show(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+        if wanted and not ctx.resilient_parsing:
+            from .version import describe
+
+            click.echo("\n".join(describe()))
+            ctx.exit()
+
+    return click.Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=show,
+        help="Show the versions of this program, Python, torch and CUDA, and the GPUs.",
+        show_default=False,
+    )
+
+
+def config_option(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[F], F]:
+    """`--config FILE`: values of options from a JSON file; what is given on the command line besides comes first.
+
+    read: from the file's content to values by the parameters' names. Raises UsageError, or ValueError with a reason.
+    """
+
+    def load(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+        if path is not None and not ctx.resilient_parsing:
+            ctx.default_map = {**(ctx.default_map or {}), **_typed(ctx, path, read)}
+
+    option: Callable[[F], F] = click.option(
+        "--config",
+        help="Take the options from a run's file; others given besides come first",
+        metavar="JSON",
+        is_eager=True,
+        expose_value=False,
+        callback=load,
+    )
+    return option
+
+
+def given(ctx: click.Context) -> dict[str, Any]:
+    """The values that the command line or its --config gave, by the parameters' names: no defaults."""
+    default = click.core.ParameterSource.DEFAULT
+    names = [str(param.name) for param in ctx.command.params if param.expose_value]
+    return {name: ctx.params[name] for name in names if ctx.get_parameter_source(name) is not default}
+
+
+def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, str]:
+    """The values of a --config file as they would be typed. Raises UserError or UsageError for what is no option."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        values = read(content)
+    except (ValueError, RecursionError) as exc:  # UnicodeDecodeError and JSONDecodeError are ValueErrors too
+        raise UserError(f"--config={path}: can't be used: {exc}") from exc
+    except OSError as exc:
+        raise UserError(f"--config={path}: {exc.strerror or exc}") from exc
+    params = {str(param.name): param for param in ctx.command.params if param.expose_value}
+    typed = {}
+    for name, value in values.items():
+        param = params.get(name)
+        if param is None:
+            raise UsageError(f"--config={path}: there is no option '{name}'{_suggestion(name, list(params))}")
+        if value is None:
+            continue
+        text = _spelled(value)
+        if text is None or (isinstance(param.type, click.types.StringParamType) and not isinstance(value, str)):
+            kind = "text" if isinstance(param.type, click.types.StringParamType) else f"a {param.type.name}"
+            raise UsageError(f"--config={path}: {name} should be {kind}, not {json.dumps(value)[:80]}")
+        try:
+            param.type_cast_value(ctx, text)
+        except click.BadParameter as exc:
+            raise UsageError(f"--config={path}: {name}: {exc.message}") from exc
+        typed[name] = text
+    return typed
+
+
+def _spelled(value: Any) -> str | None:
+    """A JSON value as one would type it; None for what can't be typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value):
+        return ",".join(map(str, value))
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is shown on a terminal
+
+
+MAX_NAME = 32  # columns of an option's name in the help
+
+
+def has_colour() -> bool:
+    """Whether standard output is a terminal that is to show bold and colours (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def bold(text: str) -> str:
+    """`text` in bold type, on a terminal."""
+    return f"\033[1m{text}\033[0m" if has_colour() else text
+
+
+def green(text: str) -> str:
+    """`text` in green, on a terminal."""
+    return f"\033[32m{text}\033[0m" if has_colour() else text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running a command
 
 
 leaving_by_exit = False  # this process ends with `run`: nothing needs to be taken down
@@ -99,6 +264,9 @@ def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
 
 def _run(cmd: click.Command, args: Sequence[str] | None) -> int:
     prog = os.path.basename(sys.argv[0]) if args is None else f"{cmd.name}.py"
+    variable = f"_{re.sub(r'[^0-9A-Za-z]', '_', prog).upper()}_COMPLETE"
+    if args is None and variable in os.environ:
+        return shell_complete(cmd, {}, prog, variable, os.environ[variable])
     if args is None:  # a file name that the terminal's encoding does not know is no reason to stop
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):
@@ -138,6 +306,12 @@ def _message(exc: BaseException) -> str:
     if isinstance(exc, RuntimeError) and _launched() and _LOST_PEER.search(f"{type(exc).__name__} {text}"):
         return "another process has ended, or can't be reached any more; its own message says why, unless it was killed"
     return f"unexpected {type(exc).__name__}: {text} (EDM_DEBUG=1 shows where; please report it)"
+
+
+def world_size() -> int:
+    """How many processes were started, as the launcher says; 1 without a launcher (and where it says nonsense)."""
+    value = os.environ.get("WORLD_SIZE", "")
+    return max(int(value), 1) if value.isascii() and value.isdigit() else 1
 
 
 def _launched() -> bool:
@@ -256,7 +430,8 @@ class Choice(click.Choice):
         for choice in self.choices:
             if str(value).replace("_", "-") == choice.replace("_", "-"):
                 return str(choice)
-        self.fail(f"'{value}' is not one of {', '.join(self.choices)}", param, ctx)
+        near = _suggestion(str(value).lower(), self.choices)
+        self.fail(f"'{value}' is not one of {', '.join(self.choices)}{near}", param, ctx)
 
 
 class Bool(click.ParamType):

@@ -7,18 +7,19 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UserError
 from dnnlib.util import open_url
 from torch_utils import distributed as dist
 from training.dataset import ImageFolderDataset
+from training.progress import show_progress
 from training.sampling import count_batches, own_share, split_seeds
 
 from .detectors import INCEPTION, Detector
@@ -193,7 +194,7 @@ def statistics_of_dataset(
         # Near-equal consecutive batches, dealt to the processes in turn: EDM's partition.
         share = own_share(split_seeds(range(len(dataset)), count_batches(len(dataset), batch, dist.get_world_size())))
         batches = read_images(dataset, share)
-        return statistics_of_images(with_progress(batches, len(share)) if progress else batches, detector)
+        return statistics_of_images(with_progress(batches, len(dataset)) if progress else batches, detector)
     finally:
         dataset.close()
 
@@ -225,7 +226,7 @@ def dataset_against_itself(
         share = own_share(split_seeds(range(num), count_batches(num, batch, dist.get_world_size())))
         everything = FeatureStatistics(detector.dim, detector.device)
         batches = read_images(dataset, share)
-        for indices, images in zip(share, with_progress(batches, len(share)) if progress else batches, strict=True):
+        for indices, images in zip(share, with_progress(batches, num) if progress else batches, strict=True):
             features = detector(images)
             everything.append(features)
             for pair, half in zip(sums, halves, strict=True):
@@ -259,6 +260,6 @@ def load_reference(source: str | os.PathLike[str]) -> Stats:
     return dist.rank0_first(lambda: Stats.load(source))
 
 
-def with_progress(batches: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:
-    """Passes the batches on, with a progress bar on rank 0's standard error if that is a terminal."""
-    yield from tqdm(batches, total=total, unit="batch", disable=None if dist.is_main() else True)
+def with_progress(batches: Iterable[Tensor], total: int, title: str | None = None) -> Iterator[Tensor]:
+    """Passes the batches on; rank 0's standard error tells how far all processes are, of `total` images."""
+    return show_progress(batches, len, total, partial(dist.print0, file=sys.stderr), title)

@@ -75,6 +75,7 @@ class TrainConfig:
     targets_ticks: int | None = None
     save_every_min: float = 10
     tensorboard: bool = False
+    wandb: str | None = None  # project
     transfer: str | None = None
     transfer_sha256: str | None = None
     distillation: Kwargs | None = None  # num_steps, ratio, teacher_solver, self_teacher, teacher_levels, lineage

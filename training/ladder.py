@@ -5,6 +5,7 @@ samples.png:
 
     stage-1-32to16/          a run directory as train.py makes it, and stage.json: with what it began, and how it ended,
                              and the train.py command that does the same
+    ladder-options.json      the options that were given, for distill.py --config
     rungs/steps-16.npz       a rung's first seed set: its numbers, everything they depend on, the first images
     rungs/steps-16-set-2.npz the same of its second one, without images
     rungs/curve-heun-8.npz   the teacher itself at a student's cost
@@ -22,7 +23,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shlex
 import statistics
 import time
@@ -66,9 +66,12 @@ from .ladder_report import (
     to_csv,
 )
 from .network_files import NetworkFile
+from .next_steps import launched, train_command
+from .options import COMMAND_LINE, Options
+from .progress import show_progress
 from .samplers import nfe
-from .sampling import Batch, iterate_images, plan_sampling, show_progress
-from .setup import Options, Run, load_everywhere, prepare, train
+from .sampling import Batch, iterate_images, plan_sampling
+from .setup import Run, load_everywhere, prepare, train
 from .speed import use_cpu_kernels
 from .stage import plan_ladder
 from .state import list_states
@@ -125,6 +128,7 @@ class LadderOptions:
     eval_sets: int = 3
     curve: bool = True
     stop_if_worse: float | None = None
+    command_line: dict[str, Any] | None = None  # what was typed, for ladder-options.json
 
 
 class Ladder:
@@ -184,6 +188,9 @@ class Ladder:
         self.say(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
         self.say(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
         self.prepare_measuring(str(self.config.extras["data_fingerprint"]))
+        if self.options.command_line is not None and dist.is_main():
+            told = json.dumps({COMMAND_LINE: self.options.command_line}, indent=2)
+            write_text(self.outdir / "ladder-options.json", told + "\n")
 
         grid = Sampling(first.stage.grid, self.solver, ratio=1)  # an undistilled teacher is sampled as it is distilled
         network = replace(self.teacher, sampling=self.teacher.sampling or grid)
@@ -504,7 +511,8 @@ class Ladder:
         seeds = range(number * size, (number + 1) * size)
         batches = iterate_images(network, seeds, max_batch=self.options.eval_batch, device=dist.device())
         seen = first.watch(check.watch(timing.watch(batches)))
-        seen = show_progress(seen, lambda batch: len(batch.seeds), size, self.say)
+        title = f"{count(plan.steps, 'step')}, NFE {plan.nfe}"
+        seen = show_progress(seen, lambda batch: len(batch.seeds), size, self.say, title)
         images = (pictures.to_uint8(batch.images) for batch in seen)
         fd, problem = None, None
         if self.detector is not None and self.reference is not None:
@@ -581,40 +589,15 @@ def one_per_stage(name: str, values: list[float], chain: Sequence[int]) -> list[
     return values * stages if len(values) == 1 else values
 
 
-def train_command(options: Options) -> str:
-    """The train.py command that runs a stage by itself, for a shell in the folder in which this program was started.
-
-    What has train.py's own default is left out; the device is named, because its kind alters the result.
-    """
-    script = Path(__file__).parent.parent / "train.py"
-    words = ["train.py" if script.parent == Path.cwd() else str(script)]
-    world = dist.get_world_size()
-    if world == 1:
-        words.insert(0, "python")
-    else:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        nodes = ["--standalone"] if local == world else [f"--nnodes={world // local}"]
-        words[:0] = ["torchrun", *nodes, f"--nproc_per_node={local}"]
-    defaults = Options(outdir="", data="")
-    for each in fields(Options):
-        value = getattr(options, each.name)
-        if value == getattr(defaults, each.name):
-            continue
-        name = "--" + (each.name if each.name == "num_steps" else each.name.replace("_", "-"))
-        if each.name in FLAGS:
-            words.append(name)
-        else:
-            words.append(f"{name}={int(value) if isinstance(value, bool) else value}")
-    return shlex.join([*words, f"--device={dist.device().type}"])
-
-
-FLAGS = (
-    "nosubdir",
-    "self_teacher",
-    "deterministic",
-    "tensorboard",
-    "trust_network_code",
-)  # options of train.py that take no value
+def next_commands(rungs: Sequence[Rung], outdir: str) -> list[tuple[str, str]]:
+    """(what for, command) after a ladder: images of its last student, and a picture of them."""
+    student = f"--network={rungs[-1].network}"
+    images = [*launched("generate.py"), student, f"--outdir={Path(outdir, 'images')}", "--seeds=0-63"]
+    picture = [*launched("example.py", alone=True), student, f"--out={Path(outdir, 'grid.png')}"]
+    return [
+        (f"images of the student of {count(rungs[-1].steps, 'step')}", shlex.join(images)),
+        ("a picture of them", shlex.join(picture)),
+    ]
 
 
 def curve_plan(students: Sequence[int]) -> list[tuple[Solver, int]]:

@@ -231,6 +231,7 @@ class EDMDistillationLoss:
         augment_pipe: AugmentPipe | None = None,
         draws: RandomSource | None = None,
     ) -> Tensor:
+        """The loss of every pixel (module docstring); also notes each interval's loss for `intervals`."""
         draws = draws or DefaultSource(images.device)
         interval, correction = self.intervals.draw(draws, len(images))
         clean, augment_labels = _augment(net, images, augment_pipe, draws)

@@ -317,7 +317,9 @@ class UNetBlock(nn.Module):
 
         x = self.conv0(normalize(x, self.norm0))
         x = normalize(x, self.norm1, shift, scale)
-        x = self.conv1(F.dropout(x, p=self.dropout, training=self.training))
+        if self.training and self.dropout:
+            x = F.dropout(x.contiguous(), p=self.dropout)  # masks are drawn in the order of memory
+        x = self.conv1(x)
         x = (x + shortcut) * self.skip_scale
 
         if self.num_heads:

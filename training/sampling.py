@@ -1,29 +1,33 @@
 """From a network file and seeds to images: which sampler a network needs, how seeds are batched, who does what.
 
-`iterate_images` is the whole of it in one call. A distilled network knows its own noise grid and solver; here is the
-one place that decides what may be asked of it.
+`sample` is the whole of it in one call, for notebooks and programs:
+
+    from training.sampling import load_network, sample
+    student = load_network("assets/digits-student.pkl")
+    images = sample(student, seeds=range(16))  # uint8 [16, 8, 8, 1]
+
+A distilled network knows its own noise grid and solver; here is the one place that decides what may be asked of it.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from dnnlib.cli import UsageError
-from dnnlib.util import format_time
+from dnnlib.cli import UsageError, UserError
 from torch_utils import distributed as dist
 
 from .grids import Sampling, network_grid, ratios_that_work
 from .network_files import NetworkFile
+from .network_files import load_network as load_network  # for notebooks: one import for all they need
+from .pictures import to_uint8
 from .samplers import (
     RandnLike,
     StackedRandomGenerator,
@@ -34,9 +38,7 @@ from .samplers import (
     noise_levels,
 )
 
-T = TypeVar("T")
 DEFAULT_STEPS = 18
-SAY_EVERY = 10.0  # seconds between lines that say how far a task is, where there is no terminal for a bar
 ABLATION_OPTIONS = ("solver", "discretization", "schedule", "scaling")
 NOT_SETTINGS = ("net", "latents", "class_labels", "randn_like", "num_steps")  # a sampler's other arguments are settings
 
@@ -265,6 +267,71 @@ def iterate_images(
     return (sample_batch(net, batch, plan, device, class_idx) for batch in own_share(batches))
 
 
+@overload
+def sample(
+    network: NetworkFile,
+    seeds: Sequence[int],
+    *,
+    class_idx: int | None = None,
+    device: torch.device | str | None = None,
+    batch: int = 64,
+    raw: Literal[False] = False,
+    **options: Any,
+) -> np.ndarray: ...
+
+
+@overload
+def sample(
+    network: NetworkFile,
+    seeds: Sequence[int],
+    *,
+    class_idx: int | None = None,
+    device: torch.device | str | None = None,
+    batch: int = 64,
+    raw: Literal[True],
+    **options: Any,
+) -> Tensor: ...
+
+
+def sample(
+    network: NetworkFile,
+    seeds: Sequence[int],
+    *,
+    class_idx: int | None = None,
+    device: torch.device | str | None = None,
+    batch: int = 64,
+    raw: bool = False,
+    **options: Any,
+) -> np.ndarray | Tensor:
+    """One image per seed, in the order of `seeds`: uint8 [N, H, W, C], the pixels that `generate.py` writes.
+
+    network    what `load_network` returns; moved to the device
+    class_idx  class of all images; None: each seed draws its own, for a network with classes
+    device     None: CUDA where there is a GPU, else the CPU
+    batch      images at a time
+    raw        return float32 [N, C, H, W] on the CPU instead, in [-1, 1] as far as the network keeps to it
+    options    steps, solver, S_churn, ... of `plan_sampling`: a student needs none
+
+    Raises UsageError for what contradicts a distilled network's grid or its classes, UserError for images that are NaN.
+    """
+    if len(seeds) == 0 or batch < 1:
+        raise UsageError(f"seeds are {len(seeds)}, batch is {batch}: both must be at least 1")
+    plan = plan_sampling(network, **options)
+    check_class(network.net, class_idx)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    net = network.net.to(where)
+    parts = []
+    for chosen in split_seeds(seeds, count_batches(len(seeds), batch)):
+        images = sample_batch(net, chosen, plan, where, class_idx).images
+        if not images.isfinite().all():
+            raise UserError(
+                f"{network.source}: some images of seeds {chosen[0]} to {chosen[-1]} hold NaN or infinities"
+            )
+        parts.append(images.cpu() if raw else to_uint8(images.double()).permute(0, 2, 3, 1).cpu())
+    together = torch.cat(parts)
+    return together if raw else together.numpy()
+
+
 def check_class(net: Any, class_idx: int | None) -> None:
     """Raises UsageError unless `class_idx` is None or one of the network's classes."""
     if class_idx is None:
@@ -273,26 +340,3 @@ def check_class(net: Any, class_idx: int | None) -> None:
         raise UsageError(f"--class={class_idx}: this network has no classes; leave --class out")
     if not 0 <= class_idx < net.label_dim:
         raise UsageError(f"--class={class_idx}: this network's classes are 0 to {net.label_dim - 1}")
-
-
-def show_progress(
-    batches: Iterable[T], size: Callable[[T], int], total: int, say: Callable[[str], None]
-) -> Iterator[T]:
-    """Passes this process's batches on; rank 0 shows how far all processes are, of `total` images.
-
-    size: images in a batch. The other processes are taken to be as far as this one. A bar on a terminal; elsewhere
-    `say` gets a line every ten seconds.
-    """
-    on_terminal = dist.is_main() and sys.stderr.isatty()
-    start = said = time.monotonic()
-    done = 0
-    with tqdm(total=total, unit="img", leave=False, disable=not on_terminal) as bar:
-        for batch in batches:
-            yield batch
-            made = min(size(batch) * dist.get_world_size(), total - done)
-            done += made
-            bar.update(made)
-            now = time.monotonic()
-            if now - said >= SAY_EVERY and done < total and not on_terminal:
-                said = now
-                say(f"  {done} of {total} images, {format_time((now - start) / done * (total - done))} to go")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,69 +35,11 @@ from .config import (
 )
 from .dataset import ImageFolderDataset
 from .network_files import NetworkFile, load_network
-from .stage import Stage, check_compatible, check_steps, plan_stage
+from .options import Options, check_options, given
+from .stage import Stage, check_compatible, plan_stage
 from .training_loop import Trainer, build_network, check_same_options
 
 INTERFACE = ("img_resolution", "img_channels", "label_dim")  # network arguments that the data dictates
-
-
-@dataclass
-class Options:
-    """The values of `train.py`'s options; None where the default depends on other options."""
-
-    outdir: str
-    data: str
-    precond: str = "edm"
-    cond: bool | None = None
-    arch: str | None = None
-    cbase: int | None = None
-    cres: list[int] | None = None
-    blocks: int | None = None
-    sigma_data: float | None = None
-    p_mean: float | None = None
-    p_std: float | None = None
-    num_steps: int | None = None
-    ratio: int = 2
-    teacher_solver: str | None = None
-    weighting: str = "geomean"
-    intervals: str | None = None  # loss
-    self_teacher: bool = False
-    duration: float | None = None  # Mimg
-    batch: int = 512
-    batch_gpu: int | None = None
-    lr: float | None = None
-    lr_decay: str | None = None
-    warmup: float | None = None  # Mimg
-    ema: float = 0.5  # Mimg
-    ema_std: float | None = None
-    clip: float | None = None
-    dropout: float | None = None
-    augment: float | None = None
-    xflip: bool = False
-    precision: str | None = None
-    fp16: bool = False
-    compile: bool = False
-    ls: float = 1.0
-    bench: bool = True
-    cache: bool = True
-    workers: int = 1
-    deterministic: bool = False
-    desc: str | None = None
-    nosubdir: bool = False
-    tick: float = 50  # kimg
-    snap: int | None = 50
-    dump: int | None = 500
-    targets: int | None = None
-    save_every: float = 10  # minutes
-    seed: int | None = None
-    transfer: str | None = None
-    resume: str | None = None
-    tensorboard: bool = False
-    trust_network_code: bool = False
-
-    @property
-    def distils(self) -> bool:
-        return self.precond == "edm_distillation"
 
 
 @dataclass
@@ -110,6 +52,25 @@ class Run:
     transfer: NetworkFile | None
     arch: str
     precond: str
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Of one network call."""
+        return network_cost(self.config, self.dataset)
+
+    @property
+    def calls(self) -> float:
+        """What training on an image costs, in network calls forward."""
+        calls = 3.0  # forward and backward of what is trained
+        if self.stage is not None:
+            step = 2 if self.stage.solver == "heun" else 1
+            calls += step + 1 if self.stage.self_teacher else self.stage.ratio * step
+        return calls
+
+    @property
+    def flops_per_image(self) -> float:
+        """Of training, teacher included."""
+        return self.calls * self.cost.flops
 
     def announce(self, say: Callable[[str], None] = dist.print0) -> None:
         """What will happen, in a few lines."""
@@ -131,6 +92,10 @@ class Run:
             )
         say(f"Processes:               {dist.get_world_size()} on {dist.device().type}")
         say(f"Batch size:              {config.batch_size}, for {config.total_nimg / 1000:g} kimg")
+        say(
+            f"Work:                    {self.flops_per_image * config.total_nimg:.3g} FLOP, "
+            f"{self.flops_per_image / 1e9:.4g} GFLOP an image ({self.calls:g} network calls' worth)"
+        )
         say(f"Precision:               {config.precision}")
         if config.lr_rampup_kimg >= config.total_nimg / 1000:
             say(f"Note: the run ends within its --warmup ({config.lr_rampup_kimg / 1000:g} Mimg), far below --lr")
@@ -142,7 +107,7 @@ def prepare(options: Options) -> Run:
 
     Raises UsageError or UserError with one helpful line; nothing has been written by then.
     """
-    _check(options)
+    check_options(options, dist.get_world_size())
     teacher = load_everywhere(options.transfer, options.trust_network_code) if options.transfer is not None else None
     if teacher is not None and not all(p.isfinite().all() for p in teacher.net.parameters()):
         raise UserError(f"{teacher.source}: some of its weights are NaN or infinite; take a snapshot from before that")
@@ -182,38 +147,6 @@ def prepare(options: Options) -> Run:
 def _named(identity: Kwargs) -> Kwargs:
     """An identity, for comparing processes."""
     return {f"'{name}' of the run (training_options.json)": value for name, value in identity.items()}
-
-
-def _check(options: Options) -> None:
-    check_batch(options.batch, options.batch_gpu, dist.get_world_size())
-    if options.resume not in (None, "latest") and not Path(options.resume).is_file():
-        raise UserError(f"--resume={options.resume}: there is no such training state (training-state-*.pt, or latest)")
-    for name in ("outdir", "data"):
-        if not getattr(options, name):
-            raise UsageError(f"--{name} is empty")
-    if options.desc is not None and (re.search(r"[/\\]", options.desc) or not options.desc.isprintable()):
-        raise UsageError(
-            f"--desc={options.desc} becomes part of a folder's name, which can't hold a slash, or what isn't printed"
-        )
-    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
-    if options.fp16 and options.precision not in (None, "fp16"):
-        raise UsageError(f"--fp16=1 contradicts --precision={options.precision}")
-    if options.distils:
-        if options.transfer is None:
-            raise UsageError("--precond=edm_distillation needs a teacher: --transfer=FILE or URL of a network .pkl")
-        check_steps(options.num_steps, options.ratio)
-        for name in ("p_mean", "p_std", "sigma_data"):
-            if getattr(options, name) is not None:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} has no meaning in distillation, whose noise levels are the teacher's"
-                )
-    elif options.num_steps is not None or options.teacher_solver is not None or options.targets is not None:
-        raise UsageError("--num_steps, --teacher-solver and --targets belong to --precond=edm_distillation")
-    elif options.self_teacher or options.intervals is not None:
-        raise UsageError("--self-teacher and --intervals belong to --precond=edm_distillation")
-    elif options.precond != "edm" and (options.p_mean is not None or options.p_std is not None or options.sigma_data):
-        raise UsageError("--p-mean, --p-std and --sigma-data belong to --precond=edm")
 
 
 def load_everywhere(source: str, trust: bool = False) -> NetworkFile:
@@ -276,11 +209,12 @@ def _config(
         targets_ticks=options.targets,
         save_every_min=options.save_every,
         tensorboard=options.tensorboard,
+        wandb=options.wandb,
         transfer=options.transfer,
         transfer_sha256=transfer.sha256 if transfer else None,
         distillation=describe_distillation(stage) if stage else None,
         trust_network_code=options.trust_network_code,
-        extras={"data_fingerprint": fingerprint(options.data)},
+        extras={"data_fingerprint": fingerprint(options.data), "command_line": given(options)},
     )
 
 
@@ -337,9 +271,10 @@ def _student_kwargs(stage: Stage, dropout: float, precision: str, options: Optio
 
 
 def _arch_name(network_kwargs: Kwargs) -> str:
-    if network_kwargs.get("model_type") == "DhariwalUNet":
-        return "adm"
-    return "ncsnpp" if network_kwargs.get("embedding_type") == "fourier" else "ddpmpp"
+    kind = network_kwargs.get("model_type", "SongUNet")
+    if kind == "SongUNet":
+        return "ncsnpp" if network_kwargs.get("embedding_type") == "fourier" else "ddpmpp"
+    return next(name for name, usual in ARCHITECTURES.items() if usual["model_type"] == kind)
 
 
 def _check_architecture(options: Options, net: Any) -> None:
@@ -528,12 +463,7 @@ def meta_network(config: TrainConfig, dataset: ImageFolderDataset) -> Any:
 
 def describe_cost(run: Run) -> list[str]:
     """Lines for `--dry-run`: parameters, FLOPs per image and of the run, memory and disk."""
-    config, cost = run.config, network_cost(run.config, run.dataset)
-    calls = 3.0  # forward and backward of what is trained
-    if run.stage is not None:
-        step = 2 if run.stage.solver == "heun" else 1
-        calls += step + 1 if run.stage.self_teacher else run.stage.ratio * step
-    per_image = calls * cost.flops
+    config, cost, per_image = run.config, run.cost, run.flops_per_image
     size, _ = check_batch(config.batch_size, config.batch_gpu, dist.get_world_size())
     weights = 4 * cost.parameters
     memory = weights * (5 + (run.stage is not None)) + cost.activation_bytes * size
@@ -543,7 +473,7 @@ def describe_cost(run: Run) -> list[str]:
     return [
         f"Parameters:              {cost.parameters / 1e6:.2f} M",
         f"FLOPs per network call:  {cost.flops / 1e9:.4g} GFLOP an image",
-        f"FLOPs per image trained: {per_image / 1e9:.4g} GFLOP ({calls:g} calls' worth)",
+        f"FLOPs per image trained: {per_image / 1e9:.4g} GFLOP ({run.calls:g} calls' worth)",
         f"FLOPs of the run:        {per_image * config.total_nimg:.3g}",
         f"Memory per process:      about {memory / 2**30:.2f} GiB (weights, gradients, EMA, Adam"
         f"{', teacher' if run.stage else ''}, activations of {size} images at fp32)",

@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dnnlib.atomic import append_text, write_text
 from dnnlib.cli import Stopped, UserError
@@ -38,7 +39,9 @@ from .dataset import ImageFolderDataset
 from .draws import StepDraws, key
 from .intervals import Intervals
 from .loader import Batch, Loader
+from .loggers import open_loggers
 from .network_files import save_network
+from .progress import print_above_bars, training_bar
 from .samplers import edm_sampler, grid_sampler
 from .speed import use_cpu_kernels
 from .stage import Stage
@@ -158,7 +161,7 @@ class Log:
         self.path = path if dist.is_main() else None
 
     def __call__(self, text: str = "") -> None:
-        dist.print0(text)
+        print_above_bars(text)
         if self.path is not None:
             append_text(self.path, text + "\n")
 
@@ -215,7 +218,9 @@ class Trainer:
         self.nimg = self.step_count = self.tick = self.tick_start_nimg = self.tick_start_step = 0
         self.skipped_before_tick = self.stats_lines = 0
         self.elapsed_before = 0.0
-        self.tensorboard: Any = None
+        self.told_duration = False
+        self.bar: Any = tqdm(disable=True)  # until `run`
+        self.loggers = open_loggers(config, self.say)
 
     def _make_loss(self) -> Callable[..., Tensor]:
         kwargs = dict(self.config.loss_kwargs)
@@ -309,13 +314,14 @@ class Trainer:
         )
         self.say(f"Training for {config.total_nimg / 1000:g} kimg...")
         self.say()
+        self.bar = training_bar(self.title(), self.nimg, config.total_nimg)
         try:
             with StopSignals() as signals:
                 self.train(loader, signals)
         finally:
             loader.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+            self.bar.close()
+            self.loggers.close()
         dist.barrier()
         self.say()
         self.say(f"Done: {self.snapshot_path()}")
@@ -328,6 +334,7 @@ class Trainer:
         maintenance = 0.0
         while self.nimg < config.total_nimg:
             self.step(loader)
+            self.bar.update(config.batch_size)
             done = self.nimg >= config.total_nimg
             if done or self.tick == 0 or self.nimg >= self.tick_start_nimg + config.kimg_per_tick * 1000:
                 tick_end = time.time()
@@ -349,6 +356,12 @@ class Trainer:
                 text = f"interrupted by {signal.Signals(stop).name} at {self.nimg / 1000:g} kimg"
                 self.say(f"The state is in {self.run_dir / state.rolling_name(self.nimg)}: {text}")
                 raise Stopped(stop, f"{text}; what is needed to go on is saved" if dist.is_main() else "")
+
+    def title(self) -> str:
+        """What the bar says it is."""
+        if self.stage is None:
+            return "training"
+        return f"{self.stage.grid.steps} -> {self.stage.sampling.grid.steps} steps"
 
     def finish_again(self) -> Path:
         """For a state from which nothing is left to do: makes sure that the last snapshot is there."""
@@ -412,6 +425,11 @@ class Trainer:
             f"gpumem {figures['Resources/peak_gpu_mem_gb']:<6.2f} "
             f"reserved {figures['Resources/peak_gpu_mem_reserved_gb']:<6.2f} loss {self.collector['Loss/loss']:<.5g}"
         )
+        self.bar.set_postfix_str(f"loss {self.collector['Loss/loss']:.4g}", refresh=False)
+        left = self.config.total_nimg - self.nimg
+        if images > self.config.batch_size and left > 0 and not self.told_duration:  # the first tick only warms up
+            self.say(f"About {format_time(left / images * tick_seconds)} for the {left / 1000:g} kimg that are left")
+            self.told_duration = True
 
     def check_numbers(self) -> None:
         """Speaks of skipped steps, and gives up when a whole tick brought nothing but those."""
@@ -490,26 +508,14 @@ class Trainer:
         pictures.save_png(self.run_dir / f"targets-{self.nimg // 1000:06d}.png", sheet)
 
     def write_stats(self) -> None:
-        """One line of `stats.jsonl` (and TensorBoard), then the statistics start afresh."""
+        """One line of `stats.jsonl` (and for the loggers), then the statistics start afresh."""
         values = self.collector.as_dict()
         self.collector.reset()
         self.stats_lines += 1
         if not dist.is_main():
             return
         append_text(self.run_dir / "stats.jsonl", json.dumps({**values, "timestamp": time.time()}) + "\n")
-        if self.config.tensorboard:
-            self._write_tensorboard(values)
-
-    def _write_tensorboard(self, values: dict[str, dict[str, float]]) -> None:
-        if self.tensorboard is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-            self.tensorboard = SummaryWriter(str(self.run_dir))
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value["mean"], global_step=self.nimg)
-        self.tensorboard.flush()
+        self.loggers.write({name: value["mean"] for name, value in values.items()}, self.nimg)
 
     # -- going on --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,497 @@
+"""What all scripts' command lines share: help that runs, --version, --config, completion, colours, bars, what comes next."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import termios
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+import convert
+import dataset_tool
+import distill
+import example
+import fid
+import generate
+import train
+from dnnlib import cli, version
+from helpers import GOLDEN, load_recipe, make_dataset, small_network
+from test_dataset_tool import cifar
+from training.config import ARCHITECTURES
+from training.grids import Sampling, network_grid
+from training.network_files import save_network
+from training.options import COMMAND_LINE, Options, given, options_of_file
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {module.__name__: module for module in (train, distill, generate, fid, example, convert, dataset_tool)}
+SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=8", "--tick=0.02", "--warmup=0", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fails(capsys: pytest.CaptureFixture[str], module: Any, *args: object) -> tuple[int, str]:
+    """(exit status, the one line on standard error)."""
+    status = module.main([str(arg) for arg in args])
+    error = capsys.readouterr().err
+    assert status and error.count("\n") == 1, error
+    return status, error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help
+
+
+def examples(name: str) -> list[list[str]]:
+    """The commands that a script's help shows, as words from the script's name on."""
+    text = re.sub(r"\\\n\s*", "", inspect.cleandoc(SCRIPTS[name].command.help or ""))
+    return [shlex.split(match) for match in re.findall(rf"^\s+(?:python|torchrun .*?) ({name}\.py.*)$", text, re.M)]
+
+
+COUNTS = {name: len(examples(name)) for name in SCRIPTS}
+ALL = [(name, index) for name in SCRIPTS for index in range(COUNTS[name])]
+
+
+def test_every_script_shows_examples() -> None:
+    assert min(COUNTS.values()) >= 2, COUNTS
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all files that the examples speak of, in small."""
+    folder = tmp_path_factory.mktemp("place")
+    for name in ("datasets", "downloads", "photos/cats", "photos/dogs", "fid-refs", "fid-tmp"):
+        (folder / name).mkdir(parents=True)
+    data = make_dataset(folder / "datasets/cifar10-32x32.zip", count=40, size=8, channels=3)  # to be quick
+    shutil.copy(data, folder / "datasets/my-dataset.zip")
+    shutil.unpack_archive(data, folder / "photos/cats")
+    shutil.unpack_archive(data, folder / "photos/dogs")
+    shutil.unpack_archive(data, folder / "fid-tmp")
+    for extra in folder.glob("*/**/dataset.json"):
+        extra.unlink()
+    cifar(folder / "downloads/cifar-10-python.tar.gz")
+    net = small_network(8, 3)
+    load_recipe(net, 1)
+    save_network(folder / "teacher.pkl", net)
+    for name in ("student-16.pkl", "student.pkl", "network-snapshot-020000.pkl"):
+        save_network(folder / name, net, sampling=Sampling(network_grid(net, 32).every(2)))
+    run = folder / "training-runs/00000-run"
+    run.mkdir(parents=True)
+    told = {COMMAND_LINE: {"outdir": "training-runs", "data": str(data), "cond": True}, "seed": 3}
+    (run / "training_options.json").write_text(json.dumps(told))
+    detector = [f"--data={data}", f"--dest={folder}/detector.pt", "--kimg=0.2"]
+    assert fid.main(["detector", *detector]) == 0
+    ref = ["ref", f"--data={data}", f"--detector={folder}/detector.pt"]
+    assert fid.main([*ref, f"--dest={folder}/cifar10-32x32.npz"]) == 0
+    return folder
+
+
+LESS = {  # what makes an example small enough for a test; the last of two options counts
+    "train": ["--dry-run", "--device=cpu"],
+    "distill": [
+        *("--until=16", "--duration=0.001", "--batch=8", "--eval-num=4", "--eval-sets=1", "--curve=0"),
+        *("--detector=detector.pt", "--device=cpu"),
+    ],
+    "generate": ["--seeds=0-2", "--device=cpu"],
+    "fid calc": ["--num=3", "--device=cpu"],
+    "fid detector": ["--kimg=0.2"],
+}
+
+
+@pytest.mark.parametrize(("name", "index"), ALL, ids=[f"{name}-{index}" for name, index in ALL])
+def test_an_example_runs_as_written(
+    name: str, index: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = examples(name)[index][1:]
+    if name == "dataset_tool":  # would put its results where the others' data is
+        place = shutil.copytree(place, tmp_path / "place")
+    monkeypatch.chdir(place)
+    with SCRIPTS[name].command.make_context(name, list(words), resilient_parsing=False):
+        pass  # every option exists and has a value that it can have
+    if name == "fid" and words[0] != "detector" and "--detector=detector.pt" not in words:
+        pytest.skip("needs Inception's weights")
+    if name == "fid" and words[0] != "detector":
+        shutil.copy("cifar10-32x32.npz", "ref.npz")
+    monkeypatch.setattr(dataset_tool, "CIFAR10_IMAGES", 20)
+    more = LESS.get(name, LESS.get(f"{name} {''.join(words[:1])}", []))
+    assert SCRIPTS[name].main([*words, *more]) == 0
+
+
+def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert titles == ["Main", "Distillation", "Hyperparameters", "Performance", "Output and going on", "Help"]
+    part = text.partition("Performance:")[2].partition("Output and going on:")[0]
+    assert "--precision" in part and "--lr" not in part and "\x1b" not in text
+    for param in train.command.params:
+        assert all(option in text for option in param.opts if option.startswith("--")), param.opts
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert SCRIPTS[name].main(["--version"]) == 0
+    text = capsys.readouterr().out
+    for wanted in (f"edm-distill {version.VERSION}", "Python 3.", f"torch {torch.__version__}", "CUDA"):
+        assert wanted in text
+
+
+def test_version_is_that_of_the_project() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version.VERSION
+
+
+def test_version_names_the_commit_and_copes_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C", str(tmp_path), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(version, "ROOT", tmp_path)
+    assert version.git_revision() is None
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    assert version.git_revision() == git("rev-parse", "--short=12", "HEAD")
+    (tmp_path / "file").write_text("2")
+    assert version.git_revision() == git("rev-parse", "--short=12", "HEAD") + "+"
+    monkeypatch.setenv("PATH", "")
+    assert version.git_revision() is None
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "words"),
+    [
+        (train, ["--arch=ddpmp"], "did you mean 'ddpmpp'?"),
+        (train, ["--precond=EDM-destillation"], "did you mean 'edm_distillation'?"),
+        (train, ["--arch=x"], "is not one of ddpmpp, ncsnpp, adm\n"),
+        (train, ["--num-step=4"], "did you mean '--num-steps'?"),
+        (generate, ["--sigma-mix=4"], "did you mean '--sigma-min'?"),
+        (fid, ["cacl"], "Did you mean 'calc'?"),
+    ],
+)
+def test_near_misses_are_answered(module: Any, args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, error = fails(capsys, module, *args)
+    assert status == 2 and words in error
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--precond=edm_distillation"], "needs a teacher"),
+        (["--num_steps=4"], "belong to --precond=edm_distillation"),
+        (["--precond=edm_distillation", "--transfer=x", "--num_steps=5"], "not divisible by --ratio=2"),
+        (["--batch=9", "--batch-gpu=2"], "does not divide"),
+        (["--wandb"], "--wandb needs the package wandb: pip install wandb"),
+    ],
+)
+def test_contradictions_are_answered_before_torch_is_loaded(args: list[str], words: str) -> None:
+    code = (
+        "import sys, importlib.util, train\n"
+        "sys.modules['wandb'] = None\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'wandb' else find(name)\n"
+        f"status = train.main({['--outdir=o', '--data=d', *args]!r})\n"
+        "assert 'torch' not in sys.modules\nsys.exit(status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (1, 2) and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --config
+
+
+def printed_options(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    text = capsys.readouterr().out.partition("Training options:\n")[2]
+    options: dict[str, Any] = json.JSONDecoder().raw_decode(text)[0]
+    return options
+
+
+def test_config_repeats_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_dataset(tmp_path / "data.zip")
+    first, second = tmp_path / "first", tmp_path / "second"
+    args = [f"--data={data}", "--cond=1", "--duration=0.001", "--arch=ncsnpp", *SMALL]
+    assert train.main([*args, f"--outdir={first}", "--nosubdir", "--lr=3e-4", "--xflip=1"]) == 0  # a random seed
+    config = first / "training_options.json"
+    assert train.main([f"--config={config}", f"--outdir={second}", "--device=cpu"]) == 0
+    capsys.readouterr()
+    a, b = (json.loads((place / "training_options.json").read_text()) for place in (first, second))
+    assert a.pop("run_dir") != b.pop("run_dir") and a.pop(COMMAND_LINE) != b.pop(COMMAND_LINE)
+    assert a == b and a["optimizer_kwargs"]["lr"] == 3e-4
+    weights = [(place / "network-snapshot-000001.pkl").read_bytes() for place in (first, second)]
+    assert [len(each) for each in weights] == [len(weights[0])] * 2
+
+    def losses(folder: Path) -> list[Any]:
+        return [json.loads(line)["Loss/loss"] for line in (folder / "stats.jsonl").read_text().splitlines()]
+
+    assert losses(first) == losses(second)
+    assert train.main([f"--config={config}", f"--outdir={second}-2", "--lr=1e-3", "--seed=9", "-n"]) == 0
+    changed = printed_options(capsys)
+    assert changed["optimizer_kwargs"]["lr"] == 1e-3 and changed["seed"] == 9 and changed["batch_size"] == 8
+    assert train.main([f"--config={config}", "--device=cpu"]) == 0  # in its own place: done already
+    assert "This run is done already" in capsys.readouterr().out
+
+
+def test_given_options_survive_the_file() -> None:
+    options = Options("out", "data", cres=[1, 2], lr=1e-05, cond=False, nosubdir=True, num_steps=8, wandb="p")
+    again = Options(**{**options_of_file({COMMAND_LINE: json.loads(json.dumps(given(options)))})})
+    assert again == options
+
+
+@pytest.mark.parametrize("case", sorted(json.loads((GOLDEN / "train_options.json").read_text())))
+def test_config_of_edm_itself(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """EDM's own training_options.json come to the same options here."""
+    spec = json.loads((GOLDEN / "train_options.json").read_text())[case]
+    if spec["exit_code"] != 0 or case == "batchgpu":
+        pytest.skip("EDM itself refuses these, or would when it trains")
+    save_network(tmp_path / "foo.pkl", small_network(16, 3))
+    text = json.dumps(spec["options"]).replace("foo.pkl", str(tmp_path / "foo.pkl")).replace("DIR", str(GOLDEN))
+    options = json.loads(text)
+    config = tmp_path / "training_options.json"
+    config.write_text(text)
+    args = [f"--config={config}", f"--outdir={tmp_path / 'out'}", "-n"]
+    if options.get("resume_state_dump"):
+        assert "which is not read here" in fails(capsys, train, *args)[1]
+        return
+    assert train.main(args) == 0, capsys.readouterr().err
+    ours = printed_options(capsys)
+    for name, value in options.items():
+        assert name in ("run_dir", "seed") or ours[name] == value, name
+    assert options.get("seed") in (None, ours["seed"])
+
+
+EDM_FILE = {
+    "dataset_kwargs": {"path": "d.zip", "use_labels": False},
+    "data_loader_kwargs": {"num_workers": 1},
+    "network_kwargs": {**ARCHITECTURES["ddpmpp"], "class_name": "training.networks.EDMPrecond"},
+    "loss_kwargs": {"class_name": "training.loss.EDMLoss"},
+    "optimizer_kwargs": {"class_name": "torch.optim.Adam", "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8},
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        ("{", 1, "can't be used: Expecting"),
+        ("[1]", 1, "it holds no JSON object"),
+        (b"\xff\xfe", 1, "can't be used"),
+        ("[" * 100_000, 1, "can't be used"),
+        ({}, 1, "no training_options.json"),
+        ({COMMAND_LINE: 3}, 1, "'command_line' is no JSON object"),
+        ({"identity": {}, "network_kwargs": {}}, 1, "does not tell the options"),
+        ({COMMAND_LINE: {"lr": "fast"}}, 2, "lr: 'fast' is not a valid number"),
+        ({COMMAND_LINE: {"lr": {}}}, 2, "lr should be a number, not {}"),
+        ({COMMAND_LINE: {"batch": True}}, 2, "batch: 'true' is not a valid whole number"),
+        ({COMMAND_LINE: {"batch": 1.5}}, 2, "batch: '1.5' is not a valid whole number"),
+        ({COMMAND_LINE: {"cres": [1, [2]]}}, 2, "cres should be a list, not [1, [2]]"),
+        ({COMMAND_LINE: {"data": 5}}, 2, "data should be text, not 5"),
+        ({COMMAND_LINE: {"nosubdir": "perhaps"}}, 2, "nosubdir: 'perhaps' is not a valid boolean"),
+        ({COMMAND_LINE: {"learning_rat": 1, "ema_sdt": 0.1}}, 2, "there is no option 'learning_rat'"),
+        ({COMMAND_LINE: {"ema_sdt": 0.1}}, 2, "did you mean 'ema_std'?"),
+        ({**EDM_FILE, "loss_kwargs": {"class_name": "x.MyLoss"}}, 1, "no --precond has EDMPrecond with MyLoss"),
+        ({**EDM_FILE, "loss_kwargs": {"class_name": "x.EDMLoss", "P_mean": 0}}, 1, "settings of its loss_kwargs"),
+        ({**EDM_FILE, "optimizer_kwargs": {"class_name": "torch.optim.SGD"}}, 1, "optimizer_kwargs: class_name"),
+        ({**EDM_FILE, "network_kwargs": {**EDM_FILE["network_kwargs"], "skip": 1}}, 1, "network_kwargs: skip"),
+        ({**EDM_FILE, "total_kimg": "many"}, 1, "'total_kimg' is no number"),
+        ({**EDM_FILE, "total_kimg": 5}, 2, "Missing option '--outdir'"),
+    ],
+)
+def test_config_files_that_cannot_be_used(
+    content: Any, status: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "options.json"
+    path.write_bytes(
+        content
+        if isinstance(content, bytes)
+        else (content if isinstance(content, str) else json.dumps(content)).encode()
+    )
+    found, error = fails(capsys, train, f"--config={path}")
+    assert (found, words in error) == (status, True), error
+
+
+def test_config_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, train, f"--config={tmp_path / 'no.json'}")[1].endswith("no.json: No such file or directory\n")
+    assert "Is a directory" in fails(capsys, train, f"--config={tmp_path}")[1]
+    (tmp_path / "run.json").write_text(json.dumps({COMMAND_LINE: {}, "run_dir": "x"}))
+    assert "no ladder-options.json" in fails(capsys, distill, f"--config={tmp_path / 'run.json'}")[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Completion, colours
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["PYTHON", "train.py", "--num"], ["--num_steps"]),
+        (["PYTHON", "train.py", "--arch", "=", "nc"], ["ncsnpp"]),
+        (["PYTHON", "train.py", "--cond", "=", "1", "--preco"], ["--precond"]),
+        (["PYTHON", "fid.py", "calc", "--de"], ["--detector", "--device"]),
+        (
+            ["torchrun", "--standalone", "--nproc_per_node", "=", "2", "generate.py", "--sigma"],
+            ["--sigma_min", "--sigma_max"],
+        ),
+        (["PYTHON", "setup.py", "--num"], []),
+    ],
+)
+def test_completion(words: list[str], wanted: list[str]) -> None:
+    words = [sys.executable if word == "PYTHON" else word for word in words]
+    script = (
+        f"source extras/completion.bash; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; "
+        'COMP_WORDBREAKS="=:"; _edm_distill; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split() == wanted, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("terminal", "env", "coloured"),
+    [(True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False)],
+)
+def test_colour(terminal: bool, env: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert (cli.bold("x"), cli.green("x")) == (("\x1b[1mx\x1b[0m", "\x1b[32mx\x1b[0m") if coloured else ("x", "x"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# While it works, and afterwards
+
+
+def on_a_terminal(*command: object, timeout: float = 100) -> str:
+    """What a command shows on a terminal."""
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (50, 150))
+    env = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    env.pop("NO_COLOR", None)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdin=side, stdout=side, stderr=side, env=env
+    )
+    os.close(side)
+    shown = b""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(main)
+    assert process.wait(timeout=10) == 0, shown[-2000:]
+    return shown.decode()
+
+
+def test_bars_are_for_terminals_alone(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data.zip")
+    args = [f"--data={data}", "--nosubdir", "--duration=0.002", "--seed=1", *SMALL]
+    shown = on_a_terminal("train.py", f"--outdir={tmp_path / 'a'}", *args)
+    assert re.search(r"training: +\d+%.*img/s, loss 0\.\d+", shown), shown[-3000:]
+    assert "\x1b[32mWritten to " in shown
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert "img/s" not in log and "\r" not in log and "\x1b" not in log and len(log) > 5000
+    assert len(re.findall(r"^About .* for the .* kimg that are left$", log, re.MULTILINE)) == 1
+    for line in log.splitlines():
+        assert line in shown, line  # a line is never broken by the bar
+    piped = subprocess.run(
+        [sys.executable, "train.py", f"--outdir={tmp_path / 'b'}", *args], cwd=ROOT, capture_output=True, text=True
+    )
+    assert piped.returncode == 0 and piped.stderr == ""
+    assert "img/s" not in piped.stdout and "\x1b" not in piped.stdout
+
+    network = tmp_path / "a" / "network-snapshot-000002.pkl"
+    shown = on_a_terminal(
+        *("generate.py", f"--network={network}", f"--outdir={tmp_path / 'images'}", "--seeds=0-9", "--steps=3"),
+        *("--batch=2", "--device=cpu"),
+    )
+    assert re.search(r"NFE 5: +\d+%.*/10 ", shown), shown
+
+
+def test_the_next_commands_run_as_they_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From scratch, then down to a single step, with nothing but what the run before has proposed."""
+    data = make_dataset(tmp_path / "my data.zip", size=8)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.next_steps.FIRST_STEPS", 4)
+    less = ["--batch=8", "--tick=1", "--device=cpu"]
+    small = [*SMALL, "--duration=0.001", *less]
+    assert train.main([f"--data={data}", "--outdir=runs", "--desc=a b", "--seed=0", *small]) == 0
+    stages = []
+    for _ in range(5):
+        text = capsys.readouterr().out
+        commands = [shlex.split(line) for line in re.findall(r"^    (python .*)$", text, re.MULTILINE)]
+        by_script = {(Path(words[1]).stem, words[2]): words for words in commands}
+        assert all(Path(words[1]).is_file() for words in commands)
+        generated = next(words for (name, _), words in by_script.items() if name == "generate")
+        assert generate.main([*generated[2:], "--seeds=0-1", "--device=cpu"]) == 0
+        for name, first in by_script:
+            if name == "fid":
+                words = by_script[name, first][2:]
+                with fid.command.make_context("fid.py", list(words)):
+                    pass
+                assert fid.command.commands[words[0]].make_context(words[0], words[1:])
+        stage = next((words for (name, _), words in by_script.items() if name == "train"), None)
+        if stage is None:
+            break
+        stages.append(re.findall(r"^  (.* steps)$", text, re.MULTILINE)[-1])
+        capsys.readouterr()
+        assert train.main([*stage[2:], "--duration=0.001", *less]) == 0
+    assert stages == ["4 -> 2 steps", "2 -> 1 steps"]
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_a_nosubdir_run_proposes_another_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_dataset(tmp_path / "data.zip")
+    assert train.main([f"--data={data}", f"--outdir={tmp_path / 'a'}", "--nosubdir", "--duration=0.001", *SMALL]) == 0
+    text = capsys.readouterr().out
+    assert f"--outdir={tmp_path / 'a-32to16'} " in text and "--nosubdir" in text
+    monkeypatch.chdir(ROOT)
+    from training.next_steps import launched
+
+    assert launched("train.py") == ["python", "train.py"]
+    monkeypatch.setattr("torch_utils.distributed.get_world_size", lambda: 4)
+    assert launched("train.py") == ["torchrun", "--standalone", "--nproc_per_node=4", "train.py"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launched("train.py") == ["torchrun", "--nnodes=2", "--nproc_per_node=2", "train.py"]
+
+
+def test_sections_name_only_what_follows() -> None:
+    @cli.command(name="x")
+    @cli.section("First")
+    @click.option("--a")
+    @cli.section("Second")
+    @click.option("--b", help="a very long name is put on a line of its own", metavar="X" * 40)
+    def command(a: str, b: str) -> None:
+        """Nothing."""
+
+    text = command.get_help(click.Context(command))
+    assert re.search(r"First:\n +--a TEXT\s*\n\nSecond:\n +--b X+\n", text), text

@@ -1,0 +1,138 @@
+"""TensorBoard and Weights & Biases beside stats.jsonl: the same figures, the same run when it goes on, and never in the way."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from helpers import make_dataset
+from training import loggers
+from training.loggers import Background
+
+SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=8", "--tick=0.2", "--warmup=0", "--device=cpu", "--seed=0"]
+
+
+class FakeWandb(types.ModuleType):
+    """As much of the package as is used; `fail` names the call that breaks."""
+
+    def __init__(self, fail: str = "") -> None:
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.fail = fail
+        self.starts: list[dict[str, Any]] = []
+        self.rows: list[dict[str, float]] = []
+        self.metrics: list[tuple[str, str]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> FakeWandb:
+        if self.fail == "init":
+            raise ConnectionError("no\nnetwork")
+        self.starts.append(options)
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, row: dict[str, float]) -> None:
+        if self.fail == "log" and len(self.rows) == 1:
+            raise OSError("disk full")
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_dataset(tmp_path / "data.zip")
+
+
+def run(data: Path, folder: Path, duration: float, *more: str) -> tuple[list[dict[str, Any]], str]:
+    """(lines of stats.jsonl, log.txt) of a run of so many kimg."""
+    args = [f"--data={data}", f"--outdir={folder}", "--nosubdir", f"--duration={duration / 1000}", *SMALL, *more]
+    assert train.main(args) == 0
+    stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    return stats, (folder / "log.txt").read_text()
+
+
+def test_wandb_gets_the_figures_and_goes_on_under_one_number(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "ladder" / "stage-1"
+    for duration, args in ((1, "--wandb=digits"), (2, "--wandb")):
+        fake = FakeWandb()
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        stats, log = run(data, folder, duration, args)
+        (start,) = fake.starts
+        assert start["id"] == (folder / loggers.RUN_ID).read_text().strip() and len(start["id"]) == 8
+        assert (start["name"], start["group"]) == ("stage-1", "ladder")
+        assert start["project"] == ("digits" if duration == 1 else "edm-distill")
+        assert start["resume"] == "allow" and start["config"]["batch_size"] == 8
+        assert fake.metrics == [("*", "nimg")] and fake.finished == 1 and "Warning" not in log
+        for row, line in zip(fake.rows[::-1], stats[::-1], strict=False):
+            wanted = {name: value["mean"] for name, value in line.items() if name != "timestamp"}
+            assert row == {**wanted, "nimg": round(wanted["Progress/kimg"] * 1000)}
+    assert 3 <= len(fake.rows) < len(stats)  # those after going on
+
+
+@pytest.mark.parametrize(("fail", "words"), [("init", "ConnectionError: no network"), ("log", "OSError: disk full")])
+def test_a_logger_that_fails_is_left_out_with_one_line(
+    fail: str, words: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fail))
+    stats, log = run(data, tmp_path / "run", 1, "--wandb")
+    assert log.count("Warning") == 1
+    assert f"Warning: --wandb is left out from here on ({words}); stats.jsonl has every figure\n" in log
+    assert stats[-1]["Progress/kimg"]["mean"] == 1
+
+
+def test_a_logger_that_hangs_does_not_hold_the_run_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, said = threading.Event(), []
+
+    class Stuck:
+        def write(self, figures: Any, nimg: int) -> None:
+            release.wait(30)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(loggers, "PATIENCE", 0.1)
+    logger = Background("wandb", Stuck, said.append)
+    start = time.monotonic()
+    for nimg in range(1000):
+        logger.write({"loss": 1.0}, nimg)
+    logger.close()
+    assert time.monotonic() - start < 5  # the first call alone would have waited for 30
+    release.set()
+    (line,) = said
+    assert "it has not sent everything within 0.1 seconds" in line
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_package_is_told_before_anything_is_written(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda each: None if each == name else find(each))
+    assert train.main([f"--data={data}", f"--outdir={tmp_path / 'run'}", f"--{name}", *SMALL]) == 1
+    assert capsys.readouterr().err == f"train.py: error: --{name} needs the package {name}: pip install {name}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_started_before_the_first_figures() -> None:
+    def make() -> Any:
+        raise AssertionError("too early")
+
+    logger = Background("x", make, print)
+    logger.close()
+    assert logger.thread is None and logger.problem is None

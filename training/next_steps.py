@@ -1,0 +1,110 @@
+"""What to type after a run: commands that work as they are printed, in the folder in which the run was started."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from dnnlib.cli import bold, green
+from torch_utils import distributed as dist
+
+from .grids import ratios_that_work
+from .options import Options, given
+from .setup import Run
+
+FIRST_STEPS = 32  # proposed for a network that has just been trained from scratch
+
+
+def describe_end(options: Options, run: Run, snapshot: Path) -> list[str]:
+    """Lines for people: what a finished run has left, and the next commands."""
+    config = run.config
+    folder = Path(config.run_dir)
+    kimg = snapshot.stem.rpartition("-")[2]
+    names = (f"samples-{kimg}.png", f"targets-{kimg}.png", f"training-state-{kimg}.pt")
+    left = [snapshot.name, *(name for name in names if (folder / name).is_file())]
+    left += ["stats.jsonl", "log.txt", "training_options.json"]
+    lines = ["", green(f"Written to {folder}: {', '.join(left)}"), bold("Next:")]
+    for title, commands in next_commands(options, run, snapshot):
+        lines += [f"  {title}", *(f"    {command}" for command in commands)]
+    return lines
+
+
+def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str, list[str]]]:
+    """(what for, commands): images, the Fréchet distance, and the next stage where there is one."""
+    folder, data = Path(run.config.run_dir), str(run.config.dataset_kwargs["path"])
+    network, ref = f"--network={snapshot}", folder / "ref.npz"
+    images = [*launched("generate.py"), network, f"--outdir={folder / 'images'}", "--seeds=0-63"]
+    reference = [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"]
+    distance = [*launched("fid.py"), "gen", network, f"--ref={ref}"]
+    commands = [
+        ("images", [images]),
+        ("FID: the data's statistics, then the network's distance", [reference, distance]),
+    ]
+    found = [(title, [shlex.join(words) for words in each]) for title, each in commands]
+    following = next_stage(options, run, snapshot)
+    if following is not None:
+        steps, chosen = following
+        found.append((f"{steps} -> {steps // chosen.ratio} steps", [train_command(chosen)]))
+    return found
+
+
+def next_stage(options: Options, run: Run, snapshot: Path) -> tuple[int, Options] | None:
+    """(teacher's steps, options) of the stage that makes the run's network a teacher; None after a last one."""
+    if run.stage is None:
+        steps = FIRST_STEPS
+        kept = {name: getattr(options, name) for name in ("batch", "batch_gpu", "xflip", "nosubdir", "seed")}
+        chosen = Options(options.outdir, options.data, precond="edm_distillation", num_steps=steps, **kept)
+    else:
+        steps = run.stage.sampling.grid.steps
+        ratios = ratios_that_work(steps)
+        if not ratios:
+            return None
+        ratio = options.ratio if options.ratio in ratios else ratios[0]
+        chosen = replace(options, ratio=ratio, num_steps=steps, teacher_solver=None, resume=None)
+    if options.nosubdir:  # that folder is this run's own
+        outdir = Path(options.outdir).with_name(f"{Path(options.outdir).name}-{steps}to{steps // chosen.ratio}")
+        chosen = replace(chosen, outdir=str(outdir))
+    return steps, replace(chosen, transfer=str(snapshot))
+
+
+def train_command(options: Options) -> str:
+    """The train.py command that runs a stage by itself, for a shell in the folder in which this program was started.
+
+    What has train.py's own default is left out; the device is named, because its kind alters the result.
+    """
+    words = launched("train.py")
+    for name, value in given(options).items():
+        option = "--" + (name if name == "num_steps" else name.replace("_", "-"))
+        if isinstance(value, bool) and name in FLAGS:
+            words.append(option)
+        elif isinstance(value, list):
+            words.append(f"{option}={','.join(map(str, value))}")
+        else:
+            words.append(f"{option}={int(value) if isinstance(value, bool) else value}")
+    return shlex.join([*words, f"--device={dist.device().type}"])
+
+
+def launched(script: str, alone: bool = False) -> list[str]:
+    """The words that start one of our scripts, from the present folder, on as many processes as there are now.
+
+    alone: on one process.
+    """
+    path = Path(__file__).parent.parent / script
+    name = script if path.parent == Path.cwd() else str(path)
+    world = 1 if alone else dist.get_world_size()
+    if world == 1:
+        return ["python", name]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes = ["--standalone"] if local == world else [f"--nnodes={world // local}"]
+    return ["torchrun", *nodes, f"--nproc_per_node={local}", name]
+
+
+FLAGS = (
+    "nosubdir",
+    "self_teacher",
+    "deterministic",
+    "tensorboard",
+    "trust_network_code",
+)  # options of train.py that take no value
