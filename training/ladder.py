@@ -68,7 +68,7 @@ from .ladder_report import (
 from .network_files import NetworkFile
 from .samplers import nfe
 from .sampling import Batch, iterate_images, plan_sampling, show_progress
-from .setup import Options, Run, load_everywhere, prepare, train
+from .setup import Options, Run, disk_need, free_disk, gib, load_everywhere, prepare, train
 from .stage import plan_ladder
 from .state import list_states
 from .training_loop import set_precision
@@ -182,6 +182,9 @@ class Ladder:
         assert first.stage is not None
         self.say(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
         self.say(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
+        lengths = [max(int(duration * 1000), 1) for duration in self.durations]
+        need = sum(disk_need(replace(self.config, total_kimg=kimg), first.dataset).total for kimg in lengths)
+        self.say(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
         self.prepare_measuring(str(self.config.extras["data_fingerprint"]))
 
         grid = Sampling(first.stage.grid, self.solver, ratio=1)  # an undistilled teacher is sampled as it is distilled
