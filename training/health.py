@@ -102,7 +102,7 @@ def is_spike(loss: float, before: Sequence[float]) -> bool:
     off, in the logarithm, because the losses of small batches are skewed.
 
     Deviations are estimated from the median difference of neighbours, which neither earlier spikes nor a falling loss
-    alter much. Losses of 6689 normal steps (batches of 8 to 64, all kinds of loss) were 4.4 of them off at most. NaN is
+    alter much. In nine normal runs (6689 steps, batches of 8 to 64, all kinds of loss) 4.4 of them was the most. NaN is
     no spike: its step has been skipped and told.
     """
     if len(before) < ENOUGH or not loss > FACTOR * statistics.median(before):
