@@ -125,9 +125,17 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @cli.section("Output and going on")
 @click.option("--tick", help="How often to print progress", metavar="KIMG", type=POSITIVE, default=50)
 @click.option("--snap", help="How often to save snapshots", metavar="TICKS", type=cli.Whole(min=1), default=50)
-@click.option("--dump", help="How often to dump state", metavar="TICKS", type=cli.Whole(min=1), default=500)
+@click.option(
+    "--dump", help="How often to dump state (the last 10 are kept)", metavar="TICKS", type=cli.Whole(min=1), default=500
+)
 @click.option("--targets", help="How often to save targets-KKKKKK.png", metavar="TICKS", type=cli.Whole(min=1))
-@click.option("--save-every", help="Rolling training state", metavar="MIN", type=cli.Number(min=0), default=10)
+@click.option(
+    "--save-every",
+    help="Rolling training state (the last 2 are kept)",
+    metavar="MIN",
+    type=cli.Number(min=0),
+    default=10,
+)
 @click.option("--tensorboard", help="Also write TensorBoard events", is_flag=True)
 @click.option(
     "--wandb",

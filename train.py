@@ -138,8 +138,16 @@ NAMES = cli.Choice
     default=50,
 )
 @click.option("--snap", help="How often to save snapshots", metavar="TICKS", type=cli.Whole(min=1), default=50)
-@click.option("--dump", help="How often to dump state", metavar="TICKS", type=cli.Whole(min=1), default=500)
-@click.option("--save-every", help="Rolling training state", metavar="MIN", type=cli.Number(min=0), default=10)
+@click.option(
+    "--dump", help="How often to dump state (the last 10 are kept)", metavar="TICKS", type=cli.Whole(min=1), default=500
+)
+@click.option(
+    "--save-every",
+    help="Rolling training state (the last 2 are kept)",
+    metavar="MIN",
+    type=cli.Number(min=0),
+    default=10,
+)
 @click.option("--seed", help="Random seed  [default: random]", metavar="INT", type=cli.Whole(min=0))
 @click.option("--resume", help="Go on from a training state", metavar="PT|latest")
 @click.option("--tensorboard", help="Also write TensorBoard events", is_flag=True)

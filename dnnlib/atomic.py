@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import platform
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,23 +21,33 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
+# Ends the names of unfinished files: this program's, on this machine; locks may not reach from machine to machine.
+SUFFIX = f".edm-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}.tmp"
+_UNFINISHED = re.compile(r"\..+\.edm-[0-9a-f]{8}\.tmp", re.DOTALL)
+DAY = 24 * 3600.0
+_cleaned: set[str] = set()  # folders that this process has looked through
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Yields a binary file that becomes `path` when the block ends well, and vanishes when it doesn't.
 
     Written beside the target under an unpredictable name, flushed to disk, renamed over it, and the folder flushed,
-    so that a crash at any moment leaves the old file or the new one. Raises OSError, with `path` as its file name.
+    so that a crash at any moment leaves the old file or the new one. A process that is killed leaves its unfinished
+    file behind; the next one that writes into the folder removes it. Raises OSError, with `path` as its file name.
     """
     target = Path(path)
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
+        fd, temporary = _make_temporary(target)
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, str(target)) from exc
+    held = contextlib.ExitStack()
     try:
         with os.fdopen(fd, "w+b") as file:
+            if fcntl is not None:  # a second descriptor keeps the lock until the file has its name
+                held.callback(os.close, os.dup(fd))
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -49,6 +62,42 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if isinstance(exc, OSError) and exc.errno is not None and exc.filename in (None, temporary):
             raise OSError(exc.errno, exc.strerror, str(target)) from exc
         raise
+    finally:
+        held.close()
+
+
+def _make_temporary(target: Path) -> tuple[int, str]:
+    """A new file beside `target`, open, and held by a lock until it is closed, which says that somebody writes it."""
+    folder = os.path.abspath(target.parent)
+    if folder not in _cleaned:
+        _cleaned.add(folder)
+        remove_unfinished(folder)
+    while True:
+        fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=SUFFIX)
+        if _try_lock(fd) is not False and os.fstat(fd).st_nlink:
+            return fd, temporary
+        os.close(fd)  # between its making and its locking another process took it for one left behind
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Removes what killed processes of this program have left in a folder: unfinished files that nobody holds.
+
+    Those of other machines must be a day old too; where a file system knows no locks, nothing is touched.
+    """
+    for entry in os.scandir(folder):
+        if _UNFINISHED.fullmatch(entry.name):
+            with contextlib.suppress(OSError):  # gone already, or not ours to remove
+                if entry.name.endswith(SUFFIX) or time.time() - entry.stat().st_mtime > DAY:
+                    _remove_unless_held(entry.path)
+
+
+def _remove_unless_held(path: str) -> None:
+    fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        if _try_lock(fd):
+            os.unlink(path)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -66,7 +115,7 @@ def locked(folder: str | os.PathLike[str], patience: float = 5.0) -> Iterator[No
     fd = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         end = time.monotonic() + patience
-        while not _try_lock(fd):
+        while _try_lock(fd) is False:
             if time.monotonic() > end:
                 raise UserError(f"{os.fspath(folder)}: another process is at work there; wait for it, or stop it")
             time.sleep(0.1)
@@ -75,13 +124,16 @@ def locked(folder: str | os.PathLike[str], patience: float = 5.0) -> Iterator[No
         os.close(fd)
 
 
-def _try_lock(fd: int) -> bool:
+def _try_lock(fd: int) -> bool | None:
+    """Whether the file is this process's now; None where there are no locks, in the system or on the file system."""
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass  # no locks here
+        return None
     return True
 
 

@@ -21,3 +21,12 @@ for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
 def _private_cache(tmp_path_factory, monkeypatch):
     """No test reads or fills the user's own download cache."""
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _plain_layers_again():
+    """What runs in a test's own process may let networks use kernels: the next test begins without them."""
+    yield
+    networks = sys.modules.get("training.networks")
+    if networks is not None:
+        networks.fused_norm = None

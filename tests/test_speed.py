@@ -15,13 +15,6 @@ from training.speed import use_cpu_kernels
 needs_compiler = pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")
 
 
-@pytest.fixture(autouse=True)
-def plain_afterwards():
-    before = networks.fused_norm
-    yield
-    networks.fused_norm = before
-
-
 def results(shape, groups, shift, scale, act, dtype, kernel):
     """Output and gradients of one normalisation."""
     generator = torch.Generator().manual_seed(0)

@@ -1,12 +1,17 @@
 """The training loop: EDM's arithmetic, exactness, going on, and what a run leaves behind."""
 
 import json
+import math
 import os
+import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +22,13 @@ import torch
 
 import train
 from helpers import GOLDEN, golden, load_recipe, make_dataset, small_network
-from training import state
+from training import setup, state
 from training.config import TrainConfig, check_batch, differences, next_run_number
-from training.dataset import Dataset
+from training.dataset import Dataset, ImageFolderDataset
+from training.health import HISTORY, is_spike
 from training.loader import Batch, Loader, Order
 from training.network_files import load_network, save_network
-from training.training_loop import Gradients, Trainer, cut_lines, ema_factor, learning_rate
+from training.training_loop import Gradients, LossScale, Trainer, cut_lines, ema_factor, learning_rate
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=12", "--tick=0.1", "--seed=5", "--lr=5e-4", "--warmup=0"]
@@ -304,8 +310,20 @@ def test_two_and_three_processes_change_rounding_only_and_resume_exactly(data, t
     assert timeless(tmp_path / "p3") == timeless(tmp_path / "broken")
 
 
-def test_two_processes_stop_when_asked_and_go_on_exactly(data, tmp_path):
-    """SIGTERM to the launcher, as a queue sends it; no rolling state had been due for minutes."""
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_over_250_steps(data, tmp_path):
+    args = [f"--data={data}", *SMALL[:-2], "--lr=1e-4", "--warmup=0", "--nosubdir", "--duration=0.003", "--tick=0.012"]
+    args += ["--dropout=0", "--snap=1000"]
+    assert run(*args, f"--outdir={tmp_path / 'one'}") == 0
+    finish(2, *args, f"--outdir={tmp_path / 'two'}", log=tmp_path / "two.txt")
+    rows = list(zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True))
+    assert len(rows) == 250 and all(a["num"] == b["num"] for a, b in rows)
+    assert max(abs(a["mean"] / b["mean"] - 1) for a, b in rows) < 1e-6  # measured: 1.5e-7
+
+
+def test_two_processes_stop_when_asked_and_go_on_exactly(data, tmp_path, capsys):
+    """SIGTERM to the launcher, as a queue sends it; no rolling state had been due for minutes. One process goes on with
+    the same images and noise, says that it may round otherwise, and does no more than that."""
     args = [f"--data={data}", *SMALL, "--nosubdir", "--duration=0.001", "--tick=0.012", "--dropout=0", "--dump=1000"]
     finish(2, *args, f"--outdir={tmp_path / 'whole'}", log=tmp_path / "whole.txt")
     with open(tmp_path / "stopped.txt", "w") as log:
@@ -315,9 +333,32 @@ def test_two_processes_stop_when_asked_and_go_on_exactly(data, tmp_path):
         assert job.wait(timeout=60) != 0
     assert "interrupted by SIGTERM" in (tmp_path / "stopped.txt").read_text()
     assert newest_nimg(tmp_path / "stopped") >= 20 * 12
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
     finish(2, *args, f"--outdir={tmp_path / 'stopped'}", log=tmp_path / "resumed.txt")
     assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "stopped")))
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "stopped")
+    assert run(*args, f"--outdir={tmp_path / 'alone'}") == 0
+    said = capsys.readouterr().out
+    assert "on 2 x cpu and goes on with 1 x cpu" in said and "may round differently\n" in said
+    for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "alone"), strict=True):
+        assert a["num"] == b["num"] and a["mean"] == pytest.approx(b["mean"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_with_everything_resume_exactly(data, tmp_path):
+    """Accumulation, several loader threads, dropout, augmentation; all processes are killed, twice."""
+    args = [f"--data={data}", *SMALL, "--batch=24", "--batch-gpu=3", "--workers=3", "--dropout=0.2", "--augment=0.2"]
+    args += ["--nosubdir", "--duration=0.003", "--tick=0.1", "--save-every=0", "--cond=1", "--clip=1"]
+    finish(4, *args, f"--outdir={tmp_path / 'whole'}", log=tmp_path / "whole.txt")
+    for target in (700, 1900):
+        job = launch(4, *args, f"--outdir={tmp_path / 'broken'}", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda least=target: newest_nimg(tmp_path / "broken") >= least, job)
+        for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+            process.kill()
+        job.wait()
+    finish(4, *args, f"--outdir={tmp_path / 'broken'}", log=tmp_path / "resumed.txt")
+    assert_same_state(*(tmp_path / name / "training-state-000003.pt" for name in ("whole", "broken")))
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -401,7 +442,7 @@ def interrupt_at(monkeypatch, step):
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--augment=0.2", "--dropout=0.2", "--cond=1", "--xflip=1"],
+        ["--augment=0.2", "--dropout=0.2", "--cond=1", "--xflip=1", "--batch-gpu=4"],
         ["--precond=edm_distillation", "--num_steps=4", "--ratio=2"],
         [
             "--precond=edm_distillation",
@@ -412,10 +453,13 @@ def interrupt_at(monkeypatch, step):
             "--clip=3",
             "--ema-std=0.1",
         ],
+        pytest.param(["--batch-gpu=3", "--lr-decay=cosine", "--precision=bf16"], marks=pytest.mark.slow),
+        pytest.param(["--compile=1", "--dropout=0"], marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_is_the_same_run(data, teacher, tmp_path, monkeypatch, extra):
-    """With dropout, augmentation and a tick in mid-flight: weights, EMA, optimiser and statistics, bit for bit."""
+    """With dropout, augmentation, accumulation and a tick in mid-flight: weights, EMA, optimiser and statistics, bit for
+    bit. The number of loader threads may be another one."""
     args = [f"--data={data}", "--batch=12", "--tick=0.1", "--seed=5", "--nosubdir", "--duration=0.001"]
     args += [*extra, "--save-every=0"] + ([f"--transfer={teacher}"] if "--num_steps=4" in extra else SMALL[:3])
     assert run(*args, f"--outdir={tmp_path / 'straight'}") == 0
@@ -425,7 +469,7 @@ def test_a_resumed_run_is_the_same_run(data, teacher, tmp_path, monkeypatch, ext
     assert newest_nimg(tmp_path / "broken") == 40 * 12
     with open(tmp_path / "broken" / "stats.jsonl", "a") as file:  # what a killed run may have written after its state
         file.write('{"Loss/loss": "from a step that never was"}\n')
-    assert run(*args, f"--outdir={tmp_path / 'broken'}") == 0
+    assert run(*args, f"--outdir={tmp_path / 'broken'}", "--workers=3") == 0
     assert_same_state(tmp_path / "straight/training-state-000001.pt", tmp_path / "broken/training-state-000001.pt")
     assert timeless(tmp_path / "straight") == timeless(tmp_path / "broken")
     snapshots = [load_network(tmp_path / name / "network-snapshot-000001.pkl").net for name in ("straight", "broken")]
@@ -507,12 +551,146 @@ def test_steps_without_finite_gradients_are_skipped_counted_and_told(data, tmp_p
     assert steps == {84 - 8}, "Adam must not count skipped steps"
 
 
-def test_a_tick_of_nothing_but_bad_steps_ends_the_run(data, tmp_path, capsys, monkeypatch):
+def test_too_many_bad_steps_end_the_run_and_say_of_which_images(data, tmp_path, capsys, monkeypatch):
+    """Half of the last hundred; the last good state is there, and the images are those that the loader had given."""
     from training.loss import EDMLoss
 
-    monkeypatch.setattr(EDMLoss, "__call__", lambda self, net, images, *_: net(images, torch.ones(1)) * float("nan"))
-    assert run(f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001") == 1
-    assert "finite gradients" in capsys.readouterr().err
+    original, batches = EDMLoss.__call__, []
+
+    def infinite_later(self, net, images, *more):
+        batches.append(images)
+        return original(self, net, images, *more) * (float("nan") if len(batches) > 20 and len(batches) % 3 else 1)
+
+    monkeypatch.setattr(EDMLoss, "__call__", infinite_later)
+    args = [f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.003", "--save-every=0.002"]
+    assert run(*args) == 1
+    printed = capsys.readouterr()
+    (error,) = printed.err.splitlines()
+    named = re.search(
+        r"50 of the last 100 steps had no finite gradients, the last of them step (\d+), .* images (.*);", error
+    )
+    step = int(named[1])
+    assert 94 <= step < 94 + 9
+    dataset = ImageFolderDataset(str(data))
+    images = [torch.from_numpy(dataset[int(i)][0]).float() / 127.5 - 1 for i in named[2].split(";")[0].split(", ")]
+    assert torch.equal(torch.stack(images), batches[step])
+    log = (tmp_path / "log.txt").read_text()
+    assert re.search(r"Skipped \d+ of the last \d+ steps: gradients were not finite", printed.out)
+    skipped = [int(line.split()[1].rstrip(",")) for line in log.splitlines() if line.startswith("Step ")]
+    assert skipped == [n for n in range(20, step + 1) if (n + 1) % 3] and "Step " not in printed.out
+    _, newest = state.load_newest(tmp_path)
+    assert all(tensor.isfinite().all() for tensor in newest["net"].values())
+
+
+def test_weights_that_are_no_numbers_are_not_saved(data, tmp_path, capsys, monkeypatch):
+    original = Trainer.step
+
+    def step(self, loader):
+        original(self, loader)
+        if self.step_count == 30:
+            self.parameters[3].data.view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    args = [f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
+    assert run(*args) == 1
+    assert "the weights are not finite any more at step 30, 0.36 kimg; what was saved" in capsys.readouterr().err
+    assert newest_nimg(tmp_path) == 29 * 12
+
+
+def test_gradients_whose_squares_overflow_are_skipped(data, tmp_path):
+    """Adam's second average would be infinite from then on, and those weights would never move again."""
+    dataset = ImageFolderDataset(str(data))
+    small = config(
+        run_dir=str(tmp_path),
+        network_kwargs={"class_name": "EDMPrecond", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
+        loss_kwargs={"class_name": "EDMLoss"},
+        batch_size=4,
+        loss_scaling=1e25,
+    )
+    trainer = Trainer(small, dataset)
+    before = [parameter.clone() for parameter in trainer.parameters]
+    loader = Loader(dataset, seed=0, batch_size=4)
+    trainer.step(loader)
+    loader.close()
+    assert 1e18 < trainer.gradients.flat.abs().max() < math.inf
+    trainer.check_numbers()
+    assert trainer.health.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
+def test_the_scale_of_half_precision_is_part_of_the_state():
+    """It falls with every overflow, none of which is a bad step until it can't fall any lower, and grows again."""
+    scale = LossScale(True, torch.device("cpu"))
+    overflow, fine = torch.ones(()), torch.zeros(())
+    for power in range(16, 6, -1):
+        assert float(scale.scale) == 2.0**power
+        scale.update(overflow)
+    for _ in range(1500):
+        scale.update(fine)
+    again = LossScale(True, torch.device("cpu"))
+    again.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+    for each in (scale, again):
+        for _ in range(499):
+            each.update(fine)
+        assert float(each.scale) == 64
+        each.update(fine)
+        assert float(each.scale) == 128
+    gradients = torch.full([3], 256.0)
+    again.unscale(gradients)
+    assert gradients.tolist() == [2, 2, 2]
+    off = LossScale(False, torch.device("cpu"))
+    off.update(overflow)
+    assert off.state_dict() == {"scale": 1.0, "growth": 0}
+
+
+def test_backing_off_is_no_bad_step(data):
+    """The same overflow is a back-off while the scale is above 1, and a skipped step when it is 1."""
+    trainer = Trainer(
+        config(
+            network_kwargs={"class_name": "EDMPrecond", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
+            loss_kwargs={"class_name": "EDMLoss"},
+        ),
+        ImageFolderDataset(str(data)),
+    )
+    trainer.scale.active = True
+    for scale, counted in ((4.0, 0.0), (2.0, 0.0), (1.0, 1.0)):
+        trainer.scale.scale.fill_(scale)
+        trainer.gradients.flat.fill_(float("inf"))
+        assert float(trainer.apply_gradients()) == counted
+        assert float(trainer.scale.scale) == scale / 2
+
+
+def test_no_spike_in_normal_runs():
+    """Every step's loss of runs on digits: EDM, VP, VE and distillations, batches of 8 to 64."""
+    with np.load(Path(__file__).parent / "step_losses.npz") as runs:
+        assert sum(runs[name].size for name in runs.files) > 6000
+        for name in runs.files:
+            before = deque(maxlen=HISTORY)
+            for step, loss in enumerate(runs[name].tolist()):
+                assert not is_spike(loss, before), (name, step)
+                before.append(loss)
+            assert is_spike(math.inf, before) and not is_spike(math.nan, before)
+            if name in ("teacher64", "teacher12", "distil64", "distil1"):  # the others' losses scatter far more
+                assert is_spike(3 * statistics.median(before), before), name
+
+
+def test_a_loss_spike_is_told(data, tmp_path, capsys, monkeypatch):
+    from training.loss import EDMLoss
+
+    original, calls = EDMLoss.__call__, 0
+
+    def sometimes_high(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return original(self, *args, **kwargs) * (1000 if calls in (81, 82) else 1)
+
+    monkeypatch.setattr(EDMLoss, "__call__", sometimes_high)
+    assert run(f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Loss spike")]
+    assert re.search(
+        r"at step 8[01], the highest of 2 such steps, where the mean of the steps before was \S+; this tick", line
+    )
+    assert line in (tmp_path / "log.txt").read_text()
 
 
 # -- distillation runs --------------------------------------------------------------------------------------------------------
@@ -708,6 +886,59 @@ def test_dry_run_tells_the_cost(data, capsys):
     output = capsys.readouterr().out
     assert "Parameters:" in output and "FLOPs of the run" in output and "Disk:" in output
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--snap=3", "--dump=2", "--save-every=0"],
+        ["--snap=1", "--dump=1", "--tick=0.05", "--save-every=0"],
+        ["--batch=1000"],
+        ["--precond=edm_distillation", "--num_steps=4", "--targets=2", "--snap=4", "--save-every=0"],
+    ],
+)
+def test_the_disk_that_a_run_was_said_to_need(data, teacher, tmp_path, extra, monkeypatch):
+    """Files are counted exactly, and their sizes estimated from above."""
+    monkeypatch.setattr(Trainer, "save_samples", lambda self: None)  # takes long
+    distils = "--num_steps=4" in extra
+    own = [f"--transfer={teacher}", "--batch=50", "--tick=0.1", "--seed=0"] if distils else [*SMALL, "--batch=50"]
+    assert run(f"--data={data}", *own, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.002", *extra) == 0
+    (said,) = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("Disk:")]
+    most, snapshots, dumps = re.search(
+        r"at most (\S+) MiB \((\d+) snapshots of .*; (\d+) dumps, 2 rolling", said
+    ).groups()
+    found = [path for path in tmp_path.iterdir() if path.name.startswith(("network-snapshot", "training-state"))]
+    states = [path for path in found if path.suffix == ".pt"]
+    assert len([path for path in found if path.suffix == ".pkl"]) == int(snapshots)
+    assert len([path for path in states if "rolling" not in path.name]) == int(dumps)
+    missing = 3 - len([path for path in states if "rolling" in path.name])  # one being written, and what was not due
+    need = sum(path.stat().st_size for path in found) + missing * states[0].stat().st_size
+    assert need <= float(most) * 2**20 <= 1.35 * need
+
+
+def test_a_disk_too_small_is_refused_or_warned_of(data, tmp_path, capsys, monkeypatch):
+    """Before anything is written. What a run has written already is no need any more."""
+    free = 0
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    args = [f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path / 'run'}", "--duration=0.001"]
+    free = 5 << 20
+    assert run(*args) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "the disk has 5.0 MiB free, but a snapshot and two training states take" in error
+    assert not (tmp_path / "run").exists()
+    free = 8 << 20
+    assert run(*args, "-n") == 0
+    assert "The disk may fill before the run ends" in capsys.readouterr().out
+    assert run(*args) == 0
+    free = 3 << 20
+    assert run(*args, "--duration=0.002") == 0, "what is there counts"
+
+
+def test_memory_that_is_not_there_is_told(data, capsys, monkeypatch):
+    monkeypatch.setattr(setup, "free_memory", lambda: 1 << 20)
+    assert run(f"--data={data}", *SMALL, "--outdir=out", "-n") == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory per process")]
+    assert said.endswith("more than the 1.0 MiB that are free, it will not run here")
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import distributed as dist
+from dnnlib.version import git_revision
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import distributed as dist
 
 
 def describe_environment() -> dict[str, Any]:
@@ -32,19 +31,3 @@ def describe_environment() -> dict[str, Any]:
         "processes": dist.get_world_size(),
         "threads": torch.get_num_threads(),
     }
-
-
-def git_revision() -> str | None:
-    """The commit of this working copy, with '+' where its files differ from it; None where git doesn't know."""
-    if not (ROOT / ".git").exists():  # git would answer for a repository further up
-        return None
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    return f"{commit}+" if commit and _git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def _git(*words: str) -> str | None:
-    command = ["git", "-C", str(ROOT), *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

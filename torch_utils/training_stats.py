@@ -41,11 +41,15 @@ def report0(name: str, value: Any) -> Any:
 
 
 class Collector:
-    """Totals since the last `reset`, the same on every process, as plain numbers once read."""
+    """Totals since the last `reset`, the same on every process, as plain numbers once read.
+
+    latest: name -> moments, on the device, of what the last `update` took in.
+    """
 
     def __init__(self, regex: str = ".*") -> None:
         self._regex = re.compile(regex)
         self._totals: dict[str, torch.Tensor] = {}
+        self.latest: dict[str, torch.Tensor] = {}
 
     def update(self) -> None:
         """Takes in everything reported since the last update, summed over processes in one exchange."""
@@ -56,8 +60,9 @@ class Collector:
         parts = [_pending.pop(name).to(target) for name in names]
         moments = torch.cat([part.reshape(-1, 3) for part in parts])
         distributed.all_reduce_sum([moments])
-        for name, part, rows in zip(names, parts, moments.split([part.numel() // 3 for part in parts]), strict=True):
-            rows = rows.reshape(part.shape)
+        split = moments.split([part.numel() // 3 for part in parts])
+        self.latest = {name: rows.reshape(part.shape) for name, part, rows in zip(names, parts, split, strict=True)}
+        for name, rows in self.latest.items():
             self._totals[name] = self._totals[name] + rows if name in self._totals else rows
 
     def reset(self) -> None:

@@ -71,7 +71,7 @@ from .options import COMMAND_LINE, Options
 from .progress import show_progress
 from .samplers import nfe
 from .sampling import Batch, iterate_images, plan_sampling
-from .setup import Run, load_everywhere, prepare, train
+from .setup import Run, disk_need, free_disk, gib, load_everywhere, prepare, train
 from .speed import use_cpu_kernels
 from .stage import plan_ladder
 from .state import list_states
@@ -187,6 +187,9 @@ class Ladder:
         assert first.stage is not None
         self.say(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
         self.say(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
+        lengths = [max(int(duration * 1000), 1) for duration in self.durations]
+        need = sum(disk_need(replace(self.config, total_kimg=kimg), first.dataset).total for kimg in lengths)
+        self.say(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
         self.prepare_measuring(str(self.config.extras["data_fingerprint"]))
         if self.options.command_line is not None and dist.is_main():
             told = json.dumps({COMMAND_LINE: self.options.command_line}, indent=2)

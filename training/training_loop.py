@@ -37,6 +37,7 @@ from .augment import AugmentPipe
 from .config import TrainConfig, check_batch, differences
 from .dataset import ImageFolderDataset
 from .draws import StepDraws, key
+from .health import MOST, WINDOW, Health
 from .intervals import Intervals
 from .loader import Batch, Loader
 from .loggers import open_loggers
@@ -48,6 +49,10 @@ from .stage import Stage
 from .stopping import StopSignals
 
 MAX_ROWS = 64  # of a sheet of targets
+TARGET_IMAGES = 4
+TARGET_COLUMNS = 3 * TARGET_IMAGES  # input, target and answer
+MAX_SAMPLES = 64  # in a picture of samples
+LARGEST_GRADIENT = 1e18  # Adam adds up squares, which would be infinite soon beyond that
 NETWORKS = {name: getattr(networks, name) for name in ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")}
 LOSSES = {name: getattr(losses, name) for name in ("EDMLoss", "VPLoss", "VELoss")}
 
@@ -162,6 +167,10 @@ class Log:
 
     def __call__(self, text: str = "") -> None:
         print_above_bars(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """For `log.txt` alone."""
         if self.path is not None:
             append_text(self.path, text + "\n")
 
@@ -212,11 +221,11 @@ class Trainer:
         self.gradients = Gradients(self.parameters)
         self.scale = LossScale(config.precision == "fp16" and self.device.type == "cuda", self.device)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        self.skipped = torch.zeros((), device=self.device)
         self.collector = training_stats.Collector()
+        self.health = Health(config, dataset, self.say, self.say.note)
 
         self.nimg = self.step_count = self.tick = self.tick_start_nimg = self.tick_start_step = 0
-        self.skipped_before_tick = self.stats_lines = 0
+        self.stats_lines = 0
         self.elapsed_before = 0.0
         self.told_duration = False
         self.bar: Any = tqdm(disable=True)  # until `run`
@@ -259,11 +268,12 @@ class Trainer:
             training_stats.report("Loss/loss", loss)
             (loss.sum() * (self.config.loss_scaling / self.config.batch_size) * self.scale.scale).backward()
         self.gradients.sum_over_processes()
-        self.apply_gradients()
+        skipped = self.apply_gradients()
         self.update_ema()
         if self.intervals is not None:
             training_stats.report_moments("Loss/interval", self.intervals.end_step())
         self.collector.update()
+        self.health.add(self.step_count, self.collector.latest["Loss/loss"], skipped)
         self.nimg += self.config.batch_size
         self.step_count += 1
 
@@ -276,10 +286,12 @@ class Trainer:
             labels = batch.labels[start:stop].to(self.device, non_blocking=True) if self.dataset.has_labels else None
             yield images, labels, draws.part(first + start, first + stop)
 
-    def apply_gradients(self) -> None:
-        """Adam, unless a gradient is not finite: then nothing moves and the step is counted. No wait for the device."""
+    def apply_gradients(self) -> Tensor:
+        """Adam, unless a gradient is not finite: then nothing moves. Returns 1.0 for such a step, on the device, which
+        nothing waits for."""
         self.scale.unscale(self.gradients.flat)
-        found_inf = (~torch.isfinite(torch.linalg.vector_norm(self.gradients.flat, math.inf))).float()
+        largest = torch.linalg.vector_norm(self.gradients.flat, math.inf)
+        found_inf = (~(largest < LARGEST_GRADIENT)).float()  # NaN too
         if self.config.clip is not None:
             self.gradients.clip(self.config.clip)
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused Adam looks at it on the device
@@ -287,8 +299,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.nimg, self.config)
         self.optimizer.step()
-        self.skipped += found_inf * (self.scale.scale <= 1)  # lowering the scale of fp16 is no bad step
+        skipped = found_inf * (self.scale.scale <= 1)  # lowering the scale of fp16 is no bad step
         self.scale.update(found_inf)
+        return skipped
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -384,10 +397,11 @@ class Trainer:
     def maintain(self, done: bool, elapsed: float, tick_seconds: float, maintenance: float) -> None:
         """The end of a tick: status line, snapshot, pictures, statistics."""
         config = self.config
-        self.report_progress(elapsed, tick_seconds, maintenance)
         self.check_numbers()
+        self.report_progress(elapsed, tick_seconds, maintenance)
         if config.snapshot_ticks is not None and (done or self.tick % config.snapshot_ticks == 0):
             check_same_weights(self.net, self.ema)
+            self.check_finite()
             if dist.is_main():
                 self.save_snapshot()
                 self.save_samples()
@@ -410,7 +424,7 @@ class Trainer:
             "Resources/cpu_mem_gb": psutil.Process(os.getpid()).memory_info().rss / 2**30,
             "Resources/peak_gpu_mem_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if gpu else 0.0,
             "Resources/peak_gpu_mem_reserved_gb": torch.cuda.max_memory_reserved(self.device) / 2**30 if gpu else 0.0,
-            "Progress/skipped_steps": float(self.skipped),
+            "Progress/skipped_steps": float(self.health.skipped),
             "Progress/learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
         for name, value in figures.items():
@@ -432,20 +446,33 @@ class Trainer:
             self.told_duration = True
 
     def check_numbers(self) -> None:
-        """Speaks of skipped steps, and gives up when a whole tick brought nothing but those."""
-        skipped = int(self.skipped)
-        new, steps = skipped - self.skipped_before_tick, self.step_count - self.tick_start_step
-        self.skipped_before_tick = skipped
-        if new:
-            self.say(
-                f"Skipped {new} of {steps} steps since the last tick: gradients were not finite ({skipped} in all)"
-            )
-        if new == steps and steps > 1:
+        """Speaks of what went wrong since it was last asked, and ends the run where that is too much."""
+        totals = self.collector
+        in_tick = self.step_count - self.tick_start_step
+        spread = f"{totals.mean('Loss/loss'):.5g} ± {totals.std('Loss/loss'):.5g}"
+        last_skipped = self.health.look(f"this tick so far: loss {spread} in {in_tick} steps")
+        if last_skipped is not None:
             precision = ", --precision=fp32" if self.config.precision != "fp32" else ""
             raise UserError(
-                f"none of the last {steps} steps (up to step {self.step_count}) had finite gradients; what was saved "
-                f"before is intact. Try a lower --lr{precision}, or look at the data"
+                f"{MOST} of the last {WINDOW} steps had no finite gradients, the last of them "
+                f"{self.health.describe(last_skipped)}; what was saved before is intact. Try a lower --lr{precision}, "
+                "or look at the data"
             )
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raises UserError, on every process, where something that is about to be saved is no number any more."""
+        adam = [self.optimizer.state[p][name] for p in self.parameters for name in ("exp_avg", "exp_avg_sq")]
+        for what, tensors in (
+            ("weights", self.parameters),
+            ("averaged weights", list(self.ema.parameters())),
+            ("optimiser's averages", adam),
+        ):
+            if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
+                raise UserError(
+                    f"the {what} are not finite any more at step {self.step_count}, {self.nimg / 1000:g} kimg; what "
+                    "was saved before is intact. Go on from there with a lower --lr, or with --clip"
+                )
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -464,7 +491,7 @@ class Trainer:
     @torch.no_grad()
     def save_samples(self) -> None:
         """`samples-KKKKKK.png`: the same latents and labels in every picture of a run."""
-        count = 64 if self.device.type == "cuda" else 16
+        count = MAX_SAMPLES if self.device.type == "cuda" else 16
         generator = torch.Generator().manual_seed(key(self.config.seed, 0, "samples"))
         shape = [count, self.ema.img_channels, self.ema.img_resolution, self.ema.img_resolution]
         latents = torch.randn(shape, generator=generator).to(self.device)
@@ -484,7 +511,7 @@ class Trainer:
         if not dist.is_main():
             return
         assert isinstance(self.loss_fn, losses.EDMDistillationLoss)
-        count = 4
+        count = TARGET_IMAGES
         items = [self.dataset[i % len(self.dataset)] for i in range(count)]
         clean = torch.from_numpy(np.stack([image for image, _ in items])).to(self.device).float() / 127.5 - 1
         labels = None
@@ -520,12 +547,13 @@ class Trainer:
     # -- going on --------------------------------------------------------------------------------------------------
 
     def save_state(self, name: str, elapsed: float) -> None:
-        """Writes the exact state; every process holds the same one, rank 0 writes."""
+        """Writes the exact state; every process holds the same one, rank 0 writes. Then older ones may go."""
+        self.check_numbers()
+        self.check_finite()
         if not dist.is_main():
             return
-        path = self.run_dir / name
-        state.save_state(path, self.state_dict(elapsed))
-        state.remove_old_rolling(self.run_dir)
+        state.save_state(self.run_dir / name, self.state_dict(elapsed))
+        state.remove_old(self.run_dir)
 
     def state_dict(self, elapsed: float) -> dict[str, Any]:
         """See training.state for the layout."""
@@ -538,8 +566,7 @@ class Trainer:
                 "tick": self.tick,
                 "tick_start_nimg": self.tick_start_nimg,
                 "tick_start_step": self.tick_start_step,
-                "skipped": int(self.skipped),
-                "skipped_before_tick": self.skipped_before_tick,
+                "skipped": self.health.skipped,
                 "stats_lines": self.stats_lines,
                 "elapsed_sec": elapsed,
             },
@@ -552,6 +579,7 @@ class Trainer:
             "scaler": self.scale.state_dict(),
             "stats": self.collector.state_dict(),
             "intervals": self.intervals.state_dict() if self.intervals else {},
+            "losses": list(self.health.losses),
             "options": json.loads(json.dumps(self.config.identity())),
             "world_size": self.world_size,
             "device": self.device.type,
@@ -579,8 +607,8 @@ class Trainer:
                 self.intervals.load_state_dict(saved["intervals"])
             self.nimg, self.step_count, self.tick = position["nimg"], position["step"], position["tick"]
             self.tick_start_nimg, self.tick_start_step = position["tick_start_nimg"], position["tick_start_step"]
-            self.skipped.fill_(position["skipped"])
-            self.skipped_before_tick = position["skipped_before_tick"]
+            self.health.skipped = position["skipped"]
+            self.health.losses.extend(saved.get("losses", []))
             self.elapsed_before = position["elapsed_sec"]
         except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as exc:
             first = " ".join(str(exc).split())[:200]
@@ -593,6 +621,7 @@ class Trainer:
             self.say(
                 f"Note: this run was on {saved['world_size']} x {saved['device']} and goes on with {self.world_size} x "
                 f"{self.device.type}: the same images and noise, but sums may round differently"
+                f"{', and dropout masks differ' if self.config.network_kwargs.get('dropout') else ''}"
             )
         self.say(f"Going on from {path} at {self.nimg / 1000:g} kimg")
 
