@@ -25,6 +25,7 @@ from training import networks
 from training.draws import StepDraws
 from training.grids import NoiseGrid
 from training.loss import WEIGHTINGS, edm_weight
+from training.network_files import load_network
 
 
 @contextlib.contextmanager
@@ -43,12 +44,15 @@ def plain_layers() -> Iterator[None]:
         similarity = (q.float() @ k.float().transpose(-2, -1)) / math.sqrt(q.shape[-1])
         return F.softmax(similarity, dim=-1).to(v.dtype) @ v
 
-    usual = networks.upsample, networks.downsample, networks.attend
-    networks.upsample, networks.downsample, networks.attend = upsample, downsample, attend
+    names = ("upsample", "downsample", "attend", "fused_norm")
+    usual = [getattr(networks, name) for name in names]
+    for name, way in zip(names, (upsample, downsample, attend, None), strict=True):
+        setattr(networks, name, way)
     try:
         yield
     finally:
-        networks.upsample, networks.downsample, networks.attend = usual
+        for name, way in zip(names, usual, strict=True):
+            setattr(networks, name, way)
 
 
 class PlainTraining:
@@ -148,6 +152,32 @@ def read_images(archive: Path, batch: int) -> Iterator[Tensor]:
             arrays = [np.array(Image.open(io.BytesIO(file.read(name)))) for name in names[start : start + batch]]
             stack = np.stack([array[:, :, None] if array.ndim == 2 else array for array in arrays])
             yield torch.from_numpy(stack.transpose(0, 3, 1, 2))
+
+
+def generate(network: Path, folder: Path, count: int, device: torch.device, batch: int = 64) -> None:
+    """Images of a student's file, one PNG after the other."""
+    file = load_network(network)
+    assert file.sampling is not None
+    net = file.net.to(device)
+    folder.mkdir(exist_ok=True)
+    for start in range(0, count, batch):
+        seeds = range(start, min(start + batch, count))
+        images = sample(net, seeds, file.sampling.grid, file.sampling.solver, device)
+        pixels = (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        for seed, image in zip(seeds, pixels, strict=True):
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(folder / f"{seed:06d}.png")
+
+
+def measure(archive: Path, net: Any, mu: np.ndarray, sigma: np.ndarray, device: torch.device) -> float:
+    """The distance of a zip's images to a reference: decode, features, sums, one batch after the other."""
+    total, products, count = np.zeros_like(mu), np.zeros_like(sigma), 0
+    for images in read_images(archive, 64):
+        with torch.no_grad():
+            features = net(images.to(device)).double().cpu().numpy()
+        total, products = total + features.sum(axis=0), products + features.T @ features
+        count += len(features)
+    mean = total / count
+    return frechet_distance(mean, (products - np.outer(mean, mean) * count) / (count - 1), mu, sigma)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:

@@ -4,15 +4,18 @@
     python -m bench.run --cases=train,sample --size=cifar10 --precision=bf16 --compile=1      # on a GPU
 
 Each case runs both once to warm up and to check that they agree, then by turns; it reports the medians, the median of
-the pairs' ratios, the arithmetic reached and its share of what float32 matrix products reach on this machine (measured
+the pairs' ratios, the arithmetic reached and its share of what float32 reaches on this machine at best (measured
 first). Times of start-ups are those of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -75,7 +78,7 @@ class Row:
     fast_per_sec: float
     ratio: float
     gflops: float  # of the fast path
-    share: float  # of this machine's matrix products
+    share: float  # of what float32 reaches on this machine
     peak_mb: float  # of the whole process so far
     agreement: str
 
@@ -102,7 +105,6 @@ class Setting:
 
 def write_images(path: Path, count: int, resolution: int, channels: int) -> None:
     """Smooth random pictures, so that PNGs are of a usual size."""
-    import io
     import zipfile
 
     from PIL import Image
@@ -149,7 +151,7 @@ def trainer_and_plain(setting: Setting, solver: str | None) -> tuple[Any, Any, A
         network = {}
     run = setup.prepare(Options(outdir=str(setting.folder / f"run-{solver}"), **common, **network))
     trainer = Trainer(run.config, run.dataset, run.stage)
-    kwargs = {"seed": 0, "batch_size": size.batch}
+    kwargs: dict[str, Any] = {"seed": 0, "batch_size": size.batch}
     teacher = load_network(teacher_file).net.to(setting.device) if solver is not None else None
     plain = PlainTraining(
         copy.deepcopy(trainer.net),
@@ -277,6 +279,87 @@ def reading(setting: Setting) -> Pair:
     return Pair(lambda: sum(int(i.sum()) for i in plain.read_images(path, 64)), quickly, check, count)
 
 
+def generating(name: str) -> Callable[[Setting], Pair]:
+    """A case of images of a student of 4 steps, from its file to PNGs in a folder or zip."""
+
+    def case(setting: Setting) -> Pair:
+        import generate
+        from bench import plain
+        from training.dataset import ImageFolderDataset
+        from training.grids import Sampling, network_grid
+        from training.network_files import load_network, save_network
+
+        trainer_and_plain(setting, "heun")
+        teacher = load_network(setting.folder / "teacher.pkl")
+        grid = network_grid(teacher.net, 16).every(4)
+        file, folder, out = (setting.folder / part for part in ("student.pkl", "plain", name))
+        save_network(file, teacher.net, sampling=Sampling(grid, "euler", 4))
+        count = 1024
+
+        def plainly() -> Any:
+            with plain.plain_layers():
+                plain.generate(file, folder, count, setting.device)
+            return folder
+
+        def quickly() -> Any:
+            shutil.rmtree(out, ignore_errors=True) if out.suffix != ".zip" else out.unlink(missing_ok=True)
+            words = [
+                f"--network={file}",
+                f"--outdir={out}",
+                f"--seeds=0-{count - 1}",
+                f"--device={setting.device.type}",
+            ]
+            words += [f"--precision={setting.precision}", f"--compile={int(setting.compile)}"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert generate.main(words) == 0
+            return out
+
+        def check(a: Any, b: Any) -> str:
+            one, other = (ImageFolderDataset(str(path)).images(range(count)).astype(int) for path in (a, b))
+            difference = abs(one - other)
+            assert difference.max() <= (1 if setting.precision == "fp32" else 16), difference.max()
+            return f"{(difference > 0).mean():.1e} of values differ by 1 of 255"
+
+        return Pair(plainly, quickly, check, count, flops=count * grid.steps * call_flops(setting))
+
+    return case
+
+
+def measuring(setting: Setting) -> Pair:
+    """What fid.py calc does, from PNGs in a zip to the distance, with Inception of random weights."""
+    import torch
+
+    from bench import plain
+    from metrics.detectors import INCEPTION, Detector
+    from metrics.inception import FEATURES, InceptionV3
+    from metrics.statistics import Stats, frechet_between, statistics_of_dataset
+
+    torch.manual_seed(0)
+    net = InceptionV3().eval().requires_grad_(False).to(setting.device)
+    plain_net = copy.deepcopy(net)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    detector = Detector(INCEPTION, net, FEATURES, channels=3, resolution=None, device=setting.device)
+    count = 64 if setting.device.type == "cpu" else 10_000
+    path = setting.folder / "fid.zip"
+    write_images(path, count, 32, 3)
+    features = np.random.default_rng(0).standard_normal([2 * FEATURES, FEATURES])
+    reference = Stats(features.mean(axis=0), np.cov(features, rowvar=False), len(features), INCEPTION)
+
+    def quickly() -> float:
+        with contextlib.redirect_stderr(io.StringIO()):  # too few images for a covariance, as it says
+            return frechet_between(statistics_of_dataset(path, detector), reference)
+
+    def check(a: float, b: float) -> str:
+        difference = abs(a - b) / abs(a)
+        assert difference < 1e-4, (a, b)
+        return f"{difference:.1e}"
+
+    def plainly() -> float:
+        return plain.measure(path, plain_net, reference.mu, reference.sigma, setting.device)
+
+    return Pair(plainly, quickly, check, count)
+
+
 def distance(rank: int) -> Callable[[Setting], Pair]:
     """A case of Fréchet distances between statistics of 2,048 features, of full rank or less."""
 
@@ -320,6 +403,9 @@ CASES: dict[str, Callable[[Setting], Pair]] = {
     "distil-heun": training("heun"),
     "distil-euler": training("euler"),
     "sample": sampling,
+    "generate-folder": generating("folder"),
+    "generate-zip": generating("images.zip"),
+    "fid": measuring,
     "read": reading,
     "frechet-full": distance(4000),
     "frechet-1000": distance(1000),
@@ -328,20 +414,26 @@ CASES: dict[str, Callable[[Setting], Pair]] = {
 }
 
 
-def matmul_rate(device: Any, seconds: float = 1.0) -> float:
-    """FLOP/s of float32 matrix products of 1024 x 1024 (on CUDA 8192, in the same type): the best of many."""
+def arithmetic_rate(device: Any, seconds: float = 2.0) -> float:
+    """FLOP/s of float32: the best of many matrix products (1024 x 1024, on CUDA 8192) and of many 3x3 convolutions of
+    128 channels. Two libraries do these, and on some processors one of them is twice as good as the other."""
     import torch
+    import torch.nn.functional as F
 
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    x = torch.randn(16, 128, 32, 32, device=device).to(memory_format=torch.channels_last)
+    w = torch.randn(128, 128, 3, 3, device=device).to(memory_format=torch.channels_last)
+    rate = 0.0
+    for flops, action in ((2 * size**3, lambda: a @ b), (2 * 9 * 128 * x.numel(), lambda: F.conv2d(x, w, padding=1))):
+        end = time.perf_counter() + seconds / 2
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            action()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rate = max(rate, flops / (time.perf_counter() - start))
+    return rate
 
 
 def measure(name: str, pair: Pair, setting: Setting, rate: float) -> Row:
@@ -417,10 +509,10 @@ def command(
     from torch_utils import distributed as dist
 
     where = dist.init(device)
-    rate = matmul_rate(where)
+    rate = arithmetic_rate(where)
     print(
         f"torch {torch.__version__}, {where.type}, {torch.get_num_threads()} threads, size {size}, here in {precision}"
-        f"{', compiled' * compile}; float32 matrix products reach {rate / 1e9:.0f} GFLOP/s"
+        f"{', compiled' * compile}; float32 reaches {rate / 1e9:.0f} GFLOP/s"
     )
     rows = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -433,7 +525,7 @@ def command(
             "size": size,
             "precision": precision,
         }
-        content |= {"compile": compile, "matmul_gflops": rate / 1e9, "threads": torch.get_num_threads()}
+        content |= {"compile": compile, "reachable_gflops": rate / 1e9, "threads": torch.get_num_threads()}
         write_text(json_file, json.dumps({**content, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 
 

@@ -53,7 +53,11 @@ def commands(text: str) -> list[str]:
     found = []
     for block in blocks(text):
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
-            for part in re.split(r"\s&&\s|;\s", re.sub(r"\s#\s.*$|\s+&$|^\$ ", "", line.strip())):
+            line = re.sub(r"\s#\s.*$|\s+&$|^\$ ", "", line.strip())
+            parts = re.split(r"\s&&\s|;\s", line)
+            if any(part.count("'") % 2 or part.count('"') % 2 for part in parts):
+                parts = [line]  # what is between quotes is not for the shell to divide
+            for part in parts:
                 if is_command(part):
                     found.append(part.strip())
     return found
@@ -139,6 +143,10 @@ def parse(line: str) -> None:
 
 
 def parse_click(command: click.Command, args: list[str], line: str) -> None:
+    if any(arg.startswith("--config=") for arg in args):
+        args = [
+            "..." if arg.startswith("--config=") else arg for arg in args
+        ]  # that file, which a run leaves, has the rest
     if "..." in args:  # an excerpt: what is there must fit
         args = [arg for arg in args if arg != "..."]
         known = {name.replace("_", "-") for parameter in command.params for name in parameter.opts}
@@ -156,7 +164,7 @@ def parse_click(command: click.Command, args: list[str], line: str) -> None:
         pytest.fail(f"{line}: {exc.format_message()}")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "CONTRIBUTING.md"])  # test_contributing runs those
 def test_commands_parse(name):
     for line in commands(text_of(name)):
         parse(line)

@@ -51,6 +51,7 @@ class Loader:
 
     dataset     gives `images(indices)` uint8 [n, C, H, W] and `labels(indices)` float32 [n, label_dim], in any thread
     batch_size  images of a step over all processes, a multiple of `world_size`
+    pin         put batches into memory that a GPU fetches from by itself while the program goes on
     Whatever goes wrong while reading is raised by `next`.
     """
 
@@ -65,10 +66,11 @@ class Loader:
         step: int = 0,
         workers: int = 1,
         ahead: int = 3,
+        pin: bool = False,
     ) -> None:
         self.dataset, self.order = dataset, Order(len(dataset), seed)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.step, self.ahead = step, ahead
+        self.step, self.ahead, self.pin = step, ahead, pin
         self.pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="loader")
         self.waiting: deque[list[Future[tuple[np.ndarray, np.ndarray]]]] = deque()
 
@@ -80,7 +82,8 @@ class Loader:
             self.waiting.append(self._submit(self.step + len(self.waiting)))
         images, labels = zip(*(future.result() for future in self.waiting.popleft()), strict=True)
         self.step += 1
-        return Batch(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
+        batch = Batch(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
+        return Batch(batch.images.pin_memory(), batch.labels.pin_memory()) if self.pin else batch
 
     def _submit(self, step: int) -> list[Future[tuple[np.ndarray, np.ndarray]]]:
         share = self.batch_size // self.world_size

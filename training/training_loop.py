@@ -324,6 +324,7 @@ class Trainer:
             world_size=self.world_size,
             step=self.step_count,
             workers=config.workers,
+            pin=self.device.type == "cuda",
         )
         self.say(f"Training for {config.total_nimg / 1000:g} kimg...")
         self.say()
