@@ -12,6 +12,7 @@ Array = NDArray[np.float64]
 
 _ASYMMETRY = 1e-5  # of the largest entry: what storing a covariance in float32 may do, with room to spare
 _NEGATIVITY = 1e-4  # of the largest eigenvalue, likewise
+_ROOT_ERROR = 1e-9  # of the root's trace: the most that its faster computation may add if all roundings had one sign
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
@@ -30,12 +31,29 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     if mu1.shape != mu2.shape:
         raise UserError(f"statistics of {len(mu1)} and of {len(mu2)} features can't be compared: two detectors?")
     a1, a2 = _factor(sigma1, "the first distribution"), _factor(sigma2, "the second distribution")
-    root_trace = np.linalg.svd(a1.T @ a2, compute_uv=False).sum()
+    root_trace = _sum_of_singular_values(a1.T @ a2)
     with np.errstate(over="ignore", invalid="ignore"):
         distance = float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace)
     if not np.isfinite(distance):
         raise UserError("the Fréchet distance is not a finite number: the features are too large for float64")
     return max(distance, 0.0)  # equal distributions may come out at -1e-14
+
+
+def _sum_of_singular_values(matrix: Array) -> float:
+    """By the eigenvalues of matrix^T matrix, more than twice as fast as by the singular values, where that is exact
+    enough: the rounding of the largest eigenvalue is an error of all, and of their roots the more, the smaller they
+    are."""
+    small_side = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = small_side.T @ small_side
+    if len(gram) and np.isfinite(gram).all():
+        values = np.linalg.eigvalsh(gram)
+        rounding = values[-1] * np.sqrt(len(values)) * np.finfo(np.float64).eps
+        if values[0] > rounding:
+            roots = np.sqrt(values)
+            if (rounding / (2 * roots)).sum() < _ROOT_ERROR * roots.sum():
+                return float(roots.sum())
+    return float(np.linalg.svd(matrix, compute_uv=False).sum())
 
 
 def checked_moments(mu: ArrayLike, sigma: ArrayLike, where: str) -> tuple[Array, Array]:

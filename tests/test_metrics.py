@@ -100,6 +100,21 @@ def test_every_way_to_factor_gives_the_same_distance(rank, stored):
     assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(("smallest", "quick"), [(1e-2, True), (1e-7, False)])
+def test_the_fast_sum_of_singular_values_is_taken_only_where_it_is_exact(monkeypatch, smallest, quick):
+    rng = np.random.default_rng(0)
+    q1, q2 = (np.linalg.qr(rng.standard_normal((300, 300)))[0] for _ in range(2))
+    singular = np.geomspace(1, smallest, 300)
+    calls = []
+    svd = np.linalg.svd
+    monkeypatch.setattr(np.linalg, "svd", lambda *args, **kwargs: calls.append(1) or svd(*args, **kwargs))
+    for rows in (300, 450):
+        matrix = np.vstack([q1 * singular @ q2, np.zeros((rows - 300, 300))])
+        for m in (matrix, matrix.T):
+            assert frechet._sum_of_singular_values(m) == pytest.approx(singular.sum(), rel=1e-12)
+    assert len(calls) == (0 if quick else 4)
+
+
 @pytest.mark.parametrize("count", [30, 100])
 def test_eigenvectors_are_the_last_resort(monkeypatch, count):
     """They cost several times what a Cholesky factor does."""
