@@ -65,7 +65,9 @@ POSITIVE = cli.Number(min=0, min_open=True)
 )
 @cli.section("Hyperparameters")
 @click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
-@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))
+@click.option(
+    "--batch-gpu", help="Limit batch size per process; auto: what fits", metavar="INT|auto", type=cli.WholeOrAuto()
+)
 @click.option(
     "--lr", help="Learning rate, for all stages or each", metavar="FLOAT,...", type=cli.FloatList(), default="5e-4"
 )
@@ -116,6 +118,19 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @click.option("--device", help="Where to compute", type=NAMES(["auto", "cuda", "cpu"]), default="auto")
 @click.option(
     "--precision", help="Arithmetic of the student", type=NAMES(["fp32", "tf32", "bf16", "fp16"]), default="fp32"
+)
+@click.option(
+    "--teacher-precision",
+    help="Arithmetic of the teacher; fp32 is TF32 on GPUs unless --precision=fp32",
+    type=NAMES(["fp32", "bf16", "fp16"]),
+    default="fp32",
+)
+@click.option(
+    "--recompute",
+    help="Recompute activations: less memory, a third slower",
+    metavar="BOOL",
+    type=cli.Bool(),
+    default=False,
 )
 @click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=cli.Bool(), default=False)
 @click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=cli.Bool(), default=True)

@@ -65,7 +65,9 @@ NAMES = cli.Choice
     type=cli.Number(0, 1_000_000, min_open=True),
 )
 @click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
-@click.option("--batch-gpu", help="Limit batch size per process", metavar="INT", type=cli.Whole(min=1))
+@click.option(
+    "--batch-gpu", help="Limit batch size per process; auto: what fits", metavar="INT|auto", type=cli.WholeOrAuto()
+)
 @click.option("--cbase", help="Channel multiplier  [default: varies]", metavar="INT", type=cli.Whole(1, 65536))
 @click.option("--cres", help="Channels per resolution  [default: varies]", metavar="LIST", type=cli.IntList(1, 1024))
 @click.option(
@@ -121,6 +123,19 @@ NAMES = cli.Choice
     "--precision", help="Arithmetic of the trained network: default fp32", type=NAMES(["fp32", "tf32", "bf16", "fp16"])
 )
 @click.option("--fp16", help="Same as --precision=fp16", metavar="BOOL", type=cli.Bool(), default=False)
+@click.option(
+    "--teacher-precision",
+    help="Arithmetic of the teacher; fp32 is TF32 on GPUs unless --precision=fp32",
+    type=NAMES(["fp32", "bf16", "fp16"]),
+    default="fp32",
+)
+@click.option(
+    "--recompute",
+    help="Recompute activations: less memory, a third slower",
+    metavar="BOOL",
+    type=cli.Bool(),
+    default=False,
+)
 @click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=cli.Bool(), default=False)
 @click.option("--ls", help="Loss scaling", metavar="FLOAT", type=cli.Number(min=0, min_open=True), default=1)
 @click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=cli.Bool(), default=True)
@@ -189,7 +204,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
     from torch_utils import distributed as dist
 
     dist.init(device, cli.options_in_use())
-    from training import next_steps, setup
+    from training import costs, next_steps, setup
 
     run = setup.prepare(options)
     dist.print0()
@@ -199,7 +214,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
     run.announce()
     if dry_run:
         found = setup.find_state(options, run)
-        for line in setup.describe_cost(run):
+        for line in costs.describe_cost(run):
             dist.print0(line)
         dist.print0(f"Would go on from {found[0]}" if found else "Would start from the beginning")
         dist.print0("Dry run; exiting.")

@@ -127,9 +127,10 @@ def trainer_and_plain(setting: Setting, solver: str | None) -> tuple[Any, Any, A
 
     from bench.plain import PlainTraining
     from training import setup
+    from training.costs import network_cost
     from training.loader import Loader
     from training.network_files import load_network, save_network
-    from training.setup import Options, network_cost
+    from training.setup import Options
     from training.training_loop import Trainer, build_network
 
     size, teacher_file = setting.size, setting.folder / "teacher.pkl"
@@ -246,7 +247,8 @@ def sampling(setting: Setting) -> Pair:
 def call_flops(setting: Setting) -> float:
     """Of one network call for one image."""
     from training import setup
-    from training.setup import Options, network_cost
+    from training.costs import network_cost
+    from training.setup import Options
 
     size = setting.size
     options = Options(outdir=str(setting.folder / "t"), data=str(setting.data()), cond=False, nosubdir=True, seed=0)

@@ -302,7 +302,8 @@ def _message(exc: BaseException) -> str:
     if isinstance(exc, OSError):
         return _system_message(exc)
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(text):
-        return f"out of memory: use a smaller --batch-gpu (train.py) or --batch (the others). {text}".strip()
+        advice = "train.py takes --batch-gpu=auto and --recompute=1, the others a smaller --batch"
+        return f"out of memory: {advice}. {text}".strip()
     if isinstance(exc, RuntimeError) and _launched() and _LOST_PEER.search(f"{type(exc).__name__} {text}"):
         return "another process has ended, or can't be reached any more; its own message says why, unless it was killed"
     return f"unexpected {type(exc).__name__}: {text} (EDM_DEBUG=1 shows where; please report it)"
@@ -398,6 +399,18 @@ class Whole(click.IntRange):
     """A whole number within bounds."""
 
     name = "whole number"
+
+
+class WholeOrAuto(Whole):
+    """A whole number from 1, or the word auto."""
+
+    name = "whole number, or auto"
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 class Number(click.FloatRange):

@@ -22,7 +22,7 @@ import torch
 
 import train
 from helpers import GOLDEN, golden, load_recipe, make_dataset, small_network
-from training import setup, state
+from training import costs, state
 from training.config import TrainConfig, check_batch, differences, next_run_number
 from training.dataset import Dataset, ImageFolderDataset
 from training.health import HISTORY, is_spike
@@ -919,7 +919,7 @@ def test_the_disk_that_a_run_was_said_to_need(data, teacher, tmp_path, extra, mo
 def test_a_disk_too_small_is_refused_or_warned_of(data, tmp_path, capsys, monkeypatch):
     """Before anything is written. What a run has written already is no need any more."""
     free = 0
-    monkeypatch.setattr(setup.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    monkeypatch.setattr(costs.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     args = [f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path / 'run'}", "--duration=0.001"]
     free = 5 << 20
     assert run(*args) == 1
@@ -935,7 +935,7 @@ def test_a_disk_too_small_is_refused_or_warned_of(data, tmp_path, capsys, monkey
 
 
 def test_memory_that_is_not_there_is_told(data, capsys, monkeypatch):
-    monkeypatch.setattr(setup, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(costs, "free_memory", lambda: 1 << 20)
     assert run(f"--data={data}", *SMALL, "--outdir=out", "-n") == 0
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory per process")]
     assert said.endswith("more than the 1.0 MiB that are free, it will not run here")

@@ -37,6 +37,7 @@ ARCHITECTURES: dict[str, Kwargs] = {
 }
 PRECONDS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
 WEIGHTINGS = ("edm", "snr-trunc", "snr+1", "jump", "geomean", "landing", "endpoint")  # of training.loss
+AUTO = "auto"  # of --batch-gpu
 INTERVALS = ("uniform", "loss")  # of training.intervals
 AUGMENTATION: Kwargs = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1, "translate_frac": 1}
 
@@ -53,7 +54,7 @@ class TrainConfig:
     seed: int = 0
     total_kimg: int = 200000
     batch_size: int = 512
-    batch_gpu: int | None = None
+    batch_gpu: int | str | None = None  # or AUTO
     lr: float = 10e-4
     lr_rampup_kimg: float = 10000
     lr_decay: str = "none"
@@ -65,6 +66,8 @@ class TrainConfig:
     ema_std: float | None = None  # a power-function average of this relative width instead
     clip: float | None = None  # largest length of the gradient
     precision: str = "fp32"
+    teacher_precision: str = "fp32"
+    recompute: bool = False
     compile: bool = False
     cudnn_benchmark: bool = True
     deterministic: bool = False
@@ -156,6 +159,7 @@ class TrainConfig:
             "ema": [self.ema_halflife_kimg, self.ema_rampup_ratio] if self.ema_std is None else ["std", self.ema_std],
             "clip": self.clip,
             "precision": self.precision,
+            "teacher-precision": self.teacher_precision if self.teacher_precision != "fp32" else None,
             "transfer": self.transfer_sha256,
             "distillation": self.distillation and {k: v for k, v in self.distillation.items() if k != "lineage"},
         }
@@ -199,14 +203,14 @@ def describe_run(dataset_name: str, cond: bool, arch: str, precond: str, gpus: i
     return f"{dataset_name}-{labels}-{arch}-{precond}-gpus{gpus}-batch{batch}-{precision}"
 
 
-def check_batch(batch_size: int, batch_gpu: int | None, world_size: int) -> tuple[int, int]:
+def check_batch(batch_size: int, batch_gpu: int | str | None, world_size: int) -> tuple[int, int]:
     """(images per process and round, rounds). Raises UsageError for a batch that cannot be divided so."""
     if batch_size < 1 or batch_size % world_size:
         raise UsageError(
             f"--batch={batch_size} cannot be shared by {world_size} processes; use a multiple of {world_size}"
         )
     share = batch_size // world_size
-    size = share if batch_gpu is None or batch_gpu > share else batch_gpu
+    size = min(batch_gpu, share) if isinstance(batch_gpu, int) else share
     if size < 1 or share % size:
         works = [n for n in range(1, share + 1) if share % n == 0]
         near = sorted(sorted(works, key=lambda n: abs(n - size))[:4])

@@ -54,6 +54,7 @@ from torch_utils import distributed as dist
 
 from . import pictures
 from .config import check_run_dir, differences
+from .costs import disk_need, free_disk, gib
 from .grids import Sampling, Solver, network_grid
 from .ladder_report import (
     CurvePoint,
@@ -71,7 +72,7 @@ from .options import COMMAND_LINE, Options
 from .progress import show_progress
 from .samplers import nfe
 from .sampling import Batch, iterate_images, plan_sampling
-from .setup import Run, disk_need, free_disk, gib, load_everywhere, prepare, train
+from .setup import Run, load_everywhere, prepare, train
 from .speed import use_cpu_kernels
 from .stage import plan_ladder
 from .state import list_states

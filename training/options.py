@@ -38,7 +38,7 @@ class Options:
     self_teacher: bool = False
     duration: float | None = None  # Mimg
     batch: int = 512
-    batch_gpu: int | None = None
+    batch_gpu: int | str | None = None  # or AUTO
     lr: float | None = None
     lr_decay: str | None = None
     warmup: float | None = None  # Mimg
@@ -49,6 +49,8 @@ class Options:
     augment: float | None = None
     xflip: bool = False
     precision: str | None = None
+    teacher_precision: str = "fp32"
+    recompute: bool = False
     fp16: bool = False
     compile: bool = False
     ls: float = 1.0
@@ -108,8 +110,8 @@ def check_options(options: Options, world_size: int) -> None:
                 )
     elif options.num_steps is not None or options.teacher_solver is not None or options.targets is not None:
         raise UsageError("--num_steps, --teacher-solver and --targets belong to --precond=edm_distillation")
-    elif options.self_teacher or options.intervals is not None:
-        raise UsageError("--self-teacher and --intervals belong to --precond=edm_distillation")
+    elif options.self_teacher or options.intervals is not None or options.teacher_precision != "fp32":
+        raise UsageError("--self-teacher, --intervals and --teacher-precision belong to --precond=edm_distillation")
     elif options.precond != "edm" and (options.p_mean is not None or options.p_std is not None or options.sigma_data):
         raise UsageError("--p-mean, --p-std and --sigma-data belong to --precond=edm")
 

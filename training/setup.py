@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import re
-import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from dnnlib.atomic import append_text, locked, write_text
@@ -27,22 +24,22 @@ from . import state
 from .config import (
     ARCHITECTURES,
     AUGMENTATION,
+    AUTO,
     PRECONDS,
     Kwargs,
     TrainConfig,
-    check_batch,
     check_run_dir,
     describe_run,
     differences,
     next_run_number,
 )
+from .costs import Cost, check_disk, describe_memory, disk_need, largest_batch, meta_network, network_cost
 from .dataset import ImageFolderDataset
 from .network_files import NetworkFile, load_network
 from .options import Options, check_options, given
 from .stage import Stage, check_compatible, plan_stage
-from .training_loop import MAX_ROWS, MAX_SAMPLES, TARGET_COLUMNS, Trainer, build_network, check_same_options
+from .training_loop import Trainer, check_same_options
 
-OVERHEAD = 128 << 10  # bytes of a snapshot or a state besides tensors
 INTERFACE = ("img_resolution", "img_channels", "label_dim")  # network arguments that the data dictates
 
 
@@ -100,7 +97,8 @@ class Run:
             f"Work:                    {self.flops_per_image * config.total_nimg:.3g} FLOP, "
             f"{self.flops_per_image / 1e9:.4g} GFLOP an image ({self.calls:g} network calls' worth)"
         )
-        say(f"Precision:               {config.precision}")
+        teachers = f", teacher {config.teacher_precision}" if self.stage is not None else ""
+        say(f"Precision:               {config.precision}{teachers}")
         say(f"Memory per process:      {describe_memory(self)}")
         say(f"Disk:                    {disk_need(config, dataset).describe(config.run_dir)}")
         if config.lr_rampup_kimg >= config.total_nimg / 1000:
@@ -205,6 +203,8 @@ def _config(
         ema_std=options.ema_std,
         clip=options.clip,
         precision=precision,
+        teacher_precision=options.teacher_precision,
+        recompute=options.recompute,
         compile=options.compile,
         cudnn_benchmark=options.bench,
         deterministic=options.deterministic,
@@ -410,6 +410,8 @@ def train(options: Options, run: Run, trainer_class: type[Trainer] = Trainer) ->
 
 def _train(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Path:
     config = run.config
+    if config.batch_gpu == AUTO:
+        config.batch_gpu = _batch_gpu(run, found and found[1])
     if dist.is_main():
         check_run_dir(config.run_dir)
         if found is None:
@@ -425,167 +427,11 @@ def _train(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trai
     return trainer.run()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run will cost
-
-
-@dataclass
-class Cost:
-    """Parameters; FLOPs of one network call for one image (a multiply-add is 2); bytes kept for the backward pass."""
-
-    parameters: int
-    flops: int
-    activation_bytes: int
-
-
-def network_cost(config: TrainConfig, dataset: ImageFolderDataset) -> Cost:
-    """Counted on torch's meta device: nothing is computed or allocated."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    kept = 0
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.numel() * tensor.element_size() if not isinstance(tensor, torch.nn.Parameter) else 0
-        return tensor
-
-    with torch.device("meta"):
-        net = meta_network(config, dataset)
-        images = torch.zeros(1, *dataset.image_shape)
-        labels = torch.zeros(1, dataset.label_dim) if dataset.label_dim else None
-        counter = FlopCounterMode(display=False)
-        with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            net(images, torch.ones(1), labels)
-    return Cost(sum(p.numel() for p in net.parameters()), counter.get_total_flops(), kept)
-
-
-def meta_network(config: TrainConfig, dataset: ImageFolderDataset) -> Any:
-    """The network of a run without its weights. Raises UserError for one that can't be made."""
-    own = ("sigma_data", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2")
-    model = {name: value for name, value in config.network_kwargs.items() if name not in own}
-    model["class_name"] = "EDMPrecond"  # the others compute numbers when they are made, which the meta device can't
-    with torch.device("meta"):
-        return build_network(model, dataset.resolution, dataset.num_channels, dataset.label_dim)
-
-
-def describe_cost(run: Run) -> list[str]:
-    """Lines for `--dry-run`, beyond those of every start: parameters, FLOPs per image and of the run, memory."""
-    config, cost, per_image = run.config, run.cost, run.flops_per_image
-    size, _ = check_batch(config.batch_size, config.batch_gpu, dist.get_world_size())
-    memory = fixed_memory(run) + cost.activation_bytes * size
-    return [
-        f"Parameters:              {cost.parameters / 1e6:.2f} M",
-        f"FLOPs per network call:  {cost.flops / 1e9:.4g} GFLOP an image",
-        f"FLOPs per image trained: {per_image / 1e9:.4g} GFLOP ({run.calls:g} calls' worth)",
-        f"FLOPs of the run:        {per_image * config.total_nimg:.3g}",
-        f"Memory with activations: about {gib(memory)} per process, of {size} images at fp32",
-    ]
-
-
-def describe_memory(run: Run) -> str:
-    """What a process needs besides activations, in words."""
-    need, free = fixed_memory(run), free_memory()
-    parts = f"weights, gradients, Adam, EMA{', teacher' if run.stage else ''}"
-    note = f": more than the {gib(free)} that are free, it will not run here" if need > free else ""
-    return f"{gib(need)} for {parts}, and activations on top (see --dry-run){note}"
-
-
-def fixed_memory(run: Run) -> int:
-    """Bytes that do not depend on the batch: float32 weights, gradients, two averages of Adam's, EMA, teacher."""
-    copies = 5 + (run.stage is not None)
-    return copies * 4 * sum(p.numel() for p in meta_network(run.config, run.dataset).parameters())
-
-
-def free_memory() -> int:
-    """Bytes free on this process's GPU, or in the machine."""
-    if dist.device().type == "cuda":
-        return int(torch.cuda.mem_get_info(dist.device())[0])
-    return int(psutil.virtual_memory().available)
-
-
-@dataclass(frozen=True)
-class DiskNeed:
-    """What a run writes at most. Sizes in bytes; `pictures` are all of them together."""
-
-    snapshots: int
-    dumps: int
-    snapshot_bytes: int
-    state_bytes: int
-    picture_bytes: int
-
-    @property
-    def total(self) -> int:
-        """While the last state is written: the new one is whole before an old one goes."""
-        states = self.dumps + state.KEPT_ROLLING + 1
-        return self.snapshots * self.snapshot_bytes + states * self.state_bytes + self.picture_bytes
-
-    @property
-    def least(self) -> int:
-        """A snapshot and two states: with less, a run can't save its first state and then a second one."""
-        return self.snapshot_bytes + 2 * self.state_bytes
-
-    def describe(self, run_dir: str) -> str:
-        """In words, beside what is free there, and a warning where the run can't end."""
-        text = (
-            f"at most {gib(self.total)} ({self.snapshots} snapshots of {gib(self.snapshot_bytes)}; {self.dumps} dumps, "
-            f"{state.KEPT_ROLLING} rolling states and one being written, of {gib(self.state_bytes)}), "
-            f"{gib(free_disk(run_dir))} free"
-        )
-        if self.total - written_before(run_dir) > free_disk(run_dir):
-            text += ". The disk may fill before the run ends: free some, or use a larger --snap or --dump"
-        return text
-
-
-def disk_need(config: TrainConfig, dataset: ImageFolderDataset) -> DiskNeed:
-    """Counts what the rules of `Trainer` write in a run from its beginning."""
-    parameters = list(meta_network(config, dataset).parameters())
-    weights = 4 * sum(p.numel() for p in parameters)
-    steps = math.ceil(config.total_nimg / config.batch_size)
-    last_tick = math.ceil((steps - 1) / math.ceil(config.kimg_per_tick * 1000 / config.batch_size))  # the first is 0
-
-    def times(ticks: int | None, first: int) -> int:
-        """Ticks first ... last_tick that are multiples of `ticks`, and the last one; names tell thousands apart."""
-        if ticks is None:
-            return 0
-        count = last_tick // ticks + 1 - first + (last_tick % ticks > 0 or last_tick < first)
-        return min(count, config.total_kimg + 1)
-
-    snapshots, sheets = times(config.snapshot_ticks, 0), times(config.targets_ticks, 0)
-    image = math.prod(dataset.image_shape)  # of one byte a value, as a PNG has at most
-    return DiskNeed(
-        snapshots=snapshots,
-        dumps=min(times(config.state_dump_ticks, 1), state.KEPT_DUMPS),
-        snapshot_bytes=weights + OVERHEAD + 1024 * len(parameters),  # the classes' source, names and shapes
-        state_bytes=4 * weights + OVERHEAD + 2048 * len(parameters),  # weights, EMA, two averages of Adam's
-        picture_bytes=image * (snapshots * MAX_SAMPLES + sheets * MAX_ROWS * TARGET_COLUMNS),
-    )
-
-
-def check_disk(run: Run) -> None:
-    """Raises UserError where a run that has nothing there yet can't even save a state and then a second one."""
-    need, run_dir = disk_need(run.config, run.dataset), run.config.run_dir
-    free = free_disk(run_dir)
-    if need.least > free + written_before(run_dir):
-        raise UserError(
-            f"{run_dir}: the disk has {gib(free)} free, but a snapshot and two training states take {gib(need.least)}; "
-            "free some space, or use an --outdir on another disk"
-        )
-
-
-def free_disk(place: str) -> int:
-    """Bytes free for a user's files where a folder is, or is to be made."""
-    folder = Path(place).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def written_before(run_dir: str) -> int:
-    """Bytes that a run's snapshots, states and pictures take already."""
-    kinds = ("network-snapshot-*.pkl", "training-state-*.pt", "samples-*.png", "targets-*.png")
-    return sum(path.stat().st_size for kind in kinds for path in Path(run_dir).glob(kind))
-
-
-def gib(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+def _batch_gpu(run: Run, saved: Kwargs | None) -> int:
+    """--batch-gpu=auto: what a run that goes on had, so that its sums round as before, or what fits."""
+    here = {"world_size": dist.get_world_size(), "device": dist.device().type}
+    if saved is not None and "batch_gpu" in saved and all(saved[name] == value for name, value in here.items()):
+        return int(saved["batch_gpu"])
+    size = largest_batch(run)
+    dist.print0(f"--batch-gpu=auto: {size} images at once in each process")
+    return size

@@ -44,7 +44,7 @@ from .loggers import open_loggers
 from .network_files import save_network
 from .progress import print_above_bars, training_bar
 from .samplers import edm_sampler, grid_sampler
-from .speed import use_cpu_kernels
+from .speed import recompute_blocks, use_cpu_kernels
 from .stage import Stage
 from .stopping import StopSignals
 
@@ -212,6 +212,8 @@ class Trainer:
         if config.precision == "fp16" and self.device.type != "cuda":
             self.say(f"Note: fp16 is for CUDA; on {self.device.type} the network computes in fp32")
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        if config.recompute:
+            recompute_blocks(self.net)
         self.loss_fn = self._make_loss()
         self.intervals: Intervals | None = getattr(self.loss_fn, "intervals", None)
         self.forward = maybe_compile(self.net, config.compile, self.say)
@@ -238,11 +240,13 @@ class Trainer:
             loss: Callable[..., Tensor] = LOSSES[name](**kwargs)
             return loss
         teacher = self.stage.teacher.net.eval().requires_grad_(False).to(self.device)
-        teacher.compute_dtype = torch.float32  # targets amplify the teacher's rounding errors by t / (t - s)
+        # Targets amplify the teacher's rounding errors by t / (t - s): float32, unless the user says otherwise.
+        teacher_dtype = compute_dtype(self.config.teacher_precision, self.device)
+        teacher.compute_dtype = teacher_dtype
         teacher = maybe_compile(teacher, self.config.compile, self.say)
         self_teacher = None
         if self.stage.self_teacher:
-            self.ema.compute_dtype = torch.float32  # as the teacher
+            self.ema.compute_dtype = teacher_dtype
             self_teacher = maybe_compile(self.ema, self.config.compile, self.say)
         return self.distillation_loss(
             teacher,
@@ -582,6 +586,7 @@ class Trainer:
             "intervals": self.intervals.state_dict() if self.intervals else {},
             "losses": list(self.health.losses),
             "options": json.loads(json.dumps(self.config.identity())),
+            "batch_gpu": self.batch_gpu,
             "world_size": self.world_size,
             "device": self.device.type,
         }
