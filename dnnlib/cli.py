@@ -302,8 +302,8 @@ def _message(exc: BaseException) -> str:
     if isinstance(exc, OSError):
         return _system_message(exc)
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(text):
-        advice = "train.py takes --batch-gpu=auto and --recompute=1, the others a smaller --batch"
-        return f"out of memory: {advice}. {text}".strip()
+        advice = "out of memory: train.py takes --batch-gpu=auto and --recompute=1, the others a smaller --batch"
+        return f"{advice}. {text}".strip()
     if isinstance(exc, RuntimeError) and _launched() and _LOST_PEER.search(f"{type(exc).__name__} {text}"):
         return "another process has ended, or can't be reached any more; its own message says why, unless it was killed"
     return f"unexpected {type(exc).__name__}: {text} (EDM_DEBUG=1 shows where; please report it)"

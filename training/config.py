@@ -11,6 +11,7 @@ from dnnlib.atomic import check_folder
 from dnnlib.cli import UsageError, UserError
 
 Kwargs = dict[str, Any]
+AUTO = "auto"  # of --batch-gpu
 
 ARCHITECTURES: dict[str, Kwargs] = {
     "ddpmpp": {
@@ -37,7 +38,6 @@ ARCHITECTURES: dict[str, Kwargs] = {
 }
 PRECONDS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
 WEIGHTINGS = ("edm", "snr-trunc", "snr+1", "jump", "geomean", "landing", "endpoint")  # of training.loss
-AUTO = "auto"  # of --batch-gpu
 INTERVALS = ("uniform", "loss")  # of training.intervals
 AUGMENTATION: Kwargs = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1, "translate_frac": 1}
 
