@@ -13,9 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dnnlib import cli  # before packages: it says what to do where they are missing
+
+# isort: split
 import click
 
-from dnnlib import cli
 from dnnlib.atomic import check_target
 from dnnlib.util import is_url, local_path
 

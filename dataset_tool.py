@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dnnlib import cli  # before packages: it says what to do where they are missing
+
+# isort: split
 import click
 
-from dnnlib import cli
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UsageError, UserError, printable
 from dnnlib.util import open_file

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dnnlib import cli  # before packages: it says what to do where they are missing
+
+# isort: split
 import click
 
-from dnnlib import cli
 from training.config import INTERVALS, WEIGHTINGS
 from training.options import WANDB_PROJECT, Options, check_options, ladder_options_of_file
 

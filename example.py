@@ -11,9 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dnnlib import cli  # before packages: it says what to do where they are missing
+
+# isort: split
 import click
 
-from dnnlib import cli
 from dnnlib.atomic import check_target
 
 BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dnnlib import cli  # before packages: it says what to do where they are missing
+
+# isort: split
 import click
 
-from dnnlib import cli
 from dnnlib.atomic import check_target
 
 if TYPE_CHECKING:

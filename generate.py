@@ -15,9 +15,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
+from dnnlib import cli  # before packages: it says what to do where they are missing
 
-from dnnlib import cli
+# isort: split
+import click
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dnnlib import cli  # before packages: it says what to do where they are missing
+
+# isort: split
 import click
 
-from dnnlib import cli
 from dnnlib.atomic import check_target, write_text
 
 

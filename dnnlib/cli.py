@@ -26,8 +26,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import click
-from click.shell_completion import shell_complete
+
+def missing_package(exc: ImportError) -> str:
+    """What to do about a package that isn't there: mostly, it is another Python that was called."""
+    return (
+        f"the Python package {exc.name} is missing in {sys.executable}; 'make env' puts all that is needed into .venv, "
+        "whose Python is .venv/bin/python"
+    )
+
+
+try:
+    import click
+    from click.shell_completion import shell_complete
+except ModuleNotFoundError as missing:
+    sys.exit(f"{os.path.basename(sys.argv[0])}: error: {missing_package(missing)}")
 
 MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
 
@@ -304,6 +316,8 @@ def _message(exc: BaseException) -> str:
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(text):
         advice = "out of memory: train.py takes --batch-gpu=auto and --recompute=1, the others a smaller --batch"
         return f"{advice}. {text}".strip()
+    if isinstance(exc, ModuleNotFoundError):
+        return missing_package(exc)
     if isinstance(exc, RuntimeError) and _launched() and _LOST_PEER.search(f"{type(exc).__name__} {text}"):
         return "another process has ended, or can't be reached any more; its own message says why, unless it was killed"
     return f"unexpected {type(exc).__name__}: {text} (EDM_DEBUG=1 shows where; please report it)"

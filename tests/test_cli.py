@@ -495,3 +495,15 @@ def test_sections_name_only_what_follows() -> None:
 
     text = command.get_help(click.Context(command))
     assert re.search(r"First:\n +--a TEXT\s*\n\nSecond:\n +--b X+\n", text), text
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_a_python_without_the_packages_is_answered(script):
+    """The commonest first mistake: another Python than .venv's. Without site-packages none of them is there."""
+    done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "the Python package click is missing in" in line and "make env" in line
+
+
+def test_a_package_that_is_missing_later_is_answered():
+    assert "the Python package scipy is missing" in cli._message(ModuleNotFoundError("No module", name="scipy"))

@@ -240,7 +240,7 @@ class Trainer:
             loss: Callable[..., Tensor] = LOSSES[name](**kwargs)
             return loss
         teacher = self.stage.teacher.net.eval().requires_grad_(False).to(self.device)
-        # Targets amplify the teacher's rounding errors by t / (t - s): float32, unless the user says otherwise.
+        # Its rounding comes into the target as it is; what is amplified there, the states, is float64 (training.loss).
         teacher_dtype = compute_dtype(self.config.teacher_precision, self.device)
         teacher.compute_dtype = teacher_dtype
         teacher = maybe_compile(teacher, self.config.compile, self.say)
