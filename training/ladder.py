@@ -594,13 +594,14 @@ def one_per_stage(name: str, values: list[float], chain: Sequence[int]) -> list[
 
 
 def next_commands(rungs: Sequence[Rung], outdir: str) -> list[tuple[str, str]]:
-    """(what for, command) after a ladder: images of its last student, and a picture of them."""
+    """(what for, command) after a ladder: images of its last student, a picture of them, a report."""
     student = f"--network={rungs[-1].network}"
     images = [*launched("generate.py"), student, f"--outdir={Path(outdir, 'images')}", "--seeds=0-63"]
     picture = [*launched("example.py", alone=True), student, f"--out={Path(outdir, 'grid.png')}"]
     return [
         (f"images of the student of {count(rungs[-1].steps, 'step')}", shlex.join(images)),
         ("a picture of them", shlex.join(picture)),
+        ("all about this ladder on one page", shlex.join([*launched("report.py", alone=True), outdir])),
     ]
 
 
