@@ -403,6 +403,17 @@ def test_overwriting_leaves_nothing_to_confuse(
     assert {name: images[name] for name in read(clean)} == read(clean)
 
 
+def test_images_of_somebody_else_are_told_of(
+    files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fid.py measures all that lie in a folder."""
+    (tmp_path / "out").mkdir()
+    for name in ("a.jpg", "b.png", "notes.txt", "000000.png"):
+        (tmp_path / "out" / name).write_bytes(b"")
+    assert run(files.student, tmp_path / "out", "--seeds=0,1") == 0
+    assert "also holds 2 other images, which fid.py would measure too" in capsys.readouterr().out
+
+
 def test_run_that_left_nothing_is_planned_anew(files: SimpleNamespace, tmp_path: Path) -> None:
     """Out of memory at once: a smaller --batch must be able to help."""
     out = tmp_path / "out"

@@ -13,7 +13,7 @@ import os
 import threading
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +27,7 @@ from PIL import Image
 from dnnlib.atomic import atomic_write, check_folder, write_text
 from dnnlib.cli import UserError, parse_int_list
 
+from .dataset import image_formats
 from .sampling import count_batches, split_seeds
 
 MANIFEST = "manifest.json"
@@ -128,6 +129,12 @@ class ImageFolder:
         with open(path, "rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
+
+    def foreign(self, names: Container[str]) -> int:
+        """How many image files beside those called `names` lie here."""
+        found = os.listdir(self.path) if self.path.is_dir() else []
+        endings = image_formats()[0]
+        return sum(os.path.splitext(name)[1].lower() in endings and name not in names for name in found)
 
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
         """Says who makes the images from here on, and removes what others left in the place of the `fresh` ones."""
@@ -304,6 +311,9 @@ def prepare(
     strays = len({*theirs.names()} - {*work.manifest.names()}) if theirs is not None else 0
     if strays and isinstance(output, ImageFolder):
         work = replace(work, note=f"{output.path} also holds {strays} images of an earlier run, none of this one")
+    others = output.foreign(set(names.values())) if theirs is None and isinstance(output, ImageFolder) else 0
+    if others:
+        work = replace(work, note=f"{output.path} also holds {others} other images, which fid.py would measure too")
     if batches:
         output.begin(work.manifest, [names[seed] for seed in fresh])
     return work

@@ -132,6 +132,8 @@ def options_of_file(content: Kwargs) -> Kwargs:
 
     A file of EDM's own code lacks our key; its settings are turned into the options that come to the same.
     """
+    if COMMAND_LINE in content and "run_dir" not in content:
+        raise ValueError("it is a ladder's; distill.py takes it")
     if COMMAND_LINE in content:
         return {"seed": content.get("seed"), **_object(content, COMMAND_LINE)}
     if "identity" in content:

@@ -125,6 +125,9 @@ def prepare(options: Options) -> Run:
         )
     cond = bool(options.cond) if options.cond is not None or stage is None else stage.teacher.net.label_dim > 0
     dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
+    if stage is not None and options.cond is False and stage.teacher.net.label_dim > 0:
+        classes = stage.teacher.net.label_dim
+        raise UserError(f"--cond=0, but {options.transfer} has {classes} classes, and so has its student; leave it out")
     asked_for = stage is None or stage.teacher.net.label_dim == 0  # otherwise it is the teacher that wants labels
     if cond and not dataset.has_labels and asked_for:
         raise UserError(
