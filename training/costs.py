@@ -136,7 +136,7 @@ def largest_batch(run: Run) -> int:
     """How many images a process can take at once: the largest divisor of its share of the batch that fits, on every
     process. On a GPU by trying; elsewhere, where too much would end the process, by counting."""
     if dist.device().type == "cuda":
-        size = next((n for n in _divisors(run) if _fits(run, n)), 1)
+        size = next((n for n in divisors(run) if _fits(run, n)), 1)
     else:
         size = largest_counted(run)
     return int(min(dist.gather_objects(size)))
@@ -146,10 +146,11 @@ def largest_counted(run: Run) -> int:
     """The same by counting alone, from the memory that is free now."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.device().type == "cpu" else 1
     room = SHARE * free_memory() / processes - fixed_memory(run)
-    return next((n for n in _divisors(run) if n * bytes_per_image(run) <= room), 1)
+    return next((n for n in divisors(run) if n * bytes_per_image(run) <= room), 1)
 
 
-def _divisors(run: Run) -> list[int]:
+def divisors(run: Run) -> list[int]:
+    """What --batch-gpu may be, the largest first."""
     share, _ = check_batch(run.config.batch_size, None, dist.get_world_size())
     return [n for n in range(share, 0, -1) if share % n == 0]
 

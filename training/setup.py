@@ -33,7 +33,7 @@ from .config import (
     differences,
     next_run_number,
 )
-from .costs import Cost, check_disk, describe_memory, disk_need, largest_batch, meta_network, network_cost
+from .costs import Cost, check_disk, describe_memory, disk_need, divisors, largest_batch, meta_network, network_cost
 from .dataset import ImageFolderDataset
 from .network_files import NetworkFile, load_network
 from .options import Options, check_options, given
@@ -433,8 +433,10 @@ def _train(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trai
 def _batch_gpu(run: Run, saved: Kwargs | None) -> int:
     """--batch-gpu=auto: what a run that goes on had, so that its sums round as before, or what fits."""
     here = {"world_size": dist.get_world_size(), "device": dist.device().type}
-    if saved is not None and "batch_gpu" in saved and all(saved[name] == value for name, value in here.items()):
-        return int(saved["batch_gpu"])
+    if saved is not None and all(saved[name] == value for name, value in here.items()):
+        size = saved.get("batch_gpu", 0)
+        if size in divisors(run):
+            return int(size)
     size = largest_batch(run)
     dist.print0(f"--batch-gpu=auto: {size} images at once in each process")
     return size

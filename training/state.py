@@ -11,6 +11,7 @@ A state is a dict for `torch.save`, read back with `weights_only=True`, so that 
     intervals   of a distillation: `seen`, fading numbers of images and sums of losses of every interval
     losses      of the last steps (training.health)
     options     what the run was started with, as far as it alters the result
+    batch_gpu   images that a process took at once: with another number the same sums may round differently
     world_size, device
 
 Random numbers need no state: they are keyed by seed and step (training.draws), as is the order of the data.
@@ -138,6 +139,7 @@ def _is_complete(state: dict[str, Any]) -> bool:
                     _is_moments(rows) or (isinstance(rows, list) and all(map(_is_moments, rows)))
                     for rows in stats.values()
                 )
+                and isinstance(state.get("batch_gpu", 1), int)
                 and isinstance(state.get("intervals", {}), dict)
                 and isinstance(state.get("losses", []), list)
                 and all(isinstance(loss, float) for loss in state.get("losses", []))
