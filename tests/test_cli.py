@@ -306,6 +306,7 @@ EDM_FILE = {
         ({COMMAND_LINE: {"cres": [1, [2]]}}, 2, "cres should be a list, not [1, [2]]"),
         ({COMMAND_LINE: {"data": 5}}, 2, "data should be text, not 5"),
         ({COMMAND_LINE: {"nosubdir": "perhaps"}}, 2, "nosubdir: 'perhaps' is not a valid boolean"),
+        ({COMMAND_LINE: {"until": 1, "lr": "5e-4"}}, 1, "it is a ladder's; distill.py takes it"),
         ({COMMAND_LINE: {"learning_rat": 1, "ema_sdt": 0.1}}, 2, "there is no option 'learning_rat'"),
         ({COMMAND_LINE: {"ema_sdt": 0.1}}, 2, "did you mean 'ema_std'?"),
         ({**EDM_FILE, "loss_kwargs": {"class_name": "x.MyLoss"}}, 1, "no --precond has EDMPrecond with MyLoss"),

@@ -12,6 +12,7 @@ from dnnlib.cli import UsageError, UserError
 from .config import ARCHITECTURES, PRECONDS, Kwargs, check_batch
 
 WANDB_PROJECT = "edm-distill"
+LADDER_ALONE = frozenset(("until", "eval_num", "eval_sets", "eval_batch", "curve", "ref", "detector", "stop_if_worse"))
 COMMAND_LINE = "command_line"  # the key of training_options.json under which the options lie that were given
 
 
@@ -132,10 +133,11 @@ def options_of_file(content: Kwargs) -> Kwargs:
 
     A file of EDM's own code lacks our key; its settings are turned into the options that come to the same.
     """
-    if COMMAND_LINE in content and "run_dir" not in content:
-        raise ValueError("it is a ladder's; distill.py takes it")
     if COMMAND_LINE in content:
-        return {"seed": content.get("seed"), **_object(content, COMMAND_LINE)}
+        values = _object(content, COMMAND_LINE)
+        if not LADDER_ALONE.isdisjoint(values):
+            raise ValueError("it is a ladder's; distill.py takes it")
+        return {"seed": content.get("seed"), **values}
     if "identity" in content:
         raise ValueError("it does not tell the options of its run (its key 'command_line' is missing)")
     if "network_kwargs" in content:
