@@ -214,6 +214,25 @@ def test_torchrun_starts_again_from_the_newest_state(data, tmp_path):
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
 
 
+def test_a_start_does_not_meet_at_the_addresses_of_the_one_before():
+    """torchrun's store outlives the processes: of a second start, the first one to come must wait for the other."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "EDM_COLLECTIVE_TIMEOUT": "20"}
+    meet = (
+        "from torch_utils import distributed as dist; dist.init('cpu'); dist.barrier(); dist.shutdown(); print('met')"
+    )
+    for start in ("0", "1"):
+        jobs = []
+        for rank in ("0", "1"):
+            env = {**os.environ, **place, "TORCHELASTIC_RESTART_COUNT": start, "RANK": rank}
+            jobs.append(subprocess.Popen([sys.executable, "-c", meet], cwd=ROOT, env=env, stdout=subprocess.PIPE))
+            time.sleep(3 * int(start))  # so that nobody's address is new yet
+        for job in jobs:
+            said = job.communicate(timeout=60)[0]
+            assert said == b"met\n" and job.returncode == 0, (start, said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "plain"])
 def test_twenty_signals_at_random_moments_lose_nothing(data, tmp_path, launcher):

@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dnnlib import cli
 from dnnlib.cli import FailedElsewhere, UsageError, UserError
 
-from .peers import Peers
+from .peers import Peers, restarts
 
 T = TypeVar("T")
 
@@ -66,11 +67,16 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
         limit = timedelta(seconds=_seconds("EDM_COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT))
         signs = _seconds("EDM_PEER_TIMEOUT", PEER_TIMEOUT)
         try:
+            store, rank, world_size = next(rendezvous("env://", timeout=limit))
+            # Processes that torchrun has started again meet in the store of those before, and must not find their
+            # addresses there: each start has keys of its own.
+            where = {"store": dist.PrefixStore(f"edm-distill/{restarts()}", store), "rank": rank}
+            group: dict[str, Any] = {"timeout": limit, "world_size": world_size, **where}
             if use_cuda:
-                dist.init_process_group("nccl", timeout=limit, device_id=_device)
+                dist.init_process_group("nccl", device_id=_device, **group)
                 _control_group = dist.new_group(backend="gloo", timeout=limit)
             else:
-                dist.init_process_group("gloo", timeout=limit)
+                dist.init_process_group("gloo", **group)
             _peers = Peers(dist.get_rank(), dist.get_world_size(), signs)
         except (ValueError, RuntimeError) as exc:
             raise UserError(

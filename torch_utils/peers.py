@@ -21,6 +21,12 @@ from dnnlib import cli
 GRACE = 5.0  # seconds for the main thread to meet the same failure, and to speak of it in its own words
 
 
+def restarts() -> str:
+    """How often the launcher has started this job again (torchrun's --max-restarts). Its store outlives the processes,
+    so that what they say there must tell their starts apart."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 class Peers:
     """This process's place among `world_size`, from `join` to `leave` or `fail`.
 
@@ -41,8 +47,7 @@ class Peers:
             wait_for_workers=False,
             timeout=timedelta(seconds=30),
         )
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher's store outlives the processes
-        self.store = dist.PrefixStore(f"edm-distill/{start}", store)
+        self.store = dist.PrefixStore(f"edm-distill/{restarts()}", store)
         self.meetings = 0
         self.over = threading.Event()
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
