@@ -68,6 +68,7 @@ def test_summary_is_of_students_and_over_their_own_teacher():
     assert recipe.summary(runs[:1]) == "2: 0.1000 fd x1.500   1: 0.5000"
 
 
+@pytest.mark.slow
 def test_a_screen_runs_and_is_not_run_again(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(recipe, "SHORT", "--num_steps=4 --until=2 --duration=0.001 --batch=48")
     monkeypatch.setitem(recipe.SCREENS, "rates", (recipe.SHORT, {"one": "--lr=1e-3", "wrong": "--lr-decay=never"}))
@@ -108,6 +109,7 @@ def test_an_earlier_attempt_has_all_its_habits(place, tmp_path):
     assert second["lr_rampup_kimg"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_without_its_habits_it_is_distill(place, tmp_path, capsys):
     common = ["--num_steps=4", "--duration=0.001", "--batch=48", "--eval-num=30", "--seed=2"]
     assert earlier_attempt.main([*files(place), *common, "--habits=none", f"--outdir={tmp_path / 'none'}"]) == 0

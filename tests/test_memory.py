@@ -69,7 +69,7 @@ def test_recomputing_changes_no_bit_and_keeps_what_was_counted(data):
 
 
 def test_a_run_that_recomputes_ends_with_the_same_weights(data, tmp_path):
-    extra = ["--cond=1", "--dropout=0.3", "--augment=0.1", "--batch-gpu=4"]
+    extra = ["--cond=1", "--dropout=0.3", "--augment=0.1", "--batch=48", "--batch-gpu=16"]
     assert short(data, tmp_path / "plain", *extra) == 0
     assert short(data, tmp_path / "less", *extra, "--recompute=1") == 0
     assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("plain", "less")))
