@@ -46,7 +46,7 @@ assets/digits-student.pkl: demo
 	    save_network("$@", student.net, sampling=student.sampling, dataset_kwargs=student.dataset_kwargs, half=True)'
 
 test: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist=loadfile  # many tests wait for processes of their own; a file shares what it sets up
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
