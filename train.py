@@ -209,6 +209,8 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
     from training import costs, next_steps, setup
 
     run = setup.prepare(options)
+    if options.resume == "latest":
+        setup.find_state(options, run)  # it takes the place of the run it goes on with, which is then told
     dist.print0()
     dist.print0("Training options:")
     dist.print0(json.dumps(run.config.to_options(), indent=2))

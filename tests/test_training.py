@@ -321,6 +321,24 @@ def test_two_processes_have_the_losses_of_one_over_250_steps(data, tmp_path):
     assert max(abs(a["mean"] / b["mean"] - 1) for a, b in rows) < 1e-6  # measured: 1.5e-7
 
 
+def test_a_run_that_goes_on_tells_its_own_place_and_time(data, tmp_path, capsys):
+    """--resume=latest names the directory that it takes; seconds since the restart are about the images since then."""
+    args = [f"--data={data}", *SMALL, "--duration=0.001", "--save-every=0", "--snap=1000", f"--outdir={tmp_path}"]
+    assert run(*args) == 0
+    (folder,) = tmp_path.iterdir()
+    (folder / "training-state-000001.pt").unlink()
+    left = 1008 - newest_nimg(folder)
+    capsys.readouterr()
+    assert run(*args, "--resume=latest") == 0
+    said = capsys.readouterr().out
+    assert f"Output directory:        {folder}\n" in said and "/00001-" not in said
+    last = stats(folder)[-1]
+    kimg = [line["Progress/kimg"]["mean"] for line in stats(folder)[-2:]]
+    assert 0 < left < 1000 * (kimg[1] - kimg[0]) - 6, "part of the last tick was before the restart"
+    each = 1000 * last["Timing/sec_per_tick"]["mean"] / left
+    assert last["Timing/sec_per_kimg"]["mean"] == pytest.approx(each)
+
+
 def test_two_processes_stop_when_asked_and_go_on_exactly(data, tmp_path, capsys):
     """SIGTERM to the launcher, as a queue sends it; no rolling state had been due for minutes. One process goes on with
     the same images and noise, says that it may round otherwise, and does no more than that."""

@@ -302,7 +302,7 @@ class Ladder:
         run = prepare(options)
         run.announce(self.say)
         command = train_command(options)
-        self.say(f"The same by itself, in another --outdir: {command}")
+        self.say(f"The same stage by itself (name another --outdir): {command}")
         self.say("")
         record = {
             "options": self.recipes[index],

@@ -227,6 +227,7 @@ class Trainer:
         self.health = Health(config, dataset, self.say, self.say.note)
 
         self.nimg = self.step_count = self.tick = self.tick_start_nimg = self.tick_start_step = 0
+        self.timed_from = 0  # images before those that the seconds of a tick are about
         self.stats_lines = 0
         self.elapsed_before = 0.0
         self.told_duration = False
@@ -373,7 +374,14 @@ class Trainer:
                 dist.barrier()  # whoever ended first would have the launcher kill the one that writes
                 text = f"interrupted by {signal.Signals(stop).name} at {self.nimg / 1000:g} kimg"
                 self.say(f"The state is in {self.run_dir / state.rolling_name(self.nimg)}: {text}")
-                raise Stopped(stop, f"{text}; what is needed to go on is saved" if dist.is_main() else "")
+                raise Stopped(
+                    stop, f"{text}; what is needed to go on is saved, {self.how_to_go_on()}" if dist.is_main() else ""
+                )
+
+    def how_to_go_on(self) -> str:
+        """In words, for who has interrupted a run."""
+        nosubdir = self.config.extras.get("command_line", {}).get("nosubdir", True)
+        return "the same command goes on" if nosubdir else "the same command with --resume=latest goes on"
 
     def title(self) -> str:
         """What the bar says it is."""
@@ -417,7 +425,7 @@ class Trainer:
 
     def report_progress(self, elapsed: float, tick_seconds: float, maintenance: float) -> None:
         """EDM's status line, and the same figures as statistics."""
-        images = self.nimg - self.tick_start_nimg
+        images = self.nimg - max(self.tick_start_nimg, self.timed_from)
         gpu = self.device.type == "cuda"
         figures = {
             "Progress/tick": self.tick,
@@ -517,7 +525,7 @@ class Trainer:
             return
         assert isinstance(self.loss_fn, losses.EDMDistillationLoss)
         count = TARGET_IMAGES
-        items = [self.dataset[i % len(self.dataset)] for i in range(count)]
+        items = [self.dataset[i * len(self.dataset) // count] for i in range(count)]  # classes lie one after another
         clean = torch.from_numpy(np.stack([image for image, _ in items])).to(self.device).float() / 127.5 - 1
         labels = None
         if self.dataset.has_labels:
@@ -613,6 +621,7 @@ class Trainer:
                 self.intervals.load_state_dict(saved["intervals"])
             self.nimg, self.step_count, self.tick = position["nimg"], position["step"], position["tick"]
             self.tick_start_nimg, self.tick_start_step = position["tick_start_nimg"], position["tick_start_step"]
+            self.timed_from = self.nimg
             self.health.skipped = position["skipped"]
             self.health.losses.extend(saved.get("losses", []))
             self.elapsed_before = position["elapsed_sec"]
