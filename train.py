@@ -210,7 +210,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
 
     run = setup.prepare(options)
     if options.resume == "latest":
-        setup.find_state(options, run)  # it takes the place of the run it goes on with, which is then told
+        setup.find_state(options, run)  # the run takes the place of the one it goes on with, and tells it
     dist.print0()
     dist.print0("Training options:")
     dist.print0(json.dumps(run.config.to_options(), indent=2))

@@ -8,7 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ class Run:
     transfer: NetworkFile | None
     arch: str
     precond: str
+    searched: list[tuple[Path, Kwargs] | None] = field(
+        default_factory=list
+    )  # what find_state found, once it has looked
 
     @cached_property
     def cost(self) -> Cost:
@@ -349,6 +352,8 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     `--resume=latest` without `--nosubdir` looks for the newest numbered run of the same options, and takes its place.
     Raises UserError, naming the options, where going on, or starting afresh, would spoil a run of other options.
     """
+    if run.searched:
+        return run.searched[0]
     found = _find_state(options, run)
     position = found and {name: value for name, value in found[1]["position"].items() if name != "elapsed_sec"}
     dist.check_agreement({f"the state to go on from in {run.config.run_dir}": position})
@@ -356,6 +361,7 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
         check_same_options(found[0], found[1]["options"], run.config)
     if found is None or found[0].resolve().parent != Path(run.config.run_dir).resolve():
         dist.from_rank0(lambda: _check_unused(run.config))
+    run.searched.append(found)
     return found
 
 
