@@ -45,8 +45,9 @@ assets/digits-student.pkl: demo
 	    student = load_network("$(DEMO)/stage-2-8to4/network-snapshot-000030.pkl"); \
 	    save_network("$@", student.net, sampling=student.sampling, dataset_kwargs=student.dataset_kwargs, half=True)'
 
+# In two processes: many tests wait for processes of their own. The tests of a file share what it sets up.
 test: env lint
-	$(BIN)/python -m pytest -n 2 --dist=loadfile  # many tests wait for processes of their own; a file shares what it sets up
+	$(BIN)/python -m pytest -n 2 --dist=loadfile
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow

@@ -287,8 +287,8 @@ def make_transform(name: str | None, size: tuple[int, int] | None) -> Transform:
     None              resized to `size` regardless of the sides' ratio, or left alone without `size`
     center-crop       the largest square in the middle, resized
     center-crop-wide  EDM's: all columns, and as many rows of the middle as the whole has when it is `width` wide,
-                      resized, with black above and below; true to shape for images that are `width` wide alone.
-                      Images narrower than that, or with fewer such rows than `height`, are refused
+                      resized, with black above and below; true to shape for images of just `size`. Images narrower
+                      than that, or with fewer such rows than `height`, are refused
 
     Raises UsageError for a size that can't give a square image with a power of two pixels on a side.
     """
@@ -531,7 +531,7 @@ def command(
     Images may be in any format that Pillow reads. Grey stays grey, everything else becomes RGB, transparency is
     dropped. All must be of one size, square, with a power of two pixels on a side, unless --resolution makes them so:
     alone it squeezes, with --transform=center-crop it takes the square in the middle. center-crop-wide is EDM's, for
-    images that are W pixels wide (others it distorts): their middle, black above and below, smaller ones left out.
+    images of WxH pixels (others it distorts): black above and below makes them square; smaller ones are left out.
 
     Labels come from a dataset.json at the top of the source ({"labels": [["name.png", 3], ...]}), or else every
     top-level folder is a class, numbered in the order of their names. If an image has no label, all are dropped.

@@ -12,7 +12,15 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 import click
 
 from training.config import INTERVALS, WEIGHTINGS
-from training.options import WANDB_PROJECT, Options, check_options, ladder_options_of_file
+from training.options import (
+    WANDB_PROJECT,
+    Options,
+    batch_gpu_option,
+    check_options,
+    ladder_options_of_file,
+    recompute_option,
+    teacher_precision_option,
+)
 
 NAMES = cli.Choice
 POSITIVE = cli.Number(min=0, min_open=True)
@@ -67,9 +75,7 @@ POSITIVE = cli.Number(min=0, min_open=True)
 )
 @cli.section("Hyperparameters")
 @click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
-@click.option(
-    "--batch-gpu", help="Limit batch size per process; auto: what fits", metavar="INT|auto", type=cli.WholeOrAuto()
-)
+@batch_gpu_option
 @click.option(
     "--lr", help="Learning rate, for all stages or each", metavar="FLOAT,...", type=cli.FloatList(), default="5e-4"
 )
@@ -121,19 +127,8 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @click.option(
     "--precision", help="Arithmetic of the student", type=NAMES(["fp32", "tf32", "bf16", "fp16"]), default="fp32"
 )
-@click.option(
-    "--teacher-precision",
-    help="Arithmetic of the teacher; fp32 is TF32 on GPUs unless --precision=fp32",
-    type=NAMES(["fp32", "bf16", "fp16"]),
-    default="fp32",
-)
-@click.option(
-    "--recompute",
-    help="Recompute activations: less memory, a third slower",
-    metavar="BOOL",
-    type=cli.Bool(),
-    default=False,
-)
+@teacher_precision_option
+@recompute_option
 @click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=cli.Bool(), default=False)
 @click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=cli.Bool(), default=True)
 @click.option("--cache", help="Cache dataset in CPU memory", metavar="BOOL", type=cli.Bool(), default=True)

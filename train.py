@@ -13,7 +13,15 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 import click
 
 from training.config import ARCHITECTURES, INTERVALS, WEIGHTINGS
-from training.options import WANDB_PROJECT, Options, check_options, options_of_file
+from training.options import (
+    WANDB_PROJECT,
+    Options,
+    batch_gpu_option,
+    check_options,
+    options_of_file,
+    recompute_option,
+    teacher_precision_option,
+)
 
 NAMES = cli.Choice
 
@@ -67,9 +75,7 @@ NAMES = cli.Choice
     type=cli.Number(0, 1_000_000, min_open=True),
 )
 @click.option("--batch", help="Total batch size", metavar="INT", type=cli.Whole(1, 1_000_000), default=512)
-@click.option(
-    "--batch-gpu", help="Limit batch size per process; auto: what fits", metavar="INT|auto", type=cli.WholeOrAuto()
-)
+@batch_gpu_option
 @click.option("--cbase", help="Channel multiplier  [default: varies]", metavar="INT", type=cli.Whole(1, 65536))
 @click.option("--cres", help="Channels per resolution  [default: varies]", metavar="LIST", type=cli.IntList(1, 1024))
 @click.option(
@@ -125,19 +131,8 @@ NAMES = cli.Choice
     "--precision", help="Arithmetic of the trained network: default fp32", type=NAMES(["fp32", "tf32", "bf16", "fp16"])
 )
 @click.option("--fp16", help="Same as --precision=fp16", metavar="BOOL", type=cli.Bool(), default=False)
-@click.option(
-    "--teacher-precision",
-    help="Arithmetic of the teacher; fp32 is TF32 on GPUs unless --precision=fp32",
-    type=NAMES(["fp32", "bf16", "fp16"]),
-    default="fp32",
-)
-@click.option(
-    "--recompute",
-    help="Recompute activations: less memory, a third slower",
-    metavar="BOOL",
-    type=cli.Bool(),
-    default=False,
-)
+@teacher_precision_option
+@recompute_option
 @click.option("--compile", help="torch.compile the networks", metavar="BOOL", type=cli.Bool(), default=False)
 @click.option("--ls", help="Loss scaling", metavar="FLOAT", type=cli.Number(min=0, min_open=True), default=1)
 @click.option("--bench", help="Enable cuDNN benchmarking", metavar="BOOL", type=cli.Bool(), default=True)
@@ -209,21 +204,23 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
     from training import costs, next_steps, setup
 
     run = setup.prepare(options)
-    if options.resume == "latest":
-        setup.find_state(options, run)  # the run takes the place of the one it goes on with, and tells it
-    dist.print0()
-    dist.print0("Training options:")
-    dist.print0(json.dumps(run.config.to_options(), indent=2))
-    dist.print0()
-    run.announce()
+
+    def tell() -> None:
+        dist.print0()
+        dist.print0("Training options:")
+        dist.print0(json.dumps(run.config.to_options(), indent=2))
+        dist.print0()
+        run.announce()
+
     if dry_run:
         found = setup.find_state(options, run)
+        tell()
         for line in costs.describe_cost(run):
             dist.print0(line)
         dist.print0(f"Would go on from {found[0]}" if found else "Would start from the beginning")
         dist.print0("Dry run; exiting.")
     else:
-        snapshot = setup.train(options, run)
+        snapshot = setup.train(options, run, tell=tell)
         for line in next_steps.describe_end(options, run, snapshot):
             dist.print0(line)
     dist.shutdown()

@@ -49,7 +49,7 @@ def _sum_of_singular_values(matrix: Array) -> float:
     if len(gram) and np.isfinite(gram).all():
         values = np.linalg.eigvalsh(gram)
         rounding = values[-1] * np.sqrt(len(values)) * np.finfo(np.float64).eps
-        if values[0] > rounding:
+        if values[0] > 0:
             roots = np.sqrt(values)
             if (rounding / (2 * roots)).sum() < _ROOT_ERROR * roots.sum():
                 return float(roots.sum())

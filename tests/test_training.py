@@ -321,6 +321,22 @@ def test_two_processes_have_the_losses_of_one_over_250_steps(data, tmp_path):
     assert max(abs(a["mean"] / b["mean"] - 1) for a, b in rows) < 1e-6  # measured: 1.5e-7
 
 
+def test_sheets_show_images_of_the_whole_data_set(data, teacher, tmp_path, monkeypatch):
+    """Classes lie one after another: the first images are of one class."""
+    sheet, shown = Trainer.save_targets, []
+
+    def watched(self):
+        item = Dataset.__getitem__
+        with monkeypatch.context() as patch:
+            patch.setattr(Dataset, "__getitem__", lambda data, i: shown.append(i) or item(data, i))
+            sheet(self)
+
+    monkeypatch.setattr(Trainer, "save_targets", watched)
+    args = ["--precond=edm_distillation", "--batch=12", "--duration=0.001", "--num_steps=2", "--targets=1000"]
+    assert run(*args, f"--transfer={teacher}", f"--data={data}", f"--outdir={tmp_path}", "--nosubdir") == 0
+    assert shown[:4] == [0, 13, 26, 39]
+
+
 def test_a_run_that_goes_on_tells_its_own_place_and_time(data, tmp_path, capsys):
     """--resume=latest names the directory that it takes; seconds since the restart are about the images since then."""
     args = [f"--data={data}", *SMALL, "--duration=0.001", "--save-every=0", "--snap=1000", f"--outdir={tmp_path}"]
@@ -395,10 +411,18 @@ def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capsys,
         patch.setattr(Trainer, "step", step)
         assert run(*args, f"--outdir={tmp_path / 'stopped'}") == 128 + number
     error = capsys.readouterr().err
-    assert f"interrupted by {number.name}" in error and error.count("\n") == 1
+    assert f"interrupted by {number.name}" in error and error.endswith(", the same command goes on\n")
+    assert error.count("\n") == 1
     assert newest_nimg(tmp_path / "stopped") == 6 * 12 and signal.getsignal(number) == before
     assert run(*args, f"--outdir={tmp_path / 'stopped'}") == 0
     assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "stopped")))
+
+
+def test_who_interrupts_a_numbered_run_is_told_how_it_goes_on(data, tmp_path, monkeypatch, capsys):
+    original = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda *args: original(*args) or signal.raise_signal(signal.SIGTERM))
+    assert run(f"--data={data}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001") == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith(", the same command with --resume=latest goes on\n")
 
 
 def test_a_signal_that_was_to_be_ignored_is(data, tmp_path, monkeypatch):

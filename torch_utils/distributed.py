@@ -70,8 +70,8 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
             store, rank, world_size = next(rendezvous("env://", timeout=limit))
             # Processes that torchrun has started again meet in the store of those before, and must not find their
             # addresses there: each start has keys of its own.
-            where = {"store": dist.PrefixStore(f"edm-distill/{restarts()}", store), "rank": rank}
-            group: dict[str, Any] = {"timeout": limit, "world_size": world_size, **where}
+            store = dist.PrefixStore(f"edm-distill/{restarts()}", store)
+            group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
             if use_cuda:
                 dist.init_process_group("nccl", device_id=_device, **group)
                 _control_group = dist.new_group(backend="gloo", timeout=limit)

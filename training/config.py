@@ -12,6 +12,7 @@ from dnnlib.cli import UsageError, UserError
 
 Kwargs = dict[str, Any]
 AUTO = "auto"  # of --batch-gpu
+STAGE_MIMG = 20.0  # default length of a distillation, in millions of images
 
 ARCHITECTURES: dict[str, Kwargs] = {
     "ddpmpp": {

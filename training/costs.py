@@ -113,7 +113,7 @@ def describe_memory(run: Run) -> str:
 def fixed_memory(run: Run) -> int:
     """Bytes that do not depend on the batch: float32 weights, gradients, two averages of Adam's, EMA, teacher."""
     copies = 5 + (run.stage is not None)
-    return copies * 4 * sum(p.numel() for p in meta_network(run.config, run.dataset).parameters())
+    return copies * 4 * run.cost.parameters
 
 
 def free_memory() -> int:
@@ -168,6 +168,7 @@ def _fits(run: Run, images: int) -> bool:
 
 
 def _try_out(run: Run, images: int) -> None:
+    """One forward and backward pass, with as much memory taken besides as a run takes. Raises OutOfMemoryError."""
     config, dataset, device = run.config, run.dataset, dist.device()
     own = 2 * 4 * run.cost.parameters  # the weights and gradients of the trial itself
     spare = SPARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

@@ -10,12 +10,12 @@ from pathlib import Path
 from dnnlib.cli import bold, green
 from torch_utils import distributed as dist
 
+from .config import STAGE_MIMG
 from .grids import ratios_that_work
 from .options import Options, given
 from .setup import Run
 
 FIRST_STEPS = 32  # proposed for a network that has just been trained from scratch
-DISTILLATION = 20  # Mimg, train.py's default for a stage
 
 
 def describe_end(options: Options, run: Run, snapshot: Path) -> list[str]:
@@ -42,8 +42,8 @@ def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str,
     commands = [
         ("images", [images]),
         ("FID: the data's statistics, then the network's distance", [reference, distance]),
+        ("all about this run on one page", [[*launched("report.py", alone=True), str(folder)]]),
     ]
-    commands.append(("all about this run on one page", [[*launched("report.py", alone=True), str(folder)]]))
     found = [(title, [shlex.join(words) for words in each]) for title, each in commands]
     following = next_stage(options, run, snapshot)
     if following is not None:
@@ -57,7 +57,7 @@ def next_stage(options: Options, run: Run, snapshot: Path) -> tuple[int, Options
     if run.stage is None:
         steps = FIRST_STEPS
         kept = {name: getattr(options, name) for name in ("batch", "batch_gpu", "xflip", "nosubdir", "seed")}
-        if options.duration is not None and options.duration < DISTILLATION:  # of a small network, or a trial
+        if options.duration is not None and options.duration < STAGE_MIMG:  # of a small network, or a trial
             kept["duration"] = options.duration
         chosen = Options(options.outdir, options.data, precond="edm_distillation", num_steps=steps, **kept)
     else:

@@ -7,6 +7,9 @@ import re
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
+import click
+
+from dnnlib import cli
 from dnnlib.cli import UsageError, UserError
 
 from .config import ARCHITECTURES, PRECONDS, Kwargs, check_batch
@@ -14,6 +17,23 @@ from .config import ARCHITECTURES, PRECONDS, Kwargs, check_batch
 WANDB_PROJECT = "edm-distill"
 LADDER_ALONE = frozenset(("until", "eval_num", "eval_sets", "eval_batch", "curve", "ref", "detector", "stop_if_worse"))
 COMMAND_LINE = "command_line"  # the key of training_options.json under which the options lie that were given
+# Options that train.py and distill.py have alike.
+batch_gpu_option = click.option(
+    "--batch-gpu", help="Limit batch size per process; auto: what fits", metavar="INT|auto", type=cli.WholeOrAuto()
+)
+teacher_precision_option = click.option(
+    "--teacher-precision",
+    help="Arithmetic of the teacher; fp32 is TF32 on GPUs unless --precision=fp32",
+    type=cli.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+)
+recompute_option = click.option(
+    "--recompute",
+    help="Recompute activations: less memory, one more network call an image",
+    metavar="BOOL",
+    type=cli.Bool(),
+    default=False,
+)
 
 
 @dataclass

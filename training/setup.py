@@ -8,7 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .config import (
     AUGMENTATION,
     AUTO,
     PRECONDS,
+    STAGE_MIMG,
     Kwargs,
     TrainConfig,
     check_run_dir,
@@ -53,9 +54,6 @@ class Run:
     transfer: NetworkFile | None
     arch: str
     precond: str
-    searched: list[tuple[Path, Kwargs] | None] = field(
-        default_factory=list
-    )  # what find_state found, once it has looked
 
     @cached_property
     def cost(self) -> Cost:
@@ -171,7 +169,7 @@ def _config(
     precision = "fp16" if options.fp16 else options.precision or "fp32"
     augment = options.augment if options.augment is not None else (0.0 if distils else 0.12)
     dropout = options.dropout if options.dropout is not None else (0.0 if distils else 0.13)
-    duration = options.duration if options.duration is not None else (20.0 if distils else 200.0)
+    duration = options.duration if options.duration is not None else (STAGE_MIMG if distils else 200.0)
     warmup = options.warmup if options.warmup is not None else (0.0 if distils else 10.0)
     if stage is not None:
         network_kwargs, loss_kwargs = _student_kwargs(stage, dropout, precision, options)
@@ -352,8 +350,6 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     `--resume=latest` without `--nosubdir` looks for the newest numbered run of the same options, and takes its place.
     Raises UserError, naming the options, where going on, or starting afresh, would spoil a run of other options.
     """
-    if run.searched:
-        return run.searched[0]
     found = _find_state(options, run)
     position = found and {name: value for name, value in found[1]["position"].items() if name != "elapsed_sec"}
     dist.check_agreement({f"the state to go on from in {run.config.run_dir}": position})
@@ -361,7 +357,6 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
         check_same_options(found[0], found[1]["options"], run.config)
     if found is None or found[0].resolve().parent != Path(run.config.run_dir).resolve():
         dist.from_rank0(lambda: _check_unused(run.config))
-    run.searched.append(found)
     return found
 
 
@@ -408,16 +403,26 @@ def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     raise UserError(f"--resume=latest: {options.outdir} has no run of these options with a state; start without it")
 
 
-def train(options: Options, run: Run, trainer_class: type[Trainer] = Trainer) -> Path:
-    """Runs what `prepare` returned, going on where there is a state, and returns the path of the final snapshot."""
+def train(
+    options: Options, run: Run, trainer_class: type[Trainer] = Trainer, tell: Callable[[], None] | None = None
+) -> Path:
+    """Runs what `prepare` returned, going on where there is a state, and returns the path of the final snapshot.
+
+    tell: called once it is certain where the run goes on, and so which directory is its own; nothing is written yet.
+    """
     found = find_state(options, run)
+    if tell is not None:
+        tell()
     dist.from_rank0(lambda: check_disk(run))
     with contextlib.ExitStack() as stack:
         dist.from_rank0(lambda: stack.enter_context(locked(run.config.run_dir)))
-        return _train(run, found, trainer_class)
+        trainer = _trainer(run, found, trainer_class)
+        del found  # as large as all that the trainer holds, which has copied it
+        return trainer.run()
 
 
-def _train(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Path:
+def _trainer(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Trainer:
+    """The trainer of a run, at the state to go on from, with its directory made and its options written."""
     config = run.config
     if config.batch_gpu == AUTO:
         config.batch_gpu = _batch_gpu(run, found and found[1])
@@ -433,7 +438,7 @@ def _train(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trai
     trainer = trainer_class(config, run.dataset, run.stage, run.transfer)
     if found is not None:
         trainer.load_state(*found)
-    return trainer.run()
+    return trainer
 
 
 def _batch_gpu(run: Run, saved: Kwargs | None) -> int:

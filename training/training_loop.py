@@ -227,7 +227,7 @@ class Trainer:
         self.health = Health(config, dataset, self.say, self.say.note)
 
         self.nimg = self.step_count = self.tick = self.tick_start_nimg = self.tick_start_step = 0
-        self.timed_from = 0  # images before those that the seconds of a tick are about
+        self.timed_from = 0  # images that were seen when this process began
         self.stats_lines = 0
         self.elapsed_before = 0.0
         self.told_duration = False
@@ -380,7 +380,7 @@ class Trainer:
 
     def how_to_go_on(self) -> str:
         """In words, for who has interrupted a run."""
-        nosubdir = self.config.extras.get("command_line", {}).get("nosubdir", True)
+        nosubdir = self.config.extras.get("command_line", {}).get("nosubdir", False)
         return "the same command goes on" if nosubdir else "the same command with --resume=latest goes on"
 
     def title(self) -> str:
@@ -524,8 +524,8 @@ class Trainer:
         if not dist.is_main():
             return
         assert isinstance(self.loss_fn, losses.EDMDistillationLoss)
-        count = TARGET_IMAGES
-        items = [self.dataset[i * len(self.dataset) // count] for i in range(count)]  # classes lie one after another
+        items = [self.dataset[i] for i in spread(len(self.dataset), TARGET_IMAGES)]  # classes lie one after another
+        count = len(items)
         clean = torch.from_numpy(np.stack([image for image, _ in items])).to(self.device).float() / 127.5 - 1
         labels = None
         if self.dataset.has_labels:
