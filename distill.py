@@ -218,7 +218,7 @@ def command(
     ladder = Ladder(stages, options)
     rungs = ladder.run()
     dist.print0()
-    dist.print0(format_table(rungs, ladder.curve, ladder.halves))
+    dist.print0(format_table(rungs, ladder.curve, ladder.floor))
     dist.print0()
     dist.print0(
         cli.green(f"Pictures: {stages.outdir}/ladder.png (the curve) and {stages.outdir}/samples.png (the images)")

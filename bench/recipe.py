@@ -133,7 +133,7 @@ def share_teacher(source: Path, folder: Path) -> None:
         teacher = json.loads((source / "ladder.json").read_text(encoding="utf-8"))[0]["steps"]
         files = [
             *source.glob("rungs/reference-*"),
-            *source.glob("rungs/halves-*"),
+            *source.glob("rungs/floor-*"),
             *source.glob(f"rungs/steps-{teacher}*"),
         ]
         (folder / "rungs").mkdir(parents=True)

@@ -203,56 +203,59 @@ def dataset_against_itself(
     path: str | os.PathLike[str],
     detector: Detector,
     *,
-    splits: int,
-    largest: int,
+    draws: int,
+    images: int,
     seed: int = 0,
     batch: int = 64,
     progress: bool = False,
-) -> tuple[Stats, int, list[float]]:
-    """What `statistics_of_dataset` finds, and how far random halves of the data set are from each other, in one pass.
+) -> tuple[Stats, list[float]]:
+    """What `statistics_of_dataset` finds, and how far images drawn from the data set are from all of it, in one pass.
 
-    Returns (statistics of all images, images in a half, one Fréchet distance per split). Split i is a permutation
-    keyed by (seed, i); a half has half of the images, but no more than `largest`. No distances for fewer than four
-    images. Nothing is kept of an image but its share in the sums, so that the size of the data set does not matter.
+    Returns (statistics of all images, one Fréchet distance per draw). Draw i takes `images` (2 or more) of them at
+    random, with replacement, keyed by (seed, i): what a network that knew the data by heart would come to, were it
+    measured by as many images. A Fréchet distance of samples is too large by about c (1/n + 1/m), for n images
+    against m; here by c/n, which nothing that is measured by n images can be expected to go below. Halves of a data
+    set, a common choice, would be 2c/(m/2) apart, more than that: no floor.
+
+    Nothing is kept of an image but its share in the sums, so that the size of the data set does not matter.
     """
     dataset = ImageFolderDataset(path=os.fspath(path))
     try:
         num = len(dataset)
         if num < 2:
             raise UserError(f"{path}: found {num} image; statistics need at least 2")
-        size = min(num // 2, largest)
-        halves = split_in_halves(num, size, splits, seed) if size > 1 else np.zeros([0, num], dtype=np.int8)
-        sums = [[FeatureStatistics(detector.dim, detector.device) for _ in "ab"] for _ in halves]
+        times = draw_anew(num, images, draws, seed)
+        drawn = [FeatureStatistics(detector.dim, detector.device) for _ in range(draws)]
         share = own_share(split_seeds(range(num), count_batches(num, batch, dist.get_world_size())))
         everything = FeatureStatistics(detector.dim, detector.device)
         batches = read_images(dataset, share)
-        for indices, images in zip(share, with_progress(batches, num) if progress else batches, strict=True):
-            features = detector(images)
+        for indices, batch_images in zip(share, with_progress(batches, num) if progress else batches, strict=True):
+            features = detector(batch_images)
             everything.append(features)
-            for pair, half in zip(sums, halves, strict=True):
-                for which, part in enumerate(pair, start=1):
-                    chosen = np.flatnonzero(half[indices] == which)
-                    if len(chosen):
-                        part.append(features[torch.from_numpy(chosen).to(features.device)])
-        for part in [everything, *(part for pair in sums for part in pair)]:
+            for part, counts in zip(drawn, times, strict=True):
+                chosen = np.repeat(np.arange(len(features)), counts[indices])
+                if len(chosen):
+                    part.append(features[torch.from_numpy(chosen).to(features.device)])
+        for part in [everything, *drawn]:
             part.reduce()
-        distances = dist.from_rank0(
-            lambda: [frechet_distance(*a.mean_cov()[:2], *b.mean_cov()[:2]) for a, b in sums]  # minutes for Inception
+        mu, sigma, _ = everything.mean_cov()
+        distances = dist.from_rank0(  # minutes for Inception
+            lambda: [frechet_distance(*part.mean_cov()[:2], mu, sigma) for part in drawn]
         )
         warn_of_few(num, detector)
-        return Stats(*everything.mean_cov(), detector.id), size, distances
+        return Stats(mu, sigma, num, detector.id), distances
     finally:
         dataset.close()
 
 
-def split_in_halves(num: int, size: int, splits: int, seed: int) -> np.ndarray:
-    """For each split and image 1 or 2, the half that it belongs to, or 0 for none: int8 [splits, num]."""
-    halves = np.zeros([splits, num], dtype=np.int8)
-    for index, half in enumerate(halves):
-        order = np.random.default_rng([seed, index]).permutation(num)
-        half[order[:size]] = 1
-        half[order[size : 2 * size]] = 2
-    return halves
+def draw_anew(num: int, images: int, draws: int, seed: int) -> np.ndarray:
+    """For each draw, how often each of `num` images is among `images` drawn with replacement: int64 [draws, num]."""
+    return np.stack(
+        [
+            np.bincount(np.random.default_rng([seed, index]).integers(num, size=images), minlength=num)
+            for index in range(draws)
+        ]
+    )
 
 
 def load_reference(source: str | os.PathLike[str]) -> Stats:

@@ -39,7 +39,7 @@ from training import ladder as ladder_module
 from training import pictures, setup
 from training.dataset import ImageFolderDataset
 from training.ladder import Checked, FirstImages, Ladder, Timing, show_progress
-from training.ladder_report import CurvePoint, Halves, Rung, format_table, ladder_figure, plot_ladder
+from training.ladder_report import CurvePoint, Floor, Rung, format_table, ladder_figure, plot_ladder, plus_minus
 from training.network_files import load_network, save_network
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler
 from training.sampling import Batch
@@ -327,41 +327,42 @@ def test_which_curve_points_there_are():
             assert any(2 * steps - 1 <= student < 2 * steps + 1 for student in students), "the most that cost no more"
 
 
-def test_halves_of_the_data(place, climbed, capsys, monkeypatch):
-    """By numpy's own mean and covariance of the features, split as documented; and said in the table."""
+def test_the_data_itself(place, climbed, capsys, monkeypatch):
+    """By numpy's own mean and covariance of the features, drawn as documented; and said in the table."""
     detector = detectors.load_detector(str(place / "detector.pt"), "cpu")
     dataset = ImageFolderDataset(place / "data.zip")
     features = detector(torch.from_numpy(np.stack([dataset[i][0] for i in range(200)]))).double().numpy()
     expected = []
-    for split in range(10):
-        order = np.random.default_rng([0, split]).permutation(200)
+    for draw in range(10):
+        chosen = np.random.default_rng([0, draw]).integers(200, size=NUM)
         a, b = (
-            Stats(part.mean(0), np.cov(part, rowvar=False), NUM, detector.id)
-            for part in (features[order[:NUM]], features[order[NUM : 2 * NUM]])
+            Stats(part.mean(0), np.cov(part, rowvar=False), len(part), detector.id)
+            for part in (features[chosen], features)
         )
         expected.append(frechet_between(a, b))
-    record = json.loads(next((climbed / "rungs").glob("halves-*.json")).read_text())
+    record = json.loads(next((climbed / "rungs").glob("floor-*.json")).read_text())
     assert record["images"] == NUM and record["distances"] == pytest.approx(expected, rel=1e-6)
     forbid_work(monkeypatch)
     assert distill.main([*options(place, *STAGES), f"--outdir={climbed}"]) == 0
     words = capsys.readouterr().out
-    figures = f"{np.mean(expected):.4g} ± {np.std(expected, ddof=1):.2g}"
-    assert f"{figures}" in words and "data, half against half: 50 images each, 10 splits" in words
+    figures = plus_minus(float(np.mean(expected)), float(np.std(expected, ddof=1)))
+    assert f"{figures}" in words and "the data itself: 50 images drawn from it, 10 times" in words
     table = rungs(climbed)
-    assert all(words.count(f"{rung['fd']:.4g} ± {rung['fd_std']:.2g}") >= 2 for rung in table), (
-        "in a line and the table"
-    )
+    assert all(words.count(plus_minus(rung["fd"], rung["fd_std"])) >= 2 for rung in table), "in a line and the table"
 
 
-def test_halves_of_small_data(tmp_path, place):
-    """No more than half of them in a half; the reference is bit for bit the one that fid.py makes; none for three."""
+def test_more_draws_than_images_and_the_reference(tmp_path, place):
+    """More images drawn than there are come nearer to all of them, by about one over their number; the reference is
+    bit for bit the one that fid.py makes; three images are enough."""
     detector = detectors.load_detector(str(place / "detector.pt"), "cpu")
-    stats, size, distances = dataset_against_itself(place / "data.zip", detector, splits=3, largest=10**6, batch=64)
+    stats, distances = dataset_against_itself(place / "data.zip", detector, draws=3, images=5000, batch=64)
+    _, few = dataset_against_itself(place / "data.zip", detector, draws=3, images=500, batch=64)
+    assert 5 < np.mean(few) / np.mean(distances) < 20
     plain = statistics_of_dataset(place / "data.zip", detector, batch=64)
     assert np.array_equal(stats.mu, plain.mu) and np.array_equal(stats.sigma, plain.sigma) and stats.num == 200
-    assert size == 100 and len(set(distances)) == 3 and min(distances) > 0
+    assert len(set(distances)) == 3 and min(distances) > 0
     make_dataset(tmp_path / "three.zip", count=3)
-    assert dataset_against_itself(tmp_path / "three.zip", detector, splits=3, largest=10)[1:] == (1, [])
+    assert len(dataset_against_itself(tmp_path / "three.zip", detector, draws=3, images=10)[1]) == 3
 
 
 def test_network_calls_and_a_part_of_the_images(place, climbed, tmp_path, monkeypatch):
@@ -480,7 +481,7 @@ def test_a_given_reference_is_used(place, climbed, tmp_path, capsys):
     assert (
         distill.main([*options(place, *STAGES), f"--outdir={tmp_path / 'out'}", f"--ref={tmp_path / 'ref.npz'}"]) == 0
     )
-    assert "half against half" not in capsys.readouterr().out, "halves of which data?"
+    assert "the data itself" not in capsys.readouterr().out, "which data?"
     for ours, theirs in zip(rungs(tmp_path / "out"), rungs(climbed), strict=True):
         assert ours["fd"] != theirs["fd"] and ours["endpoint_rmse"] == theirs["endpoint_rmse"]
 
@@ -1018,7 +1019,7 @@ def test_progress_is_said_now_and_then(monkeypatch):
 
 
 def drawable(count, distances=True, spread=0.05):
-    """A ladder of `count` rungs with numbers like real ones, the teacher's own curve and the data's halves."""
+    """A ladder of `count` rungs with numbers like real ones, the teacher's own curve and the data's floor."""
     table = [Rung(64, 127, 1.06 if distances else None, 0.0, 1.0, 0, "teacher.pkl", spread, [1.06] * 3)]
     curve = []
     for i in range(1, count):
@@ -1028,16 +1029,16 @@ def drawable(count, distances=True, spread=0.05):
         for solver, steps in (("euler", n), ("heun", (n + 1) // 2)):
             nfe = steps if solver == "euler" else 2 * steps - 1
             curve.append(CurvePoint(solver, steps, nfe, 2.0 * 3**i if distances else None, 0.05 * 1.6**i))
-    return table, curve, Halves(900, [0.28, 0.3, 0.31])
+    return table, curve, Floor(900, [0.28, 0.3, 0.31])
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 7])
 def test_any_ladder_can_be_drawn(tmp_path, count):
-    """With and without distances, curve, halves and error bars; no axis title is cut off, no legend covers data."""
+    """With and without distances, curve, floor and error bars; no axis title is cut off, no legend covers data."""
     for distances in (True, False):
-        table, curve, halves = drawable(count, distances)
+        table, curve, floor = drawable(count, distances)
         plain = [Rung(r.steps, r.nfe, r.fd, r.endpoint_rmse, 1.0, 1, "s.pkl") for r in table]
-        for name, args in (("full", (table, curve, halves)), ("plain", (plain,))):
+        for name, args in (("full", (table, curve, floor)), ("plain", (plain,))):
             with open(tmp_path / f"{name}.png", "wb") as file:
                 plot_ladder(args[0], file, *args[1:])
             with Image.open(tmp_path / f"{name}.png") as plot:
@@ -1055,8 +1056,8 @@ def test_any_ladder_can_be_drawn(tmp_path, count):
 
 
 def test_what_the_figure_shows():
-    table, curve, halves = drawable(7)
-    figure = ladder_figure(table, curve, halves)
+    table, curve, floor = drawable(7)
+    figure = ladder_figure(table, curve, floor)
     distances, errors = figure.axes
     assert distances.get_yscale() == errors.get_yscale() == "log", "the teacher's own few steps are far off"
     assert [label.get_text() for label in distances.get_xticklabels()] == ["1", "2", "4", "8", "16", "32", "127"]
@@ -1067,15 +1068,17 @@ def test_what_the_figure_shows():
     assert labels == [
         "students (64 → 32 → 16 → 8 → 4 → 2 → 1 steps), mean ± std of 3 seed sets",
         "teacher, 64 Heun steps (NFE 127)",
-        "data, half against half (900 images each)",
+        "the data itself (900 images drawn from it)",
         "teacher itself with fewer Heun steps",
         "teacher itself with fewer Euler steps",
     ]
     levels = {
         line.get_linestyle(): line.get_ydata()[0] for line in distances.get_lines() if len(set(line.get_ydata())) == 1
     }
-    assert levels["--"] == 1.06 and levels[":"] == pytest.approx(halves.mean)
-    bars = [segment for bar in distances.collections for segment in bar.get_segments()]
+    assert levels["--"] == 1.06 and levels[":"] == pytest.approx(floor.mean)
+    bars = [bar for bars in distances.collections for bar in bars.get_segments()]
+    (band,) = distances.patches
+    assert band.get_height() == pytest.approx(2 * floor.std) and floor.std > 0
     assert sorted(high - low for (_, low), (_, high) in bars) == pytest.approx([0.1] * 7), "one deviation up and down"
     lines = [line for line in errors.get_lines() if len(line.get_xdata()) > 1]
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 3
@@ -1085,8 +1088,8 @@ def test_what_the_figure_shows():
 
 def test_the_table_has_a_line_for_everything():
     text = format_table(*drawable(2))
-    assert "1.06 ± 0.05" in text and "1.15 ± 0.05" in text
-    assert text.count("the teacher itself, ") == 2 and "data, half against half: 900 images each, 3 splits" in text
+    assert "1.060 ± 0.050" in text and "1.150 ± 0.050" in text
+    assert text.count("the teacher itself, ") == 2 and "the data itself: 900 images drawn from it, 3 times" in text
     assert len(text.splitlines()) == 1 + 2 + 2 + 1
     alone = Rung(4, 7, 1.06, 0.0, 1.0, 0, "t.pkl", None, [1.06])
     assert "±" not in format_table([alone]) and len(format_table([alone]).splitlines()) == 2

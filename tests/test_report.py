@@ -21,7 +21,7 @@ import report
 import train
 from helpers import make_dataset, small_network
 from training.network_files import save_network
-from training.run_charts import BINS, Curve, Scale, line_chart, short, smooth
+from training.run_charts import BINS, Curve, Scale, labels, line_chart, short, smooth
 from training.run_report import read_run
 
 VOID = {"meta", "img", "input", "link", "br"}
@@ -190,8 +190,50 @@ def test_the_page_of_a_run_that_is_going_on(tmp_path, capsys):
     assert len(page.all("img")) == 1 and not [field for field in page.all("input") if field["type"] == "range"]
 
 
+def test_the_page_of_a_ladder_that_is_going_on(climbed, tmp_path):
+    """What there is to be is told from what there is, by the files as they are after the first student."""
+    folder = shutil.copytree(climbed, tmp_path / "out")
+    shutil.rmtree(next(folder.glob("stage-2-*")))
+    rows = json.loads((folder / "ladder.json").read_text())
+    (folder / "ladder.json").write_text(json.dumps(rows[:2]))
+    text = page_of(folder).text
+    assert "a ladder of 2 stages" in text and "4 → 2 → 1" in text and "stage 1 of 2: finished" in text
+    (folder / "ladder.json").write_text(json.dumps(rows[:1]))
+    (folder / "ladder-options.json").unlink()  # of a version that did not tell the steps
+    text = page_of(folder).text
+    assert "a ladder of 1 stage" in text and "4 → 2 →" not in text and "stage 1: finished" in text
+
+
+def test_what_the_charts_of_a_ladder_show(climbed, tmp_path):
+    """Bars of seed sets, the band of the data's own distance, the teacher's point, and what is off the scale."""
+    folder = shutil.copytree(climbed, tmp_path / "out")
+    rows = json.loads((folder / "ladder.json").read_text())
+    for row in rows:
+        row["fd"], row["fd_std"] = 2.0, 0.5
+    (folder / "ladder.json").write_text(json.dumps(rows))
+    (point, *_) = json.loads((folder / "teacher-curve.json").read_text())
+    (folder / "teacher-curve.json").write_text(json.dumps([{**point, "nfe": 1, "endpoint_rmse": 58.05}]))
+    next(folder.glob("rungs/floor-*.json")).write_text(json.dumps({"images": 16, "distances": [0.5, 1.0, 1.5]}))
+    page = page_of(folder)
+    paths = [attributes["class"].split()[0] for attributes in page.all("path")]
+    assert paths.count("bar") == 3 and paths.count("band") == 1
+    for told in ("2.00 ± 0.50", "1.00 ± 0.50", "↑ 58", "the data itself (16 images drawn from it)"):
+        assert told in page.text, told
+    next(folder.glob("rungs/floor-*.json")).write_text(json.dumps({"images": "16", "distances": 3}))
+    assert "the data itself" not in page_of(folder).text
+
+
 @pytest.mark.parametrize(
-    "name", ["training_options.json", "stats.jsonl", "ladder.json", "teacher-curve.json", "samples.png"]
+    "name",
+    [
+        "training_options.json",
+        "stats.jsonl",
+        "ladder.json",
+        "teacher-curve.json",
+        "samples.png",
+        "ladder-options.json",
+        "floor-*.json",
+    ],
 )
 @pytest.mark.parametrize("how", ["gone", "empty", "cut", "binary", "folder", "other", "odd"])
 def test_any_file_may_be_missing_or_damaged(climbed, tmp_path, name, how):
@@ -209,7 +251,8 @@ def test_any_file_may_be_missing_or_damaged(climbed, tmp_path, name, how):
             content = {"empty": b"", "cut": data[: len(data) // 2], "binary": b"\xff\x00" * 99, "other": b"[[[1]]]"}
             path.write_bytes({**content, "odd": odd.encode()}[how])
     page = page_of(folder)
-    if not (name == "teacher-curve.json" and how == "gone"):  # a distilled teacher has none
+    optional = name in ("ladder-options.json", "floor-*.json") or (name == "teacher-curve.json" and how == "gone")
+    if not optional:
         assert "Not in this page" in page.text
 
 
@@ -377,6 +420,13 @@ def test_ticks_are_few_and_within(low, high, log):
     places = [scale(tick) for tick in ticks]
     assert places == sorted(places) and places[0] >= -1e-9 and places[-1] <= 100 + 1e-9
     assert len({short(tick) for tick in ticks}) == len(ticks)
+    assert len(set(labels(ticks))) == len(ticks) and max(map(len, labels(ticks))) <= 7, "so wide is the room for them"
+
+
+def test_numbers_on_an_axis_are_alike():
+    assert labels([0, 0.0005, 0.001, 0.0015, 0.002]) == ["0.0000", "0.0005", "0.0010", "0.0015", "0.0020"]
+    assert labels([0, 2e-6, 4e-6]) == ["0", "2e-6", "4e-6"] and labels([1, 2, 5]) == ["1", "2", "5"]
+    assert labels([0, 20000, 40000]) == ["0", "20k", "40k"]
 
 
 def test_points_have_the_place_of_their_values():

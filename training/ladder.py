@@ -10,7 +10,7 @@ samples.png:
     rungs/steps-16-set-2.npz the same of its second one, without images
     rungs/curve-heun-8.npz   the teacher itself at a student's cost
     rungs/reference-*.npz    statistics of the data set, good for --ref too
-    rungs/halves-*.json      how far halves of the data set are from each other
+    rungs/floor-*.json       how far as many images of the data set are from all of it
 
 Each is written in one piece as soon as its content is known, so that the same command started again does again only
 what was not finished: a stage goes on from its own training state; a finished one, and a measured seed set, are read.
@@ -58,7 +58,7 @@ from .costs import disk_need, free_disk, gib
 from .grids import Sampling, Solver, network_grid
 from .ladder_report import (
     CurvePoint,
-    Halves,
+    Floor,
     Rung,
     count,
     describe_point,
@@ -81,7 +81,7 @@ from .training_loop import set_precision
 END_POINT_IMAGES = 2048  # compared with the teacher's: the end-point error has little noise, more would change nothing
 END_POINT_VALUES = 1 << 25  # fewer of large images: 128 MiB of them are kept
 SHOWN = 16  # images of every rung in samples.png
-SPLITS, FEW_SPLITS, WIDE = 10, 3, 512  # in halves, of the data set; few where a detector has more than WIDE features
+DRAWS, FEW_DRAWS, WIDE = 10, 3, 512  # from the data set; few where a detector has more than WIDE features
 ABSURD = 100.0  # an end-point error of images that have left [-1, 1] for good
 LONGEST = 1e6  # Mimg, as in train.py
 SEEDS = 1 << 32  # different ones
@@ -169,7 +169,7 @@ class Ladder:
         self.held = contextlib.ExitStack()  # the folder, from the first file on
         self.measured: list[Measured] = []
         self.curve: list[CurvePoint] = []
-        self.halves: Halves | None = None
+        self.floor: Floor | None = None
         self.written: Any = None  # what the files say, as far as this start of the program knows
         self.warned = False  # that there are few images for the detector's features
 
@@ -193,7 +193,7 @@ class Ladder:
         self.say(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
         self.prepare_measuring(str(self.config.extras["data_fingerprint"]))
         if self.options.command_line is not None and dist.is_main():
-            told = json.dumps({COMMAND_LINE: self.options.command_line}, indent=2)
+            told = json.dumps({COMMAND_LINE: self.options.command_line, "steps": self.chain}, indent=2)
             write_text(self.outdir / "ladder-options.json", told + "\n")
 
         grid = Sampling(first.stage.grid, self.solver, ratio=1)  # an undistilled teacher is sampled as it is distilled
@@ -381,30 +381,29 @@ class Ladder:
         return detectors.load_detector(self.options.detector, dist.device())
 
     def find_reference(self) -> None:
-        """Statistics of --data, and how far its halves are from each other: both from one pass, made once."""
-        name, half_of = f"{self.reference_id} {self.detector_id}", self.options.eval_num
+        """Statistics of --data, and how far images drawn from it are from them: both from one pass, made once."""
+        name, size = f"{self.reference_id} {self.detector_id}", self.options.eval_num
         path = self.outdir / "rungs" / f"reference-{short_hash(name)}.npz"
-        halves_path = self.outdir / "rungs" / f"halves-{short_hash(f'{name} {half_of}')}.json"
-        known = (load_stats(path), load_halves(halves_path)) if dist.is_main() else None
-        self.reference, halves = dist.broadcast_object(known)
-        if self.detector is not None and (self.reference is None or halves is None):
+        floor_path = self.outdir / "rungs" / f"floor-{short_hash(f'{name} {size}')}.json"
+        known = (load_stats(path), load_floor(floor_path)) if dist.is_main() else None
+        self.reference, self.floor = dist.broadcast_object(known)
+        if self.detector is not None and (self.reference is None or self.floor is None):
             self.say(f"Computing the reference statistics of {self.base.data}...")
-            stats, images, distances = dataset_against_itself(
+            stats, distances = dataset_against_itself(
                 self.base.data,
                 self.detector,
-                splits=SPLITS if self.detector.dim <= WIDE else FEW_SPLITS,
-                largest=half_of,
+                draws=DRAWS if self.detector.dim <= WIDE else FEW_DRAWS,
+                images=size,
                 batch=self.options.eval_batch,
                 progress=True,
             )
-            halves = Halves(images, distances)
+            self.floor = Floor(size, distances)
             if self.reference is None:  # otherwise what has been measured stands on the one that is there
                 self.reference = stats
                 if dist.is_main():
                     stats.save(path)
             if dist.is_main():
-                write_text(halves_path, json.dumps(asdict(halves)) + "\n")
-        self.halves = halves if halves is not None and halves.distances else None  # a tiny data set has none
+                write_text(floor_path, json.dumps(asdict(self.floor)) + "\n")
 
     def add_rung(self, network: NetworkFile, kimg: float) -> None:
         """Measures what has not been measured of a network's seed sets; then the files are up to date."""
@@ -553,14 +552,14 @@ class Ladder:
         if not dist.is_main():
             return
         rungs = [measured.rung for measured in self.measured]
-        content = (rungs, self.curve, self.halves)
+        content = (rungs, self.curve, self.floor)
         if content == self.written:
             return
         contents = {"ladder.csv": to_csv(Rung, rungs).encode()}
         if self.curve:
             contents["teacher-curve.csv"] = to_csv(CurvePoint, self.curve).encode()
         figure = io.BytesIO()
-        plot_ladder(rungs, figure, self.curve, self.halves)
+        plot_ladder(rungs, figure, self.curve, self.floor)
         contents["ladder.png"] = figure.getvalue()
         names = [f"{count(rung.steps, 'step')}, {rung.nfe} NFE" for rung in rungs]
         names[0] = f"teacher: {names[0]}"
@@ -684,10 +683,10 @@ def load_stats(path: Path) -> Stats | None:
         return None
 
 
-def load_halves(path: Path) -> Halves | None:
+def load_floor(path: Path) -> Floor | None:
     """What `find_reference` wrote, or None where there is no such file or it can't be read."""
     try:
-        return Halves(**json.loads(path.read_text(encoding="utf-8")))
+        return Floor(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+FARTHEST = 2.0  # end-point error of images in [-1, 1]: what is greater has left them, and stands at the edge
 LOG_FROM = 8  # a y axis whose values span more than this factor is logarithmic
 
 
@@ -41,11 +42,11 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class Halves:
-    """How far random halves of the data set are from each other: what no sampler is expected to go below."""
+class Floor:
+    """How far images drawn from the data set are from all of it: what no sampler is expected to go below."""
 
-    images: int  # in a half
-    distances: list[float]  # one per split
+    images: int  # in a draw, as many as measure a network
+    distances: list[float]  # one per draw
 
     @property
     def mean(self) -> float:
@@ -53,7 +54,7 @@ class Halves:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation over the splits."""
+        """Sample standard deviation over the draws."""
         return float(np.std(self.distances, ddof=1)) if len(self.distances) > 1 else 0.0
 
 
@@ -64,16 +65,15 @@ class Halves:
 def describe_rung(rung: Rung) -> str:
     """One line."""
     distance = "" if rung.fd is None else f"fd {spread(rung)}, "
-    return f"{rung.steps:>4d} steps: {distance}end-point RMSE {rung.endpoint_rmse:.4g}, NFE {rung.nfe}"
+    steps = f"{rung.steps:>4d} step{'s' * (rung.steps != 1)}"
+    return f"{steps}: {distance}end-point RMSE {rung.endpoint_rmse:.4g}, NFE {rung.nfe}"
 
 
 def describe_point(point: CurvePoint) -> str:
     """One line."""
     distance = "" if point.fd is None else f"fd {point.fd:.4g}, "
-    return (
-        f"{point.steps:>4d} {point.solver} steps of the teacher itself: {distance}end-point RMSE "
-        f"{point.endpoint_rmse:.4g}, NFE {point.nfe}"
-    )
+    steps = f"{point.steps:>4d} {point.solver.capitalize()} step{'s' * (point.steps != 1)}"
+    return f"{steps} of the teacher itself: {distance}end-point RMSE {point.endpoint_rmse:.4g}, NFE {point.nfe}"
 
 
 def count(number: int, noun: str) -> str:
@@ -85,11 +85,17 @@ def spread(rung: Rung) -> str:
     """'1.064 ± 0.012', or the mean alone of a single seed set, or '-'."""
     if rung.fd is None:
         return "-"
-    return f"{rung.fd:.4g}" if rung.fd_std is None else f"{rung.fd:.4g} ± {rung.fd_std:.2g}"
+    return f"{rung.fd:.4g}" if rung.fd_std is None else plus_minus(rung.fd, rung.fd_std)
 
 
-def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), halves: Halves | None = None) -> str:
-    """The ladder as text; below it the teacher itself at the students' costs, and what the data's own halves differ."""
+def plus_minus(mean: float, std: float) -> str:
+    """'1.400 ± 0.055': the deviation with two figures (three before the point), the mean as exact as that."""
+    decimals = min(max(1 - math.floor(math.log10(std)), 0), 12) if 0 < std < math.inf else 4
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> str:
+    """The ladder as text; below it the teacher itself at the students' costs, and the data itself."""
     lines = [f"{'steps':>6} {'NFE':>5} {'fd':>16} {'endpoint_rmse':>14} {'sec/kimg':>9} {'kimg':>8}  network"]
     for rung in rungs:
         lines.append(
@@ -100,12 +106,12 @@ def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), halves
         distance = "-" if point.fd is None else f"{point.fd:.4g}"
         lines.append(
             f"{point.steps:>6} {point.nfe:>5} {distance:>16} {point.endpoint_rmse:>14.4f} {'':>9} {'':>8}  "
-            f"the teacher itself, {point.solver}"
+            f"the teacher itself, {point.solver.capitalize()}"
         )
-    if halves is not None:
+    if floor is not None:
         lines.append(
-            f"{'':>6} {'':>5} {f'{halves.mean:.4g} ± {halves.std:.2g}':>16} {'':>14} {'':>9} {'':>8}  data, half "
-            f"against half: {halves.images} images each, {len(halves.distances)} splits"
+            f"{'':>6} {'':>5} {plus_minus(floor.mean, floor.std):>16} {'':>14} {'':>9} {'':>8}  the data itself: "
+            f"{floor.images} images drawn from it, {len(floor.distances)} times"
         )
     return "\n".join(lines)
 
@@ -131,19 +137,18 @@ HEUN = {"color": "#009E73", "marker": "^", "linestyle": "-.", **QUIET}
 EULER = {"color": "#CC79A7", "marker": "s", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5)), **QUIET}
 TEACHER = {"color": "#D55E00", "linestyle": "--", "linewidth": 1.2, "zorder": 2}
 FLOOR = {"color": "#555555", "linestyle": ":", "linewidth": 1.4, "zorder": 2}
+BAND = {"color": "#555555", "alpha": 0.15, "linewidth": 0, "zorder": 1}  # one deviation up and down
 
 
-def plot_ladder(
-    rungs: Sequence[Rung], file: Any, curve: Sequence[CurvePoint] = (), halves: Halves | None = None
-) -> None:
+def plot_ladder(rungs: Sequence[Rung], file: Any, curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> None:
     """Writes `ladder_figure` as a PNG."""
-    ladder_figure(rungs, curve, halves).savefig(file, format="png")
+    ladder_figure(rungs, curve, floor).savefig(file, format="png")
 
 
-def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), halves: Halves | None = None) -> Any:
+def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> Any:
     """Quality against network calls per image: Fréchet distance (if there are any) and end-point error, a panel each.
 
-    rungs: the teacher first. curve: the teacher itself with fewer steps. halves: how far halves of the data set differ.
+    rungs: the teacher first. curve: the teacher itself with fewer steps. floor: how far the data are from themselves.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -159,7 +164,7 @@ def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), halve
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     known: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=True):
-        drawn = panel(axis, rungs, curve, halves)
+        drawn = panel(axis, rungs, curve, floor)
         _scale_x(axis, drawn, [rung.nfe for rung in rungs])
         _scale_y(axis)
         axis.tick_params(labelsize=8)
@@ -167,7 +172,8 @@ def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), halve
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         known |= dict(reversed(pair) for pair in zip(*axis.get_legend_handles_labels(), strict=True))
-    order = sorted(known, key=lambda label: [label.startswith(w) for w in ("stu", "teacher,", "data", "")].index(True))
+    ranks = ("students", "teacher,", "the data", "")
+    order = sorted(known, key=lambda label: next(i for i, start in enumerate(ranks) if label.startswith(start)))
     figure.legend(  # below the panels, where there are no data to cover
         [known[label] for label in order],
         order,
@@ -180,7 +186,7 @@ def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), halve
     return figure
 
 
-def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], halves: Halves | None) -> list[int]:
+def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], floor: Floor | None) -> list[int]:
     """Returns the numbers of network calls that it has drawn something at."""
     teacher, students = rungs[0], [rung for rung in rungs[1:] if rung.fd is not None]
     _plot_curve(axis, [(p.solver, p.nfe, p.fd) for p in curve if p.fd is not None])
@@ -191,8 +197,9 @@ def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint
         sets = max(len(rung.fd_sets) for rung in students)
         of_sets = f", mean ± std of {sets} seed sets" if sets > 1 else ""
         _plot_spread(axis, students, _name_students(rungs) + of_sets, STUDENTS)
-    if halves is not None:
-        axis.axhline(halves.mean, label=f"data, half against half ({halves.images} images each)", **FLOOR)
+    if floor is not None:
+        axis.axhspan(floor.mean - floor.std, floor.mean + floor.std, **BAND)
+        axis.axhline(floor.mean, label=f"the data itself ({floor.images} images drawn from it)", **FLOOR)
     axis.set_ylabel("Fréchet distance (detector features)", fontsize=9)
     return [rung.nfe for rung in rungs if rung.fd is not None] + [p.nfe for p in curve if p.fd is not None]
 
@@ -211,11 +218,17 @@ def _plot_spread(axis: Any, rungs: Sequence[Rung], label: str, style: dict[str, 
     )
 
 
-def _plot_errors(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], halves: Halves | None) -> list[int]:
+def _plot_errors(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], floor: Floor | None) -> list[int]:
     """The same of end-point errors. The teacher's own is 0 by definition, which is no place on a logarithmic axis: it
     is left out."""
     students = rungs[1:]
-    _plot_curve(axis, [(point.solver, point.nfe, point.endpoint_rmse) for point in curve])
+    _plot_curve(axis, [(point.solver, point.nfe, min(point.endpoint_rmse, FARTHEST)) for point in curve])
+    for point in curve:
+        if point.endpoint_rmse > FARTHEST:
+            style = HEUN if point.solver == "heun" else EULER
+            text = f"↑ {point.endpoint_rmse:.3g}"
+            place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+            axis.annotate(text, (point.nfe, FARTHEST), color=style["color"], **place)
     if students:
         label = _name_students(rungs) if all(rung.fd is None for rung in students) else None
         axis.plot([r.nfe for r in students], [r.endpoint_rmse for r in students], label=label, **STUDENTS)
@@ -241,8 +254,9 @@ def _scale_x(axis: Any, drawn: Sequence[int], ticks: Sequence[int]) -> None:
     axis.set_xscale("log", base=2)
     margin = 1.35 if high >= 2 * low else 2
     axis.set_xlim(low / margin, high * margin)
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_xticks(sorted({*drawn} - {*ticks}), minor=True)  # of the teacher itself: 3, 7, 15; no room for numbers
 
 
 def _scale_y(axis: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 460, 260  # of a chart, in the units of its own coordinates
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 44  # room for the words around it
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 10, 44  # room for the words around it
 BINS = 400  # as many as there are pixels to tell apart
 SMOOTHING = 0.02  # half-life of a smoothed curve, as a part of what it spans
 
@@ -24,6 +24,7 @@ class Curve:
     """One line. x increases; `style` is a class of the page, `colour` one of its own instead.
 
     style: s0 ... s5; with ' raw' what is faint behind, with ' dots' a marker at each point.
+    spread: how far up and down a value may be: bars at dots, a band about a line. NaN where that isn't known.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Curve:
     y: np.ndarray
     style: str = "s0"
     colour: str | None = None
+    spread: np.ndarray | None = None
 
 
 def smooth(x: np.ndarray, y: np.ndarray, part: float = SMOOTHING) -> np.ndarray:
@@ -58,22 +60,26 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = True,
     x_ticks: Sequence[float] | None = None,
+    y_limit: float = math.inf,
 ) -> Markup | None:
-    """The SVG, or None where there is nothing to draw. title: what a screen reader says; the page says what y is."""
+    """The SVG, or None where there is nothing to draw. title: what a screen reader says; the page says what y is.
+
+    The last curve lies on top. y_limit: what is greater is drawn at the upper edge, dots with their number beside.
+    """
     shown = [clean(curve, log_x, log_y) for curve in curves]
     shown = [curve for curve in shown if len(curve.x)]
     if not shown:
         return None
     x = Scale.around([curve.x for curve in shown], log_x, LEFT, WIDTH - RIGHT, margin=0.04 if log_x else 0.0)
-    y = Scale.around([curve.y for curve in shown], log_y, HEIGHT - BOTTOM, TOP, margin=0.05, from_zero=not log_y)
+    reach = [np.minimum(end, y_limit) for curve in shown for end in ends(curve, log_y)]
+    y = Scale.around(reach, log_y, HEIGHT - BOTTOM, TOP, margin=0.05, from_zero=not log_y)
     parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)]
-    for value in y.ticks():
+    y_ticks = y.ticks()
+    for value, label in zip(y_ticks, labels(y_ticks), strict=True):
         parts.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(LEFT, WIDTH - RIGHT, y=y(value))
         )
-        parts.append(
-            Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 7, y(value) + 4.5, short(value))
-        )
+        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 7, y(value) + 4.5, label))
     for value in x.ticks() if x_ticks is None else [tick for tick in x_ticks if x.low <= tick <= x.high]:
         parts.append(
             Markup('<line class="grid" x1="{x}" x2="{x}" y1="{}" y2="{}"/>').format(TOP, HEIGHT - BOTTOM, x=x(value))
@@ -83,7 +89,7 @@ def line_chart(
                 x(value), HEIGHT - BOTTOM + 17, short(value)
             )
         )
-    parts += [draw(curve, x, y) for curve in shown]
+    parts += [draw(curve, x, y, y_limit) for curve in shown]
     parts.append(
         Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
             (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 7, x_label
@@ -99,11 +105,21 @@ def clean(curve: Curve, log_x: bool, log_y: bool) -> Curve:
         good &= curve.x > 0
     if log_y:
         good &= curve.y > 0
-    return Curve(curve.name, curve.x[good], curve.y[good], curve.style, curve.colour)
+    spread = None if curve.spread is None else curve.spread[good]
+    return Curve(curve.name, curve.x[good], curve.y[good], curve.style, curve.colour, spread)
 
 
-def draw(curve: Curve, x: Scale, y: Scale) -> Markup:
-    """A line, a single point, or of very many points a band."""
+def ends(curve: Curve, log_y: bool) -> list[np.ndarray]:
+    """The values of a clean curve, and how far down and up its spread goes, where that has a place."""
+    if curve.spread is None:
+        return [curve.y]
+    spread = np.nan_to_num(curve.spread)
+    low = curve.y - spread
+    return [np.where(low > 0, low, curve.y) if log_y else low, curve.y, curve.y + spread]
+
+
+def draw(curve: Curve, x: Scale, y: Scale, y_limit: float = math.inf) -> Markup:
+    """A line, a single point, or of very many points a band; about it the spread, if it has one."""
     own = Markup(' style="--c:{}"').format(curve.colour) if curve.colour else ""
     name = Markup("<title>{}</title>").format(curve.name)
     across = np.array([x(value) for value in curve.x.tolist()])
@@ -118,17 +134,30 @@ def draw(curve: Curve, x: Scale, y: Scale) -> Markup:
         values = np.add.reduceat(curve.y, starts) / np.diff(starts, append=len(across))
     else:
         centres, values = across, curve.y
-    points = list(zip(centres, values, strict=True))
+    points = list(zip(centres, np.minimum(values, y_limit), strict=True))
     line = Markup('<path class="line {}"{} d="{}">{}</path>').format(curve.style, own, path(points, y), name)
-    if len(points) > 1 and "dots" not in curve.style:
-        return line
-    dots = [
-        Markup('<circle class="dot {}"{} cx="{:.1f}" cy="{:.1f}" r="3.5"><title>{}: {:.4g}</title></circle>').format(
-            curve.style, own, centre, y(float(value)), curve.name, float(value)
-        )
-        for centre, value in points
-    ]
-    return Markup("").join([line, *dots])
+    has_dots = len(points) == 1 or "dots" in curve.style
+    parts = []
+    if curve.spread is not None and len(values) == len(curve.spread):
+        low, *_, high = ends(curve, y.log)
+        if has_dots:
+            for centre, bottom, top in zip(centres.tolist(), low.tolist(), high.tolist(), strict=True):
+                bar = f"M{centre - 3:.1f} {y(top)}h6m-3 0V{y(bottom)}m-3 0h6"
+                parts.append(Markup('<path class="bar {}"{} d="{}"/>').format(curve.style, own, bar))
+        else:
+            outline = [*zip(centres, high, strict=True), *zip(centres[::-1], low[::-1], strict=True)]
+            parts.append(Markup('<path class="band {}"{} d="{}Z"/>').format(curve.style, own, path(outline, y)))
+    parts.append(line)
+    if has_dots:
+        for centre, x_value, value, drawn in zip(centres, curve.x, values, np.minimum(values, y_limit), strict=True):
+            words = f"{curve.name}: {value:.4g} at {x_value:.4g}"
+            height = y(float(drawn))
+            dot = Markup('<circle class="dot {}"{} cx="{:.1f}" cy="{}" r="3.5"><title>{}</title></circle>')
+            parts.append(dot.format(curve.style, own, centre, height, words))
+            if value > y_limit:
+                told = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>')
+                parts.append(told.format(centre, height - 7, f"↑ {value:.3g}"))
+    return Markup("").join(parts)
 
 
 def path(points: Iterable[tuple[float, float]], y: Scale) -> str:
@@ -183,6 +212,15 @@ class Scale:
         every = max(1, math.ceil(span / 8))
         marks = [factor * 10.0**decade for decade in decades if decade % every == 0 for factor in factors]
         return [mark for mark in marks if self.low <= mark <= self.high]
+
+
+def labels(ticks: Sequence[float]) -> list[str]:
+    """Numbers on an axis. Evenly spaced ones have equally many decimals: 0, 0.0005, 0.0010."""
+    steps = np.diff(ticks)
+    if len(ticks) < 3 or not np.allclose(steps, steps[0]) or max(map(abs, ticks)) >= 1e4:
+        return [short(tick) for tick in ticks]
+    decimals = next((n for n in range(5) if np.allclose(np.round(ticks, n), ticks, rtol=1e-6, atol=0)), None)
+    return [short(tick) if decimals is None else f"{tick:.{decimals}f}" for tick in ticks]
 
 
 def short(value: float) -> str:

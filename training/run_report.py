@@ -30,6 +30,7 @@ from PIL import Image
 from dnnlib.cli import UserError
 from dnnlib.util import format_time
 
+from .ladder_report import plus_minus
 from .run_charts import Curve, line_chart, ramp, smooth
 
 MARK = "<!-- report.py of edm-distill -->"  # the first line of a page: what may be written over
@@ -40,6 +41,7 @@ LINES = 24  # jumps in a chart
 WIDEST, HEAVIEST = 2000, 1_500_000  # pixels, bytes: a picture beyond is shown smaller
 STAGE = re.compile(r"stage-(\d+)-(\d+)to(\d+)")
 RUNG = ("steps", "nfe", "fd", "fd_std", "endpoint_rmse", "sec_per_kimg", "kimg", "network")
+FARTHEST = 2.0  # end-point error of images in [-1, 1]: what is greater has left them
 POINT = ("solver", "steps", "nfe", "fd", "endpoint_rmse")
 SERIES = {
     "loss": "Loss/loss",
@@ -158,9 +160,22 @@ class Ladder:
     stages: list[Run]
     rungs: list[dict[str, Any]]
     curve: list[dict[str, Any]]
-    halves: str | None
+    floor: tuple[float, float, int] | None  # distance of images drawn from the data to all of it: mean, std, images
+    plan: list[int]  # steps of all networks that there are to be; empty where nothing says so
     samples: Shot | None
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def chain(self) -> list[Any]:
+        """Steps of the teacher and of every student, '?' where nothing says so: as planned, or as far as begun."""
+        begun = [stage.steps or ("?", "?") for stage in self.stages]
+        return self.plan or [before for before, _ in begun[:1]] + [after for _, after in begun]
+
+    @property
+    def state(self) -> str:
+        """A few words: how far it is."""
+        last, number, total = self.stages[-1], len(self.stages), len(self.chain) - 1
+        return f"stage {number} of {total}: {last.state}" if self.plan else f"stage {number}: {last.state}"
 
     @property
     def seconds(self) -> float:
@@ -204,6 +219,7 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
         ("weighting", loss.get("weighting")),
         ("intervals", loss.get("intervals")),
         ("batch", options.get("batch_size")),
+        ("batch of a process and round", options.get("batch_gpu")),
         ("length, kimg", options.get("total_kimg")),
         ("learning rate", optimizer.get("lr")),
         ("learning-rate decay", options.get("lr_decay")),
@@ -212,8 +228,11 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
         ("EMA std", options.get("ema_std")),
         ("gradient clip", options.get("clip")),
         ("dropout", net.get("dropout")),
-        ("augmentation", augment.get("p")),
+        ("augmentation", augment.get("p", 0 if "augment_kwargs" in options or "loss_kwargs" in options else None)),
+        ("mirror images", "yes" if data.get("xflip") else None),
         ("precision", options.get("precision")),
+        ("teacher's precision", options.get("teacher_precision") if distillation else None),
+        ("activations", "recomputed" if options.get("recompute") else None),
         ("seed", options.get("seed")),
     ]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
@@ -400,7 +419,8 @@ def read_ladder(folder: Path, shots: int = SHOTS) -> Ladder:
     if not stages:
         problems.append("no stage has begun yet")
     problems += [f"{stage.folder.name}: {problem}" for stage in stages for problem in stage.problems]
-    return Ladder(folder, folder.resolve().name, stages, rungs, curve, read_halves(folder), samples, problems)
+    floor, plan = read_floor(folder), read_plan(folder)
+    return Ladder(folder, folder.resolve().name, stages, rungs, curve, floor, plan, samples, problems)
 
 
 def stage_folders(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -419,15 +439,25 @@ def read_rows(path: Path, names: Sequence[str], problems: list[str]) -> list[dic
     return rows
 
 
-def read_halves(folder: Path) -> str | None:
-    """How far random halves of the data set are from each other, in words; the newest file counts."""
-    for path in sorted(folder.glob("rungs/halves-*.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+def read_floor(folder: Path) -> tuple[float, float, int] | None:
+    """How far images drawn from the data set are from all of it; the newest file counts."""
+    for path in sorted(folder.glob("rungs/floor-*.json"), key=lambda p: p.stat().st_mtime, reverse=True):
         told = read_json(path, dict, [])
         given = told.get("distances")
         distances = [value for each in given if (value := number(each)) is not None] if isinstance(given, list) else []
-        if distances:
-            return f"{np.mean(distances):.4g} (halves of {told.get('images')} images)"
+        images = number(told.get("images"))
+        if distances and images:
+            spread = float(np.std(distances, ddof=1)) if len(distances) > 1 else 0.0
+            return float(np.mean(distances)), spread, int(images)
     return None
+
+
+def read_plan(folder: Path) -> list[int]:
+    """The steps of all networks of a ladder, the teacher's first, as it wrote them down when it began."""
+    path = folder / "ladder-options.json"
+    given = read_json(path, dict, []).get("steps") if path.is_file() else None
+    steps = [number(each) for each in given] if isinstance(given, list) else []
+    return [int(each) for each in steps if each is not None] if None not in steps else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,33 +533,59 @@ def side_charts(run: Run) -> list[tuple[str, Markup]]:
     return [(caption, chart) for caption, chart in charts if chart is not None]
 
 
-def ladder_charts(ladder: Ladder) -> list[tuple[str, Markup]]:
-    """Quality against network calls: the students beside the teacher itself with fewer steps."""
+def ladder_charts(ladder: Ladder) -> list[tuple[str, Markup, list[tuple[str, str]]]]:
+    """Quality against network calls: the students beside the teacher itself with fewer steps.
+
+    A caption, the chart, and its legend: names with their styles.
+    """
     charts = []
-    students, ticks = ladder.rungs[1:], sorted({nfe for rung in ladder.rungs if (nfe := number(rung.get("nfe")))})
+    ticks = sorted({nfe for rung in ladder.rungs if (nfe := number(rung.get("nfe")))})
     for key, label in (("fd", "Fréchet distance"), ("endpoint_rmse", "End-point RMSE")):
-        curves = [points("students", students, key, "s0 dots")]
-        for solver, style in (("heun", "s1 dots dashed"), ("euler", "s2 dots dashed")):
-            curves.append(
-                points(f"teacher itself, {solver}", [p for p in ladder.curve if p.get("solver") == solver], key, style)
-            )
-        if key == "fd" and ladder.rungs and (level := number(ladder.rungs[0].get("fd"))) is not None and len(ticks) > 1:
-            curves.append(Curve("teacher", np.array([ticks[0], ticks[-1]]), np.array([level, level]), "s3 dashed"))
+        curves = []
+        for solver in ("heun", "euler"):
+            style = "s1 dots dashed" if solver == "heun" else "s2 dots dashed"
+            rows = [point for point in ladder.curve if point.get("solver") == solver]
+            curves.append(points(f"teacher itself, {solver.capitalize()}", rows, key, style))
+        if key == "fd" and ticks:
+            teacher = points("teacher, all its steps", ladder.rungs[:1], key, "s3 dots", "fd_std")
+            across = np.array([min([ticks[0], *(curve.x[0] for curve in curves if len(curve.x))]), ticks[-1]])
+            if len(teacher.y):
+                curves += [Curve("teacher, all its steps", across, teacher.y.repeat(2), "s3 dashed"), teacher]
+            if ladder.floor is not None:
+                mean, spread, images = ladder.floor
+                name = f"the data itself ({images} images drawn from it)"
+                curves.append(Curve(name, across, np.full(2, mean), "s4 dotted", spread=np.full(2, spread)))
+        curves.append(points("students", ladder.rungs[1:], key, "s0 dots", "fd_std" if key == "fd" else None))
         chart = line_chart(
-            curves, "network calls per image (NFE)", f"{label} against network calls", log_x=True, x_ticks=ticks
+            curves,
+            "network calls per image (NFE)",
+            f"{label} against network calls",
+            log_x=True,
+            x_ticks=ticks,
+            y_limit=FARTHEST if key == "endpoint_rmse" else math.inf,
         )
         if chart is not None:
-            charts.append((label, chart))
+            # A line and the dots upon it are one entry of the legend, in the order of importance: from the top down.
+            key_rows = {curve.name: curve.style for curve in reversed(curves) if len(curve.x)}
+            charts.append((label, chart, list(key_rows.items())))
     return charts
 
 
-def points(name: str, rows: Sequence[dict[str, Any]], key: str, style: str) -> Curve:
+def points(name: str, rows: Sequence[dict[str, Any]], key: str, style: str, spread: str | None = None) -> Curve:
+    """One column of a table against its network calls, where both are numbers; `spread` is another column."""
     found = sorted(
-        (nfe, value)
+        (nfe, value, number(row.get(spread)) if spread else None)
         for row in rows
         if (nfe := number(row.get("nfe"))) is not None and (value := number(row.get(key))) is not None
     )
-    return Curve(name, np.array([nfe for nfe, _ in found]), np.array([value for _, value in found]), style)
+    spreads = np.array([math.nan if each is None else each for *_, each in found])
+    return Curve(
+        name,
+        np.array([nfe for nfe, *_ in found]),
+        np.array([value for _, value, _ in found]),
+        style,
+        spread=spreads if np.isfinite(spreads).any() else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,6 +605,7 @@ def render(subject: Run | Ladder) -> str:
     environment.filters |= {
         "time": show_time,
         "num": show_number,
+        "spread": show_spread,
         "duration": show_duration,
         "json": show_json,
         "place": show_place,
@@ -597,6 +654,12 @@ def show_time(seconds: float | None) -> str:
 def show_number(value: Any, digits: int = 4) -> str:
     shown = number(value)
     return "–" if shown is None else f"{shown:.{digits}g}"
+
+
+def show_spread(value: Any, spread: Any) -> str:
+    """1.400 ± 0.055, or the value alone where nothing is known of its deviation."""
+    mean, std = number(value), number(spread)
+    return show_number(value) if mean is None or std is None else plus_minus(mean, std)
 
 
 def show_kimg(kimg: float) -> str:
