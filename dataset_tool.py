@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -474,7 +475,18 @@ def _describe(shape: tuple[int, ...]) -> str:
 
 
 def report(result: Outcome, source: Source, dest: str) -> None:
-    """Says what was written, and whatever did not come along."""
+    """Says what was written, whatever did not come along, and what to do next."""
+    has_classes = _report(result, source, dest)
+    script = Path(__file__).with_name("train.py")
+    words = ["python", script.name if script.parent == Path.cwd() else str(script)]
+    words += ["--outdir=training-runs", f"--data={dest}", f"--cond={int(has_classes)}"]
+    print(cli.bold("Next:"))
+    print("  a network trained on them from scratch (what it costs: --dry-run; its size: docs/your-own-data.md)")
+    print(f"    {shlex.join(words)}")
+
+
+def _report(result: Outcome, source: Source, dest: str) -> bool:
+    """`report` without its end; returns whether there are labels to train with."""
     from training.dataset import label_array
 
     count = len(result.labels)
@@ -488,25 +500,27 @@ def report(result: Outcome, source: Source, dest: str) -> None:
             f"warning: all labels were dropped, because {lost} of {count} images have none, "
             f"the first: {printable(result.unlabelled[0])}"
         )
-        return
+        return False
     print(printable(source.note))
     if lost:
-        return
+        return False
     try:
         labels = label_array([label for _, label in result.labels], [name for name, _ in result.labels], "dataset.json")
         kind = "classes" if labels.ndim == 1 else "numbers each"
         print(f"{labels.max() + 1 if labels.ndim == 1 else labels.shape[1]} {kind}")
     except UserError as exc:
         print(f"warning: the labels were copied, but can't be trained on: {printable(str(exc))}")
+        return False
+    return True
 
 
 def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
-    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", value.strip().lower())
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", value.strip().lower())
     if match is None:
         raise click.BadParameter(f"'{value}' is not of the form WxH, such as 64x64", ctx, param)
-    return int(match[1]), int(match[2])
+    return int(match[1]), int(match[2] or match[1])
 
 
 @cli.command(name="dataset_tool")
@@ -514,7 +528,7 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--dest", help="Zip file (replaced) or empty folder for the result", metavar="PATH", required=True)
 @click.option("--max-images", help="Write at most so many, the first ones", metavar="INT", type=cli.Whole(min=1))
 @click.option("--transform", help="Cut to shape", type=cli.Choice(["center-crop", "center-crop-wide"]))
-@click.option("--resolution", help="Resize, for example 64x64", metavar="WxH", callback=_parse_size)
+@click.option("--resolution", help="Resize, for example 64x64; 64 is the same", metavar="WxH", callback=_parse_size)
 def command(
     source: str, dest: str, max_images: int | None, transform: str | None, resolution: tuple[int, int] | None
 ) -> None:

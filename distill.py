@@ -224,7 +224,7 @@ def command(
         cli.green(f"Pictures: {stages.outdir}/ladder.png (the curve) and {stages.outdir}/samples.png (the images)")
     )
     dist.print0(cli.bold("Next:"))
-    for title, words in next_commands(rungs, stages.outdir):
+    for title, words in next_commands(ladder):
         dist.print0(f"  {title}\n    {words}")
     dist.shutdown()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnnlib import cli  # before packages: it says what to do where they are missing
@@ -142,6 +144,8 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
         if dist.is_main():
             stats.save(path)
             _say(f"wrote {path}: statistics of {stats.num} images by {stats.detector_id}")
+            own = [] if spec == "inception" else [f"--detector={spec}"]
+            _propose("the Fréchet distance of a network to them", "gen", "--network=NETWORK.pkl", f"--ref={path}", *own)
 
     _with_processes(device, work)
 
@@ -172,8 +176,15 @@ def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -
                 f"wrote {dest}: {facts.accuracy:.1%} of {facts.held_out} held-out images recognised, {facts.classes} "
                 f"classes, {facts.resolution}x{facts.resolution}, trained for {facts.kimg:g} kimg with seed {seed}"
             )
+            if facts.accuracy == 1:
+                _say(
+                    "note: it made no mistake; so easy a task may leave it blind to much of what images can lack: "
+                    "look at them too, or give it more classes to tell apart"
+                )
             if facts.accuracy < min(2 / facts.classes, (1 + 1 / facts.classes) / 2):
                 _say("warning: that is hardly better than guessing; use a larger --kimg")
+            target = str(Path(dest).with_suffix(".npz"))
+            _propose("a reference by it", "ref", f"--data={data}", f"--dest={target}", f"--detector={dest}")
         dist.barrier()
 
     _with_processes(device, work)
@@ -231,6 +242,14 @@ def _with_processes(device: str, work: Callable[[Any], None]) -> None:
     dist.init(device, cli.options_in_use())
     work(dist)
     dist.shutdown()
+
+
+def _propose(title: str, *words: str) -> None:
+    """Tells people the next command."""
+    from training.next_steps import launched
+
+    command = shlex.join([*launched("fid.py"), *words])
+    _say(f"Next:\n  {title}\n    {command}")
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 POSITIVE = cli.Number(min=0, min_open=True)
 NOT_NEGATIVE = cli.Number(min=0)
 LIMIT = cli.Number(min=0, infinite=True)
+ENOUGH = 1000  # images, for a distance to be worth measuring
 
 
 def __getattr__(name: str) -> Any:
@@ -181,6 +183,13 @@ def command(
         _make_images(net, plan, work, output, where, class_idx)
         seconds = time.monotonic() - start
         dist.print0(f"Done: {todo} images in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")
+    if len(seeds) >= ENOUGH:
+        from training.next_steps import launched
+
+        measure = [*launched("fid.py"), "calc", f"--images={outdir}", f"--num-images={len(seeds)}", "--ref=REF.npz"]
+        dist.print0(cli.bold("Next:"))
+        dist.print0("  the Fréchet distance to a reference (of EDM, or made of a data set by fid.py ref)")
+        dist.print0(f"    {shlex.join(measure)}")
     dist.shutdown()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dnnlib import cli  # before packages: it says what to do where they are missing
@@ -217,13 +218,23 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
         tell()
         for line in costs.describe_cost(run):
             dist.print0(line)
-        dist.print0(f"Would go on from {found[0]}" if found else "Would start from the beginning")
+        dist.print0(f"Would {describe_start(found, run.config.total_nimg)}")
         dist.print0("Dry run; exiting.")
     else:
         snapshot = setup.train(options, run, tell=tell)
         for line in next_steps.describe_end(options, run, snapshot):
             dist.print0(line)
     dist.shutdown()
+
+
+def describe_start(found: tuple[Path, dict[str, Any]] | None, total_nimg: int) -> str:
+    """What a run would do, by the state that it has found."""
+    if found is None:
+        return "start from the beginning"
+    path, state = found
+    if state["position"]["nimg"] >= total_nimg:
+        return f"have nothing to train: {path} is a finished run's"
+    return f"go on from {path}"
 
 
 def main(args: Sequence[str] | None = None) -> int:

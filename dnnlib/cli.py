@@ -109,7 +109,7 @@ class Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(param, click.Argument):  # which the text above explains
                 sections.setdefault(vars(param).get("section", "Help"), []).append(record)
         if len(sections) == 1:
             sections = {"Options": sections["Help"]}

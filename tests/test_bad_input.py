@@ -213,7 +213,7 @@ def test_values_of_the_wrong_kind(fails: Fails, tmp_path: Path) -> None:
         (generate, "--disc", "foo"),
         (fid, "--num", "1 abc"),
         (fid, "--batch", "0"),
-        (dataset_tool, "--resolution", "8 0x0 -8x8 axb"),
+        (dataset_tool, "--resolution", "0 8x 0x0 -8x8 axb"),
         (dataset_tool, "--max-images", "0 x"),
         (dataset_tool, "--transform", "squeeze"),
         (example, "--seeds", "abc"),
@@ -549,7 +549,8 @@ def test_a_refused_option_leaves_the_run_as_it_was(files: Path, fails: Fails, tm
     assert call(train, *run) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     fails(1, "seed (was 5, now 6)", train, *run, "--seed=6")
-    fails(1, "lr (was", train, *run, "--lr=1e-2")
+    fails(1, "lr (was 0.001, now 0.01)", train, *run, "--lr=1e-2")
+    fails(1, "other options: network.model_channels (was 4, now 32)", train, *run, "--cbase=32")
     fails(1, "lr (was", train, *run, "--lr=1e-2", "-n")
     (tmp_path / "training-state-000001.pt").unlink()
     fails(1, "lr (was", train, *run, "--lr=1e-2")  # without a state too: it would write over the snapshots

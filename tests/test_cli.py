@@ -16,7 +16,8 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import click
 import pytest
@@ -33,8 +34,10 @@ from dnnlib import cli, version
 from helpers import GOLDEN, load_recipe, make_dataset, small_network
 from test_dataset_tool import cifar
 from training.config import ARCHITECTURES
+from training.dataset import ImageFolderDataset
 from training.grids import Sampling, network_grid
 from training.network_files import save_network
+from training.next_steps import measure_commands
 from training.options import COMMAND_LINE, Options, given, options_of_file
 
 ROOT = Path(__file__).parent.parent
@@ -452,6 +455,7 @@ def test_the_next_commands_run_as_they_are_printed(
         assert all(Path(words[1]).is_file() for words in commands)
         generated = next(words for (name, _), words in by_script.items() if name == "generate")
         assert generate.main([*generated[2:], "--seeds=0-1", "--device=cpu"]) == 0
+        assert [first for name, first in by_script if name == "fid"] == ["detector", "ref", "gen"], "grey and tiny"
         for name, first in by_script:
             if name == "fid":
                 words = by_script[name, first][2:]
@@ -466,6 +470,23 @@ def test_the_next_commands_run_as_they_are_printed(
         assert train.main([*stage[2:], "--duration=0.001", *less]) == 0
     assert stages == ["4 -> 2 steps", "2 -> 1 steps"]
     assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ({"size": 32, "channels": 3}, ["ref", "gen"]),
+        ({"size": 16, "channels": 3}, ["detector", "ref", "gen"]),
+        ({"size": 16, "channels": 3, "classes": None}, ["ref", "gen"]),
+    ],
+)
+def test_the_proposed_measurement_fits_the_images(tmp_path: Path, shape: dict[str, Any], wanted: list[str]) -> None:
+    data = str(make_dataset(tmp_path / "data.zip", count=4, **shape))
+    run = SimpleNamespace(dataset=ImageFolderDataset(data))
+    title, commands = measure_commands(cast(Any, run), tmp_path, data, "--network=n.pkl")
+    assert [words[2] for words in commands] == wanted
+    assert all((f"--detector={tmp_path / 'detector.pt'}" in words) == (len(wanted) == 3) for words in commands[-2:])
+    assert "--num-images=2000" in commands[-1] and "2000 images; 50000 are the custom" in title
 
 
 def test_a_nosubdir_run_proposes_another_folder(

@@ -287,7 +287,8 @@ def test_digits(tmp_path, capsys):
     from sklearn.datasets import load_digits
 
     assert tool("digits", tmp_path / "digits.zip") == 0
-    assert "1797 images, 8x8 grey" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1797 images, 8x8 grey" in said and f"--data={tmp_path / 'digits.zip'} --cond=1" in said
     data = ImageFolderDataset(tmp_path / "digits.zip", use_labels=True)
     assert (len(data), data.image_shape, data.label_dim) == (1797, [1, 8, 8], 10)
     digits = load_digits()
@@ -378,7 +379,7 @@ def test_many_formats_become_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--resolution=16"], "WxH"),
+        (["--resolution=16x"], "WxH"),
         (["--resolution=0x0"], "WxH"),
         (["--resolution=-8x8"], "WxH"),
         (["--resolution=12x12"], "power of two"),

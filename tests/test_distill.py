@@ -837,11 +837,21 @@ def test_a_train_command_says_all_options_of_its_stage(place, tmp_path, monkeypa
 
     monkeypatch.setattr(ladder_module, "prepare", look)
     assert distill.main([*options(place, *STAGES, *more), f"--outdir={tmp_path / 'a b'}"]) == 1
-    words = shlex.split(ladder_module.train_command(seen[0]))
+    words = shlex.split(ladder_module.train_command(seen[0], "cpu"))
     with train.command.make_context("train.py", words[2:]) as context:
         values = dict(context.params)
     assert values.pop("device") == "cpu" and values.pop("dry_run") is False
     assert setup.Options(**values) == seen[0]
+
+
+def test_the_proposed_measurement_runs_as_it_is_printed(place, climbed, capsys, monkeypatch):
+    """With the ladder's own detector and reference; of the images that measured the rung, it gives the rung's number."""
+    assert distill.main([*options(place, *STAGES), f"--outdir={climbed}"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " gen " in line]
+    words = shlex.split(line)
+    assert "--num" not in line
+    assert fid.main([*words[2:], f"--num={NUM}", f"--batch={BATCH}", "--device=cpu"]) == 0
+    assert float(capsys.readouterr().out) == pytest.approx(rungs(climbed)[-1]["fd_sets"][0], rel=1e-5)
 
 
 def test_a_finished_ladder_is_only_read(place, climbed, capsys, monkeypatch):

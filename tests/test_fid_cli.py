@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -169,6 +170,11 @@ def test_detector_command(place, capsys):
     args = ("detector", f"--data={place}/data.zip", f"--dest={place}/again.pt", "--kimg=1")
     status, out, err = run(capsys, *args)
     assert status == 0 and out == "" and "30 held-out images" in err and "4 classes" in err
+    assert ("it made no mistake" in err) == ("100.0%" in err)
+    proposed = shlex.split(next(line for line in err.splitlines() if " fid.py " in line or "/fid.py " in line))
+    status, out, err = run(capsys, *proposed[2:])
+    assert status == 0 and out == "" and f"wrote {place}/again.npz" in err
+    assert f"gen --network=NETWORK.pkl --ref={place}/again.npz --detector={place}/again.pt" in err
     assert (place / "again.pt").read_bytes() == (place / "detector.pt").read_bytes()
     before = (place / "again.pt").read_bytes()
     refused(capsys, 1, "no class labels", "detector", f"--data={place}/plain.zip", f"--dest={place}/again.pt")

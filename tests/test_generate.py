@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fid
 import generate
 from dnnlib.cli import UsageError, parse_int_list
 from helpers import GOLDEN, golden, load_recipe, small_network
@@ -587,6 +589,17 @@ def test_help_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--skip-existing" in done.stdout
+
+
+def test_what_comes_next(files: SimpleNamespace, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Many images are there to be measured: of all of them, by a command that fid.py takes."""
+    monkeypatch.setattr(generate, "ENOUGH", 4)
+    assert run(files.plain, tmp_path / "few", "--seeds=0-2", "--steps=1") == 0
+    assert "Next:" not in capsys.readouterr().out
+    assert run(files.plain, tmp_path / "many", "--seeds=0-3", "--steps=1") == 0
+    proposed = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    values = fid.command.commands["calc"].make_context("calc", proposed[3:]).params
+    assert values["images"] == str(tmp_path / "many") and values["num"] == 4
 
 
 def test_two_processes_make_the_same(files: SimpleNamespace, tmp_path: Path) -> None:

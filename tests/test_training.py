@@ -928,6 +928,18 @@ def test_dry_run_tells_the_cost(data, capsys):
     output = capsys.readouterr().out
     assert "Parameters:" in output and "FLOPs of the run" in output and "Disk:" in output
     assert not Path("out").exists()
+    less = [f"--data={data}", *SMALL, "--outdir=out", "--nosubdir", "--seed=1", "--tick=0.5", "--dump=1"]
+    said = []
+    for duration, train_first in (("0.0005", False), ("0.0005", True), ("0.002", False)):
+        if train_first:
+            assert run(*less, f"--duration={duration}") == 0
+            capsys.readouterr()
+        assert run(*less, f"--duration={duration}", "-n") == 0
+        said.append(capsys.readouterr().out)
+    before, after, longer = said
+    assert "Would start from the beginning" in before
+    assert "--duration=0.0005, in whole thousands of images, is 1 kimg" in before
+    assert "Would have nothing to train" in after and "Would go on from" in longer
 
 
 @pytest.mark.parametrize(

@@ -168,11 +168,19 @@ class TrainConfig:
 
 def differences(old: Kwargs, new: Kwargs) -> list[str]:
     """Names (with both values) of what differs between two identities, in words a user can act on."""
-    return [
-        f"{name} (was {_short(old.get(name))}, now {_short(new.get(name))})"
-        for name in new
-        if _plain(old.get(name)) != _plain(new.get(name))
-    ]
+    return [told for name in new for told in _told(name, _plain(old.get(name)), _plain(new.get(name)))]
+
+
+def _told(name: str, old: Any, new: Any) -> list[str]:
+    """`differences` of one entry: of settings and of rows of values, the part alone that is another."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*new, *(each for each in old if each not in new)]
+        return [told for each in names for told in _told(f"{name}.{each}", old.get(each), new.get(each))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 1:
+        differing = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
+        if len(differing) == 1:
+            ((old, new),) = differing
+    return [f"{name} (was {_short(old)}, now {_short(new)})"] if old != new else []
 
 
 def _plain(value: Any) -> Any:

@@ -67,7 +67,7 @@ from .ladder_report import (
     to_csv,
 )
 from .network_files import NetworkFile
-from .next_steps import launched, train_command
+from .next_steps import FID_IMAGES, launched, train_command
 from .options import COMMAND_LINE, Options
 from .progress import show_progress
 from .samplers import nfe
@@ -301,7 +301,7 @@ class Ladder:
         options = self.stage_options(index, teacher)
         run = prepare(options)
         run.announce(self.say)
-        command = train_command(options)
+        command = train_command(options, dist.device().type)  # whose kind alters the result
         self.say(f"The same stage by itself (name another --outdir): {command}")
         self.say("")
         record = {
@@ -361,6 +361,7 @@ class Ladder:
             self.reference_id = hashlib.sha256(given.mu.tobytes() + given.sigma.tobytes()).hexdigest()
         else:
             self.reference_id = data_fingerprint
+        self.reference_source = ref
         if dist.is_main():
             check_run_dir(str(self.outdir / "rungs"))
         dist.from_rank0(lambda: self.held.enter_context(locked(self.outdir)))
@@ -384,6 +385,7 @@ class Ladder:
         """Statistics of --data, and how far images drawn from it are from them: both from one pass, made once."""
         name, size = f"{self.reference_id} {self.detector_id}", self.options.eval_num
         path = self.outdir / "rungs" / f"reference-{short_hash(name)}.npz"
+        self.reference_source = str(path)
         floor_path = self.outdir / "rungs" / f"floor-{short_hash(f'{name} {size}')}.json"
         known = (load_stats(path), load_floor(floor_path)) if dist.is_main() else None
         self.reference, self.floor = dist.broadcast_object(known)
@@ -592,16 +594,24 @@ def one_per_stage(name: str, values: list[float], chain: Sequence[int]) -> list[
     return values * stages if len(values) == 1 else values
 
 
-def next_commands(rungs: Sequence[Rung], outdir: str) -> list[tuple[str, str]]:
-    """(what for, command) after a ladder: images of its last student, a picture of them, a report."""
-    student = f"--network={rungs[-1].network}"
-    images = [*launched("generate.py"), student, f"--outdir={Path(outdir, 'images')}", "--seeds=0-63"]
-    picture = [*launched("example.py", alone=True), student, f"--out={Path(outdir, 'grid.png')}"]
-    return [
-        (f"images of the student of {count(rungs[-1].steps, 'step')}", shlex.join(images)),
-        ("a picture of them", shlex.join(picture)),
-        ("all about this ladder on one page", shlex.join([*launched("report.py", alone=True), outdir])),
+def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
+    """(what for, command) after a ladder: images of its last student, a picture of them, a report, and its distance by
+    as many images as are the custom, if it was measured by fewer."""
+    outdir, last = ladder.outdir, ladder.measured[-1].rung
+    student = f"--network={last.network}"
+    images = [*launched("generate.py"), student, f"--outdir={outdir / 'images'}", "--seeds=0-63"]
+    picture = [*launched("example.py", alone=True), student, f"--out={outdir / 'grid.png'}"]
+    commands = [
+        (f"images of the student of {count(last.steps, 'step')}", images),
+        ("a picture of them", picture),
+        ("all about this ladder on one page", [*launched("report.py", alone=True), str(outdir)]),
     ]
+    if last.fd is not None and ladder.options.eval_num < FID_IMAGES:
+        distance = [*launched("fid.py"), "gen", student, f"--ref={ladder.reference_source}"]
+        if ladder.options.detector != "inception":
+            distance.append(f"--detector={ladder.options.detector}")
+        commands.append((f"its distance by {FID_IMAGES} images, as is the custom", distance))
+    return [(title, shlex.join(words)) for title, words in commands]
 
 
 def curve_plan(students: Sequence[int]) -> list[tuple[Solver, int]]:

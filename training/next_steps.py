@@ -7,14 +7,19 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from dnnlib.cli import bold, green
+import torch
+
+from dnnlib.cli import UserError, bold, green
 from torch_utils import distributed as dist
 
 from .config import STAGE_MIMG
+from .dataset import ImageFolderDataset
 from .grids import ratios_that_work
 from .options import Options, given
 from .setup import Run
 
+FID_IMAGES, FEW_IMAGES = 50000, 2000  # fid.py's default; on a CPU
+INCEPTION_FITS = 32  # pixels of a side; it was made for photographs
 FIRST_STEPS = 32  # proposed for a network that has just been trained from scratch
 
 
@@ -35,21 +40,53 @@ def describe_end(options: Options, run: Run, snapshot: Path) -> list[str]:
 def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str, list[str]]]:
     """(what for, commands): images, the Fréchet distance, and the next stage where there is one."""
     folder, data = Path(run.config.run_dir), str(run.config.dataset_kwargs["path"])
-    network, ref = f"--network={snapshot}", folder / "ref.npz"
+    network = f"--network={snapshot}"
     images = [*launched("generate.py"), network, f"--outdir={folder / 'images'}", "--seeds=0-63"]
-    reference = [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"]
-    distance = [*launched("fid.py"), "gen", network, f"--ref={ref}"]
     commands = [
         ("images", [images]),
-        ("FID: the data's statistics, then the network's distance", [reference, distance]),
+        measure_commands(run, folder, data, network),
         ("all about this run on one page", [[*launched("report.py", alone=True), str(folder)]]),
     ]
     found = [(title, [shlex.join(words) for words in each]) for title, each in commands]
     following = next_stage(options, run, snapshot)
     if following is not None:
         steps, chosen = following
-        found.append((f"{steps} -> {steps // chosen.ratio} steps", [train_command(chosen)]))
+        device = dist.device().type
+        here = "cuda" if torch.cuda.is_available() else "cpu"  # --device=auto
+        command = train_command(chosen, None if device == here else device)
+        found.append((f"{steps} -> {steps // chosen.ratio} steps", [command]))
     return found
+
+
+def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[str, list[list[str]]]:
+    """How to measure the network: by Inception, or where its features don't fit the images and there are classes to
+    learn others from, by a detector of the data's own; by as many images as there is time for."""
+    dataset, ref, own = run.dataset, folder / "ref.npz", folder / "detector.pt"
+    num = FID_IMAGES if dist.device().type != "cpu" else min(FID_IMAGES, FEW_IMAGES)
+    title = "FID: the data's statistics, then the network's distance"
+    commands = [
+        [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"],
+        [*launched("fid.py"), "gen", network, f"--ref={ref}"],
+    ]
+    if num != FID_IMAGES:
+        title += f" (by {num} images; {FID_IMAGES} are the custom)"
+        commands[1].append(f"--num-images={num}")
+    if (dataset.num_channels == 1 or dataset.resolution < INCEPTION_FITS) and has_classes(data):
+        title = title.replace("FID: ", "Fréchet distance, Inception not being made for such images: features, ")
+        commands = [[*words, f"--detector={own}"] for words in commands]
+        commands.insert(0, [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={own}"])
+    return title, commands
+
+
+def has_classes(data: str) -> bool:
+    """Whether a data set has classes, used by the run or not."""
+    dataset = ImageFolderDataset(data, use_labels=True)
+    try:
+        return dataset.has_onehot_labels and dataset.label_dim > 1
+    except UserError:  # labels that this run had no use for, nor would a detector
+        return False
+    finally:
+        dataset.close()
 
 
 def next_stage(options: Options, run: Run, snapshot: Path) -> tuple[int, Options] | None:
@@ -73,10 +110,10 @@ def next_stage(options: Options, run: Run, snapshot: Path) -> tuple[int, Options
     return steps, replace(chosen, transfer=str(snapshot))
 
 
-def train_command(options: Options) -> str:
+def train_command(options: Options, device: str | None = None) -> str:
     """The train.py command that runs a stage by itself, for a shell in the folder in which this program was started.
 
-    What has train.py's own default is left out; the device is named, because its kind alters the result.
+    What has train.py's own default is left out. device: to be named too.
     """
     words = launched("train.py")
     for name, value in given(options).items():
@@ -87,7 +124,7 @@ def train_command(options: Options) -> str:
             words.append(f"{option}={','.join(map(str, value))}")
         else:
             words.append(f"{option}={int(value) if isinstance(value, bool) else value}")
-    return shlex.join([*words, f"--device={dist.device().type}"])
+    return shlex.join([*words, *([f"--device={device}"] if device else [])])
 
 
 def launched(script: str, alone: bool = False) -> list[str]:

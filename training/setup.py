@@ -102,6 +102,9 @@ class Run:
         say(f"Precision:               {config.precision}{teachers}")
         say(f"Memory per process:      {describe_memory(self)}")
         say(f"Disk:                    {disk_need(config, dataset).describe(config.run_dir)}")
+        asked = dict(config.extras["command_line"]).get("duration")
+        if asked is not None and abs(asked * 1000 - config.total_kimg) > 1e-6:
+            say(f"Note: --duration={asked:g}, in whole thousands of images, is {config.total_kimg} kimg")
         if config.lr_rampup_kimg >= config.total_nimg / 1000:
             say(f"Note: the run ends within its --warmup ({config.lr_rampup_kimg / 1000:g} Mimg), far below --lr")
         say("")
