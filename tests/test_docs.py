@@ -16,9 +16,6 @@ import pytest
 from PIL import Image
 
 import dataset_tool
-import train
-from helpers import small_network
-from training.network_files import save_network
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -271,7 +268,7 @@ def test_messages_in_troubleshooting_are_the_programs():
 
 
 def test_your_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    """From a folder of photographs of odd shapes to the announcement of a run, and the measured sigma_data."""
+    """From a folder of photographs of odd shapes to the measured sigma_data. (test_docs_commands.py runs the rest.)"""
     page = text_of("docs/your-own-data.md")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
@@ -282,22 +279,10 @@ def test_your_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     found = commands(page)
     convert = next(line for line in found if "dataset_tool.py" in line)
     assert dataset_tool.main(shlex.split(convert)[2:]) == 0
-    plan = next(line for line in found if "--dry-run" in line)
-    assert train.main([*shlex.split(plan)[2:], "--device=cpu"]) == 0
-    assert "Parameters:" in capsys.readouterr().out
+    capsys.readouterr()
     code = re.search(r"```python\n(.*?)```", page, flags=re.S)
     assert code is not None
     names: dict[str, Any] = {}
     exec(code[1], names)
     assert re.fullmatch(r"sigma_data 0\.\d{3}\n", capsys.readouterr().out)
     assert 0.2 < names["pixels"].std() < 0.8 and names["pixels"].shape == (12, 3, 32, 32)
-    save_network(tmp_path / "training-runs" / "teacher.pkl", small_network(32, 3))
-    ladder = next(line for line in found if "distill.py" in line)
-    options = [
-        arg
-        for arg in shlex.split(ladder)[2:]
-        if arg.startswith(("--data", "--transfer", "--num_steps", "--batch", "--targets"))
-    ]
-    run = ["--outdir=stage", "--precond=edm_distillation", "--dry-run", "--device=cpu"]
-    assert train.main([*options, *run]) == 0
-    assert "32 heun steps -> 16" in capsys.readouterr().out
