@@ -426,6 +426,8 @@ def test_ticks_are_few_and_within(low, high, log):
 def test_numbers_on_an_axis_are_alike():
     assert labels([0, 0.0005, 0.001, 0.0015, 0.002]) == ["0.0000", "0.0005", "0.0010", "0.0015", "0.0020"]
     assert labels([0, 2e-6, 4e-6]) == ["0", "2e-6", "4e-6"] and labels([1, 2, 5]) == ["1", "2", "5"]
+    assert labels([5e-4, 1e-3, 2e-3]) == ["0.0005", "0.001", "0.002"]
+    assert labels([1e-5, 1e-3, 0.1, 10]) == ["1e-5", "1e-3", "1e-1", "10"]
     assert labels([0, 20000, 40000]) == ["0", "20k", "40k"]
 
 

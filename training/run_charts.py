@@ -215,10 +215,12 @@ class Scale:
 
 
 def labels(ticks: Sequence[float]) -> list[str]:
-    """Numbers on an axis. Evenly spaced ones have equally many decimals: 0, 0.0005, 0.0010."""
+    """Numbers on an axis, all of one form. Evenly spaced ones have equally many decimals: 0, 0.0005, 0.0010."""
     steps = np.diff(ticks)
-    if len(ticks) < 3 or not np.allclose(steps, steps[0]) or max(map(abs, ticks)) >= 1e4:
-        return [short(tick) for tick in ticks]
+    if len(ticks) < 3 or not np.allclose(steps, steps[0], atol=0) or max(map(abs, ticks)) >= 1e4:
+        if min(abs(tick) for tick in ticks) < 1e-4:
+            return [power(tick) if 0 < abs(tick) < 1 else short(tick) for tick in ticks]
+        return [f"{tick:.4g}" if abs(tick) < 1 else short(tick) for tick in ticks]
     decimals = next((n for n in range(5) if np.allclose(np.round(ticks, n), ticks, rtol=1e-6, atol=0)), None)
     return [short(tick) if decimals is None else f"{tick:.{decimals}f}" for tick in ticks]
 
@@ -226,12 +228,17 @@ def labels(ticks: Sequence[float]) -> list[str]:
 def short(value: float) -> str:
     """A number on an axis: 0.002, 50, 20k, 1e-5."""
     if value and abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
+        return power(value)
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
     return f"{value:.4g}"
+
+
+def power(value: float) -> str:
+    """2e-5."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def ramp(count: int) -> list[str]:

@@ -540,6 +540,7 @@ def ladder_charts(ladder: Ladder) -> list[tuple[str, Markup, list[tuple[str, str
     """
     charts = []
     ticks = sorted({nfe for rung in ladder.rungs if (nfe := number(rung.get("nfe")))})
+    numbers = sorted({*ticks, *ladder.plan[1:]})
     for key, label in (("fd", "Fréchet distance"), ("endpoint_rmse", "End-point RMSE")):
         curves = []
         for solver in ("heun", "euler"):
@@ -561,7 +562,7 @@ def ladder_charts(ladder: Ladder) -> list[tuple[str, Markup, list[tuple[str, str
             "network calls per image (NFE)",
             f"{label} against network calls",
             log_x=True,
-            x_ticks=ticks,
+            x_ticks=numbers,
             y_limit=FARTHEST if key == "endpoint_rmse" else math.inf,
         )
         if chart is not None:
