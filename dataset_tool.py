@@ -77,12 +77,12 @@ def open_source(source: str) -> Source:
     name = os.path.basename(source)
     if source == "digits":
         return read_digits()
+    if not os.path.exists(source):
+        raise UserError(f"--source={source}: no such file or folder")
     if name.endswith((".tar.gz", ".tgz")):
         return read_cifar10(source)
     if "idx3-ubyte" in name:
         return read_mnist(source)
-    if not os.path.exists(source):
-        raise UserError(f"--source={source}: no such file or folder")
     return read_packed(source)
 
 

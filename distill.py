@@ -157,8 +157,10 @@ POSITIVE = cli.Number(min=0, min_open=True)
     flag_value=WANDB_PROJECT,
 )
 @click.option("--trust-network-code", help="Run the code inside a --transfer file of an unknown class", is_flag=True)
+@click.option("-n", "--dry-run", help="Print what the stages cost, then exit", is_flag=True)
 def command(
     device: str,
+    dry_run: bool,
     num_steps: int | None,
     until: int,
     ratio: list[int],
@@ -182,6 +184,8 @@ def command(
 
     Leaves ladder.json, ladder.csv, ladder.png and samples.png in --outdir, teacher-curve.json and .csv (the teacher
     itself with as few steps), and a run directory for every stage. The same command started again goes on there.
+
+    What would it cost? The same command with --dry-run tells, and changes nothing.
 
     \b
     The same ladder elsewhere, with another seed:
@@ -216,6 +220,11 @@ def command(
         command_line=cli.given(click.get_current_context()),
     )
     ladder = Ladder(stages, options)
+    if dry_run:
+        ladder.tell_costs()
+        dist.print0("Dry run; exiting.")
+        dist.shutdown()
+        return
     rungs = ladder.run()
     dist.print0()
     dist.print0(format_table(rungs, ladder.curve, ladder.floor))

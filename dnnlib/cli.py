@@ -105,6 +105,14 @@ class Command(click.Command):
         super().__init__(*args, **attrs)
         self.params.append(_version_option())
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; then text that is empty, of a shell's variable that isn't set perhaps, is refused by name."""
+        rest = super().parse_args(ctx, args)
+        for param in self.params:
+            if given(ctx).get(str(param.name)) == "" and not ctx.resilient_parsing:
+                raise UsageError(f"{max(param.opts, key=len)} is empty; give a {param.metavar or 'value'}")
+        return rest
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
@@ -161,7 +169,7 @@ def config_option(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[
 
     option: Callable[[F], F] = click.option(
         "--config",
-        help="Take the options from a run's file; others given besides come first",
+        help="Take the options from a run's file; what is given besides counts more",
         metavar="JSON",
         is_eager=True,
         expose_value=False,
@@ -492,7 +500,7 @@ def parse_int_list(text: str | Sequence[int]) -> list[int]:
 
 
 class IntList(click.ParamType):
-    """A comma-separated list of whole numbers from `min` to `max` and of ranges, such as 0-63 or 1,2,5-10."""
+    """A comma-separated list of whole numbers from `min` to `max` and of ranges, such as 1,2,5-10."""
 
     name = "list"
 
@@ -504,7 +512,7 @@ class IntList(click.ParamType):
             numbers = parse_int_list(value)
         except ValueError as exc:
             more = f" ({exc})" if "more than" in str(exc) else ""
-            self.fail(f"'{value}' is not a list of whole numbers such as 0-63 or 1,2,5-10{more}", param, ctx)
+            self.fail(f"'{value}' is not a list of whole numbers such as 1,2,2 or 5-10{more}", param, ctx)
         if self.min is not None and numbers and min(numbers) < self.min:
             self.fail(f"'{value}' holds {min(numbers)}, but the least is {self.min}", param, ctx)
         if self.max is not None and numbers and max(numbers) > self.max:

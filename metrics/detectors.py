@@ -121,7 +121,7 @@ def _read(spec: str) -> bytes:
         raise DetectorUnavailable(
             f"the Inception weights can't be downloaded ({exc}); name a local copy of "
             f"{os.path.basename(INCEPTION_URL)} with --detector=PATH, or measure with a small detector of your own: "
-            "fid.py detector --data=ZIP --dest=FILE"
+            "fid.py detector --data=ZIP --dest=FILE, then --detector=FILE for the reference (fid.py ref) and the images"
         ) from exc
 
 

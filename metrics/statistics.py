@@ -67,7 +67,8 @@ class Stats:
             except UserError:
                 raise
             except Exception as exc:  # damage shows in many ways: ValueError, BadZipFile, zlib.error, MemoryError
-                raise UserError(f"{source}: not a readable npz file of plain arrays ({exc})") from exc
+                reason = f" ({exc})" if "pickle" not in str(exc) else ""  # numpy would advise to run what is in there
+                raise UserError(f"{source}: not a readable npz file of plain arrays{reason}") from exc
         missing = [name for name in ("mu", "sigma") if name not in arrays]
         if missing:
             raise UserError(

@@ -410,7 +410,6 @@ NO_NETWORK = {
     "hostile.pkl": "--trust-network-code",
     "run/state.pt": "training state",
     "run": "is a folder",
-    "": "is empty",
 }
 
 
@@ -419,16 +418,43 @@ def test_what_is_no_network(
     name: str, files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = files / name if name else ""
+    path = files / name
     out, data = f"--outdir={tmp_path / 'out'}", f"--data={files / 'good.zip'}"
     words = [name, NO_NETWORK[name]]
     fails(1, words, train, data, *DISTIL, out, "--num_steps=4", f"--transfer={path}")
     fails(1, words, train, data, *SHORT, out, f"--transfer={path}")
     fails(1, words, distill, data, *LADDER, out, "--num_steps=4", f"--transfer={path}")
     fails(1, words, generate, f"--network={path}", out)
-    if name:  # without a name it takes the bundled one
-        fails(1, words, example, f"--network={path}")
+    fails(1, words, example, f"--network={path}")
     assert list(tmp_path.iterdir()) == [], "nothing written, and nothing in the file was run"
+
+
+def test_text_that_is_empty_is_refused_by_the_options_name(files: Path, fails: Fails, tmp_path: Path) -> None:
+    """What `--transfer=$TEACHER` comes to where no such variable is set."""
+    data = f"--data={files / 'good.zip'}"
+    for script, args in (
+        (train, [data, "--outdir=x", "--transfer="]),
+        (train, [data, "--outdir=x", "--resume="]),
+        (distill, [data, "--outdir=x", "--transfer=t.pkl", "--detector="]),
+        (generate, ["--outdir=x", "--network="]),
+        (fid, ["ref", data, "--dest="]),
+        (fid, ["calc", "--images=", "--ref=r.npz"]),
+        (dataset_tool, ["--dest=x.zip", "--source="]),
+        (example, ["--out="]),
+    ):
+        name = next(arg for arg in args if arg.endswith("="))[:-1]
+        fails(2, f"{name} is empty", script, *args)
+
+
+def test_runs_and_ladders_have_folders_of_their_own(files: Path, fails: Fails, tmp_path: Path) -> None:
+    data, teacher = f"--data={files / 'good.zip'}", f"--transfer={files / 'teacher.pkl'}"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training_options.json").write_text("{}")
+    words = "run holds a run of train.py"
+    fails(1, words, distill, data, teacher, *LADDER, "--num_steps=4", f"--outdir={tmp_path / 'run'}")
+    (tmp_path / "ladder").mkdir()
+    (tmp_path / "ladder" / "ladder.json").write_text("[]")
+    fails(1, "ladder holds a ladder of distill.py", train, data, *SHORT, f"--outdir={tmp_path / 'ladder'}")
 
 
 def test_teachers_that_do_not_fit(files: Path, fails: Fails, tmp_path: Path) -> None:

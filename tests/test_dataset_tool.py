@@ -222,7 +222,7 @@ def test_cifar_refusals(tmp_path, capsys, monkeypatch):
     refused(tmp_path / "half.tar.gz", "half.tar.gz is not a whole tar.gz archive")
     (tmp_path / "text.tar.gz").write_text("text")
     refused(tmp_path / "text.tar.gz", "not a whole tar.gz")
-    refused(tmp_path / "none.tar.gz", "No such file", "none.tar.gz")
+    refused(tmp_path / "none.tar.gz", "no such file", "none.tar.gz")
 
 
 def mnist(folder: Path, count: int = 5) -> tuple[Path, np.ndarray]:

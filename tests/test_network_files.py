@@ -480,7 +480,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 def test_training_state(tmp_path: Path) -> None:
     torch.save({"net": {}}, tmp_path / "training-state-000001.pt")
-    refused(tmp_path / "training-state-000001.pt", "archive as torch.save writes it")
+    refused(tmp_path / "training-state-000001.pt", "one as torch.save writes it")
 
 
 class Call:

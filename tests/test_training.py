@@ -923,12 +923,20 @@ def test_cut_lines(tmp_path):
     assert path.read_text() == "1\n2\n"
 
 
-def test_dry_run_tells_the_cost(data, capsys):
+def test_dry_run_tells_the_cost(data, tmp_path, capsys):
     assert run(f"--data={data}", *SMALL, "--outdir=out", "-n") == 0
     output = capsys.readouterr().out
     assert "Parameters:" in output and "FLOPs of the run" in output and "Disk:" in output
     assert not Path("out").exists()
-    less = [f"--data={data}", *SMALL, "--outdir=out", "--nosubdir", "--seed=1", "--tick=0.5", "--dump=1"]
+    less = [
+        f"--data={data}",
+        *SMALL,
+        f"--outdir={tmp_path / 'out'}",
+        "--nosubdir",
+        "--seed=1",
+        "--tick=0.5",
+        "--dump=1",
+    ]
     said = []
     for duration, train_first in (("0.0005", False), ("0.0005", True), ("0.002", False)):
         if train_first:
@@ -939,6 +947,14 @@ def test_dry_run_tells_the_cost(data, capsys):
     before, after, longer = said
     assert "Would start from the beginning" in before
     assert "--duration=0.0005, in whole thousands of images, is 1 kimg" in before
+    file = tmp_path / "out" / "network-snapshot-000001.pkl"
+    for more in ([], ["--cbase=4"]):
+        assert run(f"--data={data}", *SMALL, "--outdir=new", f"--transfer={file}", *more, "-n") == 0
+        words = capsys.readouterr().out
+        fit, count = map(int, re.search(r"(\d+) of its tensors fit this network, which has (\d+)", words).groups())
+        assert (0 < fit < count) == bool(more) and (f"Warning: {count - fit} tensors start at random" in words) == bool(
+            more
+        )
     assert "Would have nothing to train" in after and "Would go on from" in longer
 
 

@@ -168,7 +168,9 @@ class TrainConfig:
 
 def differences(old: Kwargs, new: Kwargs) -> list[str]:
     """Names (with both values) of what differs between two identities, in words a user can act on."""
-    return [told for name in new for told in _told(name, _plain(old.get(name)), _plain(new.get(name)))]
+    found = [told for name in new for told in _told(name, _plain(old.get(name)), _plain(new.get(name)))]
+    twice = {told.removeprefix("distillation.") for told in found if told.startswith("distillation.")}
+    return [told for told in found if told.removeprefix("loss.") not in twice or not told.startswith("loss.")]
 
 
 def _told(name: str, old: Any, new: Any) -> list[str]:
@@ -223,15 +225,22 @@ def check_batch(batch_size: int, batch_gpu: int | str | None, world_size: int) -
     if size < 1 or share % size:
         works = [n for n in range(1, share + 1) if share % n == 0]
         near = sorted(sorted(works, key=lambda n: abs(n - size))[:4])
+        more = " for example" if len(near) < len(works) else ""
         raise UsageError(
             f"--batch-gpu={batch_gpu} does not divide the {share} images of each process "
-            f"(--batch={batch_size}, {world_size} process{'es' * (world_size > 1)}); {', '.join(map(str, near))} would"
+            f"(--batch={batch_size}, {world_size} process{'es' * (world_size > 1)}); "
+            f"{', '.join(map(str, near))} would{more}"
         )
     return size, share // size
 
 
-def check_run_dir(run_dir: str, make: bool = True) -> None:
-    """Makes a run directory. Raises UserError if that can't be done; `make=False` only finds out."""
+def check_run_dir(run_dir: str, make: bool = True, owner: str = "run") -> None:
+    """Makes a folder for what `owner` is: a run or a ladder. Raises UserError if that can't be done, or if the folder
+    is one of the other kind; `make=False` only finds out."""
+    signs = {"run": ("ladder.json", "ladder-options.json"), "ladder": ("training_options.json", "stats.jsonl")}[owner]
+    if any(Path(run_dir, sign).is_file() for sign in signs):
+        other = "a run of train.py" if owner == "ladder" else "a ladder of distill.py"
+        raise UserError(f"{run_dir} holds {other}; use another --outdir")
     try:
         check_folder(run_dir)
         if make:

@@ -54,7 +54,7 @@ from torch_utils import distributed as dist
 
 from . import pictures
 from .config import check_run_dir, differences
-from .costs import disk_need, free_disk, gib
+from .costs import describe_cost, disk_need, free_disk, gib
 from .grids import Sampling, Solver, network_grid
 from .ladder_report import (
     CurvePoint,
@@ -152,6 +152,7 @@ class Ladder:
         if not stage_options.outdir:
             raise UsageError("--outdir is empty")
         self.outdir = Path(stage_options.outdir)
+        check_run_dir(str(self.outdir), make=False, owner="ladder")
         self.teacher = load_everywhere(stage_options.transfer, stage_options.trust_network_code)
         num_steps = options.num_steps or (self.teacher.sampling.grid.steps if self.teacher.sampling else None)
         if num_steps is None:
@@ -165,32 +166,68 @@ class Ladder:
         self.durations = one_per_stage("--duration", options.durations, self.chain)
         if max(self.durations) > LONGEST:
             raise UsageError(f"--duration: {max(self.durations):g} million images are too many; {LONGEST:g} at most")
+        self.lengths = [max(int(duration * 1000), 1) for duration in self.durations]  # kimg
         self.lrs = one_per_stage("--lr", options.lrs, self.chain)
         self.held = contextlib.ExitStack()  # the folder, from the first file on
         self.measured: list[Measured] = []
         self.curve: list[CurvePoint] = []
         self.floor: Floor | None = None
         self.written: Any = None  # what the files say, as far as this start of the program knows
+        self.told_why = False  # that it was measured in another way before
         self.warned = False  # that there are few images for the detector's features
 
     def run(self) -> list[Rung]:
         """Everything; returns the rungs, the teacher first."""
-        first = prepare(self.stage_options(0, self.teacher))  # bad options and data are found before anything is done
+        first = self.check()
+        with self.held:
+            return self.climb(first)
+
+    def check(self) -> Run:
+        """The first stage. Raises UsageError or UserError for options and data that won't do."""
+        first = prepare(self.stage_options(0, self.teacher))
         assert first.stage is not None
         first.dataset.close()
         self.check_stages(first)
         self.config, self.solver = first.config, first.stage.solver
-        with self.held:
-            return self.climb(first)
+        return first
+
+    def announce(self, first: Run) -> None:
+        """What is going to happen, in a few lines."""
+        self.say(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
+        self.say(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
+        need = sum(disk_need(replace(self.config, total_kimg=kimg), first.dataset).total for kimg in self.lengths)
+        self.say(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
+
+    def tell_costs(self) -> None:
+        """`--dry-run`: what each stage and its measurement cost. Nothing is written."""
+        first = self.check()
+        self.announce(first)
+        for line in describe_cost(first)[:2]:
+            self.say(line)
+        calls = [first.calls if index == 0 else self.later_calls(index) for index in range(len(self.ratios))]
+        nfes = [nfe(self.chain[0], self.solver), *self.chain[1:]]
+        measured = self.options.eval_num * self.options.eval_sets
+        total = 0.0
+        self.say("")
+        self.say(f"{'stage':<12} {'kimg':>9} {'calls an image':>15} {'FLOP':>10}   measuring its student: images, FLOP")
+        for index, (kimg, each) in enumerate(zip(self.lengths, calls, strict=True)):
+            trained = kimg * 1000 * each * first.cost.flops
+            looked = measured * nfes[index + 1] * first.cost.flops
+            total += trained + looked
+            name = f"{self.chain[index]} -> {self.chain[index + 1]}"
+            self.say(f"{name:<12} {kimg:>9} {each:>15g} {trained:>10.3g}   {measured} {looked:.3g}")
+        looked = measured * nfes[0] * first.cost.flops
+        self.say(f"{'the teacher':<12} {'':>9} {'':>15} {'':>10}   {measured} {looked:.3g}")
+        self.say(f"All together:            {total + looked:.3g} FLOP, the teacher's own curve apart")
+
+    def later_calls(self, index: int) -> float:
+        """What training on an image costs in stage `index`, in network calls: its teacher takes Euler steps."""
+        return 3.0 + (2 if self.base.self_teacher else self.ratios[index])
 
     def climb(self, first: Run) -> list[Rung]:
         """`run`, once nothing speaks against it."""
         assert first.stage is not None
-        self.say(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
-        self.say(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
-        lengths = [max(int(duration * 1000), 1) for duration in self.durations]
-        need = sum(disk_need(replace(self.config, total_kimg=kimg), first.dataset).total for kimg in lengths)
-        self.say(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
+        self.announce(first)
         self.prepare_measuring(str(self.config.extras["data_fingerprint"]))
         if self.options.command_line is not None and dist.is_main():
             told = json.dumps({COMMAND_LINE: self.options.command_line, "steps": self.chain}, indent=2)
@@ -420,6 +457,7 @@ class Ladder:
             if found is None:
                 if number and self.detector is None:
                     break  # without distances, the first set says all there is to say
+                self.tell_why_again(path, self.key(network, number))
                 found = self.measure_set(network, number, kept if number == 0 else 0)
                 news = True
                 if dist.is_main():
@@ -427,10 +465,25 @@ class Ladder:
             sets.append(found)
         if len(sets) < self.options.eval_sets or any(each.fd is None for each in sets):
             sets = [replace(sets[0], fd=None)]
-        self.measured.append(Measured(combine(sets, plan.steps, plan.nfe, kimg, str(network.source)), sets[0].images))
+        rung = combine(sets, plan.steps, plan.nfe, kimg, str(network.source))
+        rung = replace(rung, images=self.options.eval_num, detector=self.detector_id if rung.fd is not None else None)
+        self.measured.append(Measured(rung, sets[0].images))
         if news:
             self.write_files()
         self.say(describe_rung(self.measured[-1].rung))
+
+    def tell_why_again(self, path: Path, key: dict[str, Any]) -> None:
+        """One line, the first time, where something was measured before in another way."""
+        before = load_set(path) if dist.is_main() and not self.told_why else None
+        if before is not None:
+            names = {"network", "levels", "solver", "teacher"}  # another network, not another way
+            changes = differences(without_detector(before.key), without_detector(key))
+            if before.key.get("detector") != key["detector"]:
+                changes += differences({"detector": before.key.get("detector")}, {"detector": key["detector"]})
+            ways = [change for change in changes if change.split(" ")[0].split(".")[0] not in names]
+            if ways:
+                self.say(f"Measured before in another way, so all is measured again: {', '.join(ways)}")
+                self.told_why = True
 
     def find_curve(self, students: Sequence[int], measure: bool = True) -> list[CurvePoint]:
         """The first teacher itself at the cost of students of so many steps, on fresh grids and of the first seed set
@@ -438,15 +491,14 @@ class Ladder:
         points: list[CurvePoint] = []
         say = self.say if measure else lambda line: None
         for solver, steps in curve_plan(students):
-            single = steps == 1  # the same jump for both solvers: measured once
             left_out = f"The teacher itself with {count(steps, f'{solver} step')} is left out:"
             try:
                 grid = network_grid(self.teacher.net, steps)
             except ValueError as exc:
                 say(f"{left_out} {exc}")
                 continue
-            network = replace(self.teacher, sampling=Sampling(grid, "euler" if single else solver, ratio=1))
-            path = self.outdir / "rungs" / f"curve-{'euler' if single else solver}-{steps}.npz"
+            network = replace(self.teacher, sampling=Sampling(grid, solver, ratio=1))
+            path = self.outdir / "rungs" / f"curve-{solver}-{steps}.npz"
             found = self.recall(path, self.key(network, 0))
             if found is None:
                 if not measure:
@@ -616,8 +668,8 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
 
 def curve_plan(students: Sequence[int]) -> list[tuple[Solver, int]]:
     """How the teacher is run at the cost of students of so many steps: with as many Euler steps, and with the most
-    Heun steps (2k - 1 network calls) that cost no more."""
-    heun = dict.fromkeys((steps + 1) // 2 for steps in students)
+    Heun steps (2k - 1 network calls) that cost no more; but for a single one, which is Euler's."""
+    heun = dict.fromkeys((steps + 1) // 2 for steps in students if steps > 2)
     return [*(("euler", steps) for steps in dict.fromkeys(students)), *(("heun", steps) for steps in heun)]
 
 

@@ -28,6 +28,8 @@ class Rung:
     network: str  # file
     fd_std: float | None = None  # sample standard deviation over the seed sets; needs two
     fd_sets: list[float] = field(default_factory=list)  # the distance of each seed set
+    images: int | None = None  # in a seed set
+    detector: str | None = None  # whose features; None without a distance
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ def describe_point(point: CurvePoint) -> str:
     return f"{steps} of the teacher itself: {distance}end-point RMSE {point.endpoint_rmse:.4g}, NFE {point.nfe}"
 
 
+def features_of(rung: Rung) -> str:
+    """By what, and by how many images, a rung was measured."""
+    features = "Inception" if (rung.detector or "").startswith("inception") else "own detector"
+    return features if rung.images is None else f"{features}, {rung.images} images"
+
+
 def count(number: int, noun: str) -> str:
     """'1 step', '2 steps'."""
     return f"{number} {noun}{'s' * (number != 1)}"
@@ -96,7 +104,7 @@ def plus_minus(mean: float, std: float) -> str:
 
 def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> str:
     """The ladder as text; below it the teacher itself at the students' costs, and the data itself."""
-    lines = [f"{'steps':>6} {'NFE':>5} {'fd':>16} {'endpoint_rmse':>14} {'sec/kimg':>9} {'kimg':>8}  network"]
+    lines = [f"{'steps':>6} {'NFE':>5} {'fd':>16} {'endpoint_rmse':>14} {'s/kimg':>9} {'trained':>8}  network"]
     for rung in rungs:
         lines.append(
             f"{rung.steps:>6} {rung.nfe:>5} {spread(rung):>16} {rung.endpoint_rmse:>14.4f} {rung.sec_per_kimg:>9.3g} "
@@ -200,7 +208,7 @@ def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint
     if floor is not None:
         axis.axhspan(floor.mean - floor.std, floor.mean + floor.std, **BAND)
         axis.axhline(floor.mean, label=f"the data itself ({floor.images} images drawn from it)", **FLOOR)
-    axis.set_ylabel("Fréchet distance (detector features)", fontsize=9)
+    axis.set_ylabel(f"Fréchet distance ({features_of(teacher)})", fontsize=9)
     return [rung.nfe for rung in rungs if rung.fd is not None] + [p.nfe for p in curve if p.fd is not None]
 
 

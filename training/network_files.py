@@ -305,7 +305,10 @@ def _check_start(start: bytes) -> None:
     if text.startswith((b"<!doctype html", b"<html")):
         raise ContentError("is a web page, not a network; check where it was downloaded from")
     if start.startswith(b"PK\x03\x04"):
-        raise ContentError("is an archive as torch.save writes it (a training state?); give a network-snapshot-*.pkl")
+        raise ContentError(
+            "is an archive: a data set, or one as torch.save writes it (a training state, a detector); give a "
+            "network-snapshot-*.pkl"
+        )
     if start.startswith(b"version https://git-lfs"):
         raise ContentError("is a pointer of Git LFS, not the file itself: git lfs pull fetches that")
     if start[8:9] != b"{" and not (start[:1] == b"\x80" and start[1:2] in (b"", *(bytes([n]) for n in range(2, 6)))):

@@ -93,7 +93,8 @@ def next_stage(options: Options, run: Run, snapshot: Path) -> tuple[int, Options
     """(teacher's steps, options) of the stage that makes the run's network a teacher; None after a last one."""
     if run.stage is None:
         steps = FIRST_STEPS
-        kept = {name: getattr(options, name) for name in ("batch", "batch_gpu", "xflip", "nosubdir", "seed")}
+        same = "batch batch_gpu xflip nosubdir seed tick snap dump save_every precision compile workers"
+        kept = {name: getattr(options, name) for name in same.split()}
         if options.duration is not None and options.duration < STAGE_MIMG:  # of a small network, or a trial
             kept["duration"] = options.duration
         chosen = Options(options.outdir, options.data, precond="edm_distillation", num_steps=steps, **kept)

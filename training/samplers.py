@@ -274,8 +274,8 @@ def noise_range(
     low = max(own[discretization][0] if sigma_min is None else sigma_min, float(net.sigma_min))
     high = min(own[discretization][1] if sigma_max is None else sigma_max, float(net.sigma_max))
     if not 0 < low < high:
-        covers = f"this network covers {float(net.sigma_max):g} down to {float(net.sigma_min):g}"
-        raise ValueError(f"noise levels from {high:g} down to {low:g} leave nothing to sample; {covers}")
+        covers = f"this network covers {float(net.sigma_min):g} to {float(net.sigma_max):g}"
+        raise ValueError(f"noise levels from sigma_min {low:g} to sigma_max {high:g} leave nothing to sample; {covers}")
     return low, high
 
 

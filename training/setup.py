@@ -39,7 +39,7 @@ from .dataset import ImageFolderDataset
 from .network_files import NetworkFile, load_network
 from .options import Options, check_options, given
 from .stage import Stage, check_compatible, plan_stage
-from .training_loop import Trainer, check_same_options
+from .training_loop import Trainer, check_same_options, matching
 
 INTERFACE = ("img_resolution", "img_channels", "label_dim")  # network arguments that the data dictates
 
@@ -54,6 +54,11 @@ class Run:
     transfer: NetworkFile | None
     arch: str
     precond: str
+
+    @cached_property
+    def meta(self) -> torch.nn.Module:
+        """The network, without memory for its weights."""
+        return meta_network(self.config, self.dataset)
 
     @cached_property
     def cost(self) -> Cost:
@@ -92,6 +97,15 @@ class Run:
                 f"{config.lr_decay}, dropout {config.network_kwargs['dropout']:g}, augmentation "
                 f"{(config.augment_kwargs or {}).get('p', 0):g}"
             )
+        elif self.transfer is not None:
+            say(f"Weights from:            {self.transfer.source} (sha256 {self.transfer.sha256[:16]})")
+            fit, count = len(matching(self.transfer.net, self.meta)), len(self.meta.state_dict())
+            say(f"                         {fit} of its tensors fit this network, which has {count}")
+            if fit < count:
+                say(
+                    f"Warning: {count - fit} tensors start at random. Is the network meant to be another than that of "
+                    "the file? (--arch, --cbase, --cres, --blocks, --cond; --precond=edm_distillation takes the file's)"
+                )
         say(f"Processes:               {dist.get_world_size()} on {dist.device().type}")
         say(f"Batch size:              {config.batch_size}, for {config.total_nimg / 1000:g} kimg")
         say(
@@ -105,6 +119,8 @@ class Run:
         asked = dict(config.extras["command_line"]).get("duration")
         if asked is not None and abs(asked * 1000 - config.total_kimg) > 1e-6:
             say(f"Note: --duration={asked:g}, in whole thousands of images, is {config.total_kimg} kimg")
+        if config.batch_size > config.total_nimg:
+            say(f"Note: the run is a single step: --batch={config.batch_size} is more than its images")
         if config.lr_rampup_kimg >= config.total_nimg / 1000:
             say(f"Note: the run ends within its --warmup ({config.lr_rampup_kimg / 1000:g} Mimg), far below --lr")
         say("")
@@ -149,7 +165,11 @@ def prepare(options: Options) -> Run:
     )
     config.run_dir = options.outdir if options.nosubdir else _numbered(options.outdir, name, options.desc)
     check_run_dir(config.run_dir, make=False)
-    meta_network(config, dataset)  # refuses what can't be made
+    net = meta_network(config, dataset)  # refuses what can't be made
+    if stage is None and teacher is not None and not matching(teacher.net, net):
+        raise UserError(
+            "--transfer: no tensor of that network fits this one in name and shape; check --arch and --cbase"
+        )
     config.seed = _seed(options, config.run_dir)
     dist.check_agreement({"the run's directory": config.run_dir, **_named(config.identity())})
     return Run(config, dataset, stage, teacher, arch, options.precond)

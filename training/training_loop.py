@@ -373,7 +373,8 @@ class Trainer:
             if stop:
                 dist.barrier()  # whoever ended first would have the launcher kill the one that writes
                 text = f"interrupted by {signal.Signals(stop).name} at {self.nimg / 1000:g} kimg"
-                self.say(f"The state is in {self.run_dir / state.rolling_name(self.nimg)}: {text}")
+                self.say(f"Wrote {self.run_dir / state.rolling_name(self.nimg)}")
+                self.say.note(f"{text[:1].upper()}{text[1:]}")
                 raise Stopped(
                     stop, f"{text}; what is needed to go on is saved, {self.how_to_go_on()}" if dist.is_main() else ""
                 )
@@ -688,16 +689,17 @@ def maybe_compile(net: Any, wanted: bool, say: Callable[[str], None]) -> Any:
     return torch.compile(net)
 
 
-def copy_matching(source: torch.nn.Module, target: torch.nn.Module) -> str:
-    """Copies tensors that agree in name and shape, and says in words how many did. Raises UserError when none do."""
+def matching(source: torch.nn.Module, target: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors of `source` that agree in name and shape with one of `target`."""
     have, want = source.state_dict(), target.state_dict()
-    fits = {name: tensor for name, tensor in have.items() if name in want and want[name].shape == tensor.shape}
-    if not fits:
-        raise UserError(
-            "--transfer: no tensor of that network fits this one in name and shape; check --arch and --cbase"
-        )
+    return {name: tensor for name, tensor in have.items() if name in want and want[name].shape == tensor.shape}
+
+
+def copy_matching(source: torch.nn.Module, target: torch.nn.Module) -> str:
+    """Copies the `matching` tensors, and says in words how many they are."""
+    fits = matching(source, target)
     target.load_state_dict(fits, strict=False)
-    return f"{len(fits)} of {len(want)} tensors match"
+    return f"{len(fits)} of {len(target.state_dict())} tensors match"
 
 
 @torch.no_grad()
