@@ -45,7 +45,7 @@ NAMES = cli.Choice
 @cli.config_option(options_of_file)
 @cli.section("Distillation")
 @click.option("--num_steps", help="Teacher's sampling steps; the student gets N / ratio", metavar="N", type=int)
-@click.option("--ratio", help="Teacher steps per student step", metavar="INT", type=cli.Whole(min=1), default=2)
+@click.option("--ratio", help="Teacher steps per student step", metavar="INT", type=cli.Whole(min=2), default=2)
 @click.option(
     "--teacher-solver",
     help="How the teacher steps: default heun for an undistilled teacher, euler for a student",

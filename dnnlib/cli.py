@@ -313,7 +313,9 @@ def _run(cmd: click.Command, args: Sequence[str] | None) -> int:
 def _message(exc: BaseException) -> str:
     """One line about `exc` for people."""
     if isinstance(exc, click.NoSuchOption):
-        return f"No such option '{exc.option_name}'{_suggestion(exc.option_name, exc.possibilities or [])}"
+        script = str(exc.ctx.find_root().info_name) if exc.ctx is not None else ""
+        hint = HABITS.get((script, exc.option_name)) or _suggestion(exc.option_name, exc.possibilities or [])
+        return f"No such option '{exc.option_name}'{hint}"
     if isinstance(exc, click.ClickException):
         return exc.format_message()
     if isinstance(exc, UserError):
@@ -360,6 +362,17 @@ def _system_message(exc: OSError) -> str:
     if exc.strerror:
         return f"{exc.strerror}: {exc.filename}" if exc.filename else exc.strerror
     return f"{type(exc).__name__}: {exc}"
+
+
+_TEACHERS = "; a student has its teacher's architecture, which is read from --transfer"
+HABITS = {  # what one types from another script, and no spelling is near
+    ("generate.py", "--num-steps"): "; did you mean '--steps'?",
+    ("fid.py", "--num-steps"): "; did you mean '--steps'?",
+    **{("distill.py", f"--{name}"): _TEACHERS for name in ("arch", "cbase", "cres", "blocks")},
+    ("distill.py", "--precond"): "; distill.py does nothing but --precond=edm_distillation, stage after stage",
+    ("distill.py", "--nosubdir"): "; a ladder always goes on in its --outdir",
+    ("distill.py", "--resume"): "; the same command goes on in its --outdir",
+}
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
