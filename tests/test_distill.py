@@ -1051,7 +1051,7 @@ def test_progress_is_said_now_and_then(monkeypatch):
 
 def drawable(count, distances=True, spread=0.05):
     """A ladder of `count` rungs with numbers like real ones, the teacher's own curve and the data's floor."""
-    table = [Rung(64, 127, 1.06 if distances else None, 0.0, 1.0, 0, "teacher.pkl", spread, [1.06] * 3)]
+    table = [Rung(64, 127, 1.06 if distances else None, 0.0, 1.0, 0, "teacher.pkl", spread, [1.06] * 3, 50000, "x")]
     curve = []
     for i in range(1, count):
         n = 64 >> i
@@ -1097,7 +1097,7 @@ def test_what_the_figure_shows():
     assert errors.get_ylabel() == "end-point RMSE (pixel values in [-1, 1])"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == [
-        "students (64 → 32 → 16 → 8 → 4 → 2 → 1 steps), mean ± std of 3 seed sets",
+        "students (64 → 32 → 16 → 8 → 4 → 2 → 1 steps), mean ± std of 3 x 50000 images",
         "teacher, 64 Heun steps (NFE 127)",
         "the data itself (900 images drawn from it)",
         "teacher itself with fewer Heun steps",

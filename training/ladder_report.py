@@ -78,12 +78,6 @@ def describe_point(point: CurvePoint) -> str:
     return f"{steps} of the teacher itself: {distance}end-point RMSE {point.endpoint_rmse:.4g}, NFE {point.nfe}"
 
 
-def features_of(rung: Rung) -> str:
-    """By what, and by how many images, a rung was measured."""
-    features = "Inception" if (rung.detector or "").startswith("inception") else "own detector"
-    return features if rung.images is None else f"{features}, {rung.images} images"
-
-
 def count(number: int, noun: str) -> str:
     """'1 step', '2 steps'."""
     return f"{number} {noun}{'s' * (number != 1)}"
@@ -203,12 +197,14 @@ def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint
         _plot_spread(axis, [teacher], _name_teacher(teacher), {**TEACHER, "marker": "D", "markersize": 5})
     if students:
         sets = max(len(rung.fd_sets) for rung in students)
-        of_sets = f", mean ± std of {sets} seed sets" if sets > 1 else ""
+        of_sets = f", mean ± std of {sets} x {teacher.images} images" if sets > 1 else f", by {teacher.images} images"
+        of_sets *= teacher.images is not None
         _plot_spread(axis, students, _name_students(rungs) + of_sets, STUDENTS)
     if floor is not None:
         axis.axhspan(floor.mean - floor.std, floor.mean + floor.std, **BAND)
         axis.axhline(floor.mean, label=f"the data itself ({floor.images} images drawn from it)", **FLOOR)
-    axis.set_ylabel(f"Fréchet distance ({features_of(teacher)})", fontsize=9)
+    features = "Inception" if (teacher.detector or "").startswith("inception") else "own detector"
+    axis.set_ylabel(f"Fréchet distance ({features})", fontsize=9)
     return [rung.nfe for rung in rungs if rung.fd is not None] + [p.nfe for p in curve if p.fd is not None]
 
 
