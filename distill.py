@@ -205,11 +205,11 @@ def command(
     from training.ladder_report import format_table
 
     options = LadderOptions(
-        num_steps,
-        until,
-        ratio,
-        duration,
-        lr,
+        num_steps=num_steps,
+        until=until,
+        ratios=ratio,
+        durations=duration,
+        lrs=lr,
         ref=ref,
         detector=detector,
         eval_num=eval_num,
@@ -227,7 +227,7 @@ def command(
         return
     rungs = ladder.run()
     dist.print0()
-    dist.print0(format_table(rungs, ladder.curve, ladder.floor))
+    dist.print0(format_table(rungs, ladder.curve, ladder.measuring.floor))
     dist.print0()
     dist.print0(
         cli.green(f"Pictures: {stages.outdir}/ladder.png (the curve) and {stages.outdir}/samples.png (the images)")

@@ -139,11 +139,11 @@ def command(
         lr_decay="linear",
     )
     options = LadderOptions(
-        num_steps,
-        1,
-        [2],
-        [duration],
-        [5e-4],
+        num_steps=num_steps,
+        until=1,
+        ratios=[2],
+        durations=[duration],
+        lrs=[5e-4],
         detector=detector,
         eval_num=eval_num,
         eval_batch=125,

@@ -37,11 +37,12 @@ from metrics.statistics import (
     statistics_of_images,
 )
 from training import ladder as ladder_module
-from training import pictures, setup
+from training import measuring, pictures, progress, setup
 from training.dataset import ImageFolderDataset
-from training.ladder import Checked, FirstImages, Ladder, Timing, show_progress
 from training.ladder_report import CurvePoint, Floor, Rung, format_table, ladder_figure, plot_ladder, plus_minus
+from training.measuring import Checked, FirstImages, Measuring, Timing
 from training.network_files import load_network, save_network
+from training.progress import show_progress
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler
 from training.sampling import Batch
 from training.stage import plan_stage
@@ -109,7 +110,7 @@ def forbid_work(monkeypatch):
         raise AssertionError("this was done before")
 
     monkeypatch.setattr(Trainer, "__init__", fail)
-    monkeypatch.setattr(ladder_module, "iterate_images", fail)
+    monkeypatch.setattr(measuring, "iterate_images", fail)
 
 
 # -- what is left behind -----------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def test_end_point_error_in_closed_form(place, tmp_path, monkeypatch):
         for parameter in net.parameters():
             parameter.zero_()
     save_network(tmp_path / "zero.pkl", net)
-    monkeypatch.setattr(ladder_module, "try_inception", lambda: "not here")
+    monkeypatch.setattr(measuring, "try_inception", lambda: "not here")
     args = [f"--data={place / 'data.zip'}", *COMMON, "--num_steps=6", "--ratio=2,3", "--duration=0.001", "--lr=1e-30"]
     assert distill.main([*args, f"--transfer={tmp_path / 'zero.pkl'}", f"--outdir={tmp_path / 'out'}"]) == 0
 
@@ -321,7 +322,7 @@ def test_the_teachers_own_curve_is_what_edms_samplers_give(place, tmp_path):
 
 
 def test_which_curve_points_there_are():
-    plan = ladder_module.curve_plan
+    plan = measuring.curve_plan
     assert plan([32, 16, 8, 4, 2, 1]) == [
         *(("euler", steps) for steps in (32, 16, 8, 4, 2, 1)),
         *(("heun", steps) for steps in (16, 8, 4, 2)),
@@ -384,7 +385,7 @@ def test_network_calls_and_a_part_of_the_images(place, climbed, tmp_path, monkey
 
     monkeypatch.setattr(network_class, "forward", counting)
     monkeypatch.setattr(Trainer, "__init__", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(ladder_module, "END_POINT_IMAGES", 8)
+    monkeypatch.setattr(measuring, "END_POINT_IMAGES", 8)
     args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}", "--eval-num=30", "--eval-batch=30"]
     assert distill.main(args) == 0
     words = capsys.readouterr().out
@@ -468,7 +469,7 @@ def test_what_cannot_work_is_refused_before_anything_is_done(
 
 def test_a_reference_of_another_detector_is_refused(place, tmp_path, capsys, monkeypatch):
     forbid_work(monkeypatch)
-    monkeypatch.setattr(ladder_module, "try_inception", lambda: pytest.fail("a download before the refusal"))
+    monkeypatch.setattr(measuring, "try_inception", lambda: pytest.fail("a download before the refusal"))
     other, inception = tmp_path / "other.npz", tmp_path / "edm.npz"
     Stats(np.zeros(128), np.eye(128), 10, "classifier:somebody-elses").save(other)
     np.savez(inception, mu=np.zeros(2048), sigma=np.eye(2048))  # EDM's: not marked
@@ -498,12 +499,12 @@ def test_a_given_reference_is_used(place, climbed, tmp_path, capsys):
 
 def test_a_download_that_cannot_be_had_is_given_up_soon(monkeypatch):
     """A host that accepts and then says nothing is the slowest way of having no network."""
-    assert util.MAX_SILENT * ladder_module.PATIENCE + 0.5 + 1 < 15, "seconds of silence, and the pauses between"
+    assert util.MAX_SILENT * measuring.PATIENCE + 0.5 + 1 < 15, "seconds of silence, and the pauses between"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(detectors, "INCEPTION_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/inception.pth")
-        monkeypatch.setattr(ladder_module, "PATIENCE", 0.1)
+        monkeypatch.setattr(measuring, "PATIENCE", 0.1)
         start = time.monotonic()
-        assert "the Inception weights can't be had (http://127.0.0.1" in ladder_module.try_inception()
+        assert "the Inception weights can't be had (http://127.0.0.1" in measuring.try_inception()
         assert 0.3 + 0.5 + 1 < time.monotonic() - start < 5
 
 
@@ -539,7 +540,7 @@ class Killed(BaseException):
 def test_killed_at_any_file_it_ends_with_the_same_numbers(place, climbed, tmp_path, monkeypatch):
     """Dies again and again, a few files further each time, before or after the file is in place; no measurement and no
     stage that came to its end is done again."""
-    real_replace, real_measure, real_train = os.replace, Ladder.measure_set, setup.train
+    real_replace, real_measure, real_train = os.replace, Measuring.measure_set, setup.train
     budget, lives = 0, 0
     measured, trained = [], []
 
@@ -563,7 +564,7 @@ def test_killed_at_any_file_it_ends_with_the_same_numbers(place, climbed, tmp_pa
         return path
 
     monkeypatch.setattr(atomic.os, "replace", dying_replace)
-    monkeypatch.setattr(Ladder, "measure_set", watched_measure)
+    monkeypatch.setattr(Measuring, "measure_set", watched_measure)
     monkeypatch.setattr(ladder_module, "train", watched_train)
     args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}", "--save-every=0"]
     while True:
@@ -594,7 +595,7 @@ def test_killed_at_any_file_it_ends_with_the_same_numbers(place, climbed, tmp_pa
 
 def watch_measuring(monkeypatch, die_before=None):
     """The (steps, set, whether for the curve) that are measured from here on; goes away before measuring one."""
-    real, seen = Ladder.measure_set, []
+    real, seen = Measuring.measure_set, []
 
     def watched(self, network, number, kept, is_curve=False):
         what = (network.sampling.grid.steps, number, is_curve)
@@ -603,7 +604,7 @@ def watch_measuring(monkeypatch, die_before=None):
         seen.append(what)
         return real(self, network, number, kept, is_curve)
 
-    monkeypatch.setattr(Ladder, "measure_set", watched)
+    monkeypatch.setattr(Measuring, "measure_set", watched)
     return seen
 
 
@@ -710,7 +711,7 @@ def test_curve_points_that_make_no_sense_are_left_out(place, climbed, tmp_path, 
         assert distill.main([*args, "--curve=0"]) == 0
     assert not (tmp_path / "out/teacher-curve.json").exists()
 
-    real_iterate, real_grid = ladder_module.iterate_images, ladder_module.network_grid
+    real_iterate, real_grid = measuring.iterate_images, measuring.network_grid
     factor = {2: 1e6, 1: math.nan}
 
     def spoilt(network, *rest, **named):
@@ -718,7 +719,7 @@ def test_curve_points_that_make_no_sense_are_left_out(place, climbed, tmp_path, 
             yield Batch(batch.seeds, batch.images * factor[network.sampling.grid.steps], batch.labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ladder_module, "iterate_images", spoilt)
+        patch.setattr(measuring, "iterate_images", spoilt)
         capsys.readouterr()
         assert distill.main(args) == 0
     words = capsys.readouterr().out
@@ -738,7 +739,7 @@ def test_curve_points_that_make_no_sense_are_left_out(place, climbed, tmp_path, 
 
     for path in (tmp_path / "out/rungs").glob("curve-*"):
         path.unlink()
-    monkeypatch.setattr(ladder_module, "network_grid", no_grid)
+    monkeypatch.setattr(measuring, "network_grid", no_grid)
     assert distill.main(args) == 0
     assert "2 euler steps is left out: 2 steps need more noise levels" in capsys.readouterr().out
     curve = json.loads((tmp_path / "out/teacher-curve.json").read_text())
@@ -1031,7 +1032,7 @@ def test_images_that_are_no_numbers_end_the_ladder(place):
 
 def test_time_is_that_of_sampling_without_the_first_batch(monkeypatch):
     clock = iter([0, 100, 200, 203, 300, 305, 400])  # before and after each batch, and before the end
-    monkeypatch.setattr(ladder_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
     timing = Timing()
     assert len(list(timing.watch(batches([4, 4, 2])))) == 3
     assert timing.totals() == (3 + 5, 4 + 2)
@@ -1043,7 +1044,7 @@ def test_time_is_that_of_sampling_without_the_first_batch(monkeypatch):
 
 def test_progress_is_said_now_and_then(monkeypatch):
     now = iter([0, 4, 11, 15, 22])
-    monkeypatch.setattr(ladder_module.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     lines = []
     assert len(list(show_progress(batches([10] * 4), lambda batch: len(batch.seeds), 40, lines.append))) == 4
     assert lines == ["  20 of 40 images, 11s to go"]
