@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # heavy, so imported where needed: --help answers at once
     import numpy as np
 
 CIFAR10_IMAGES = 50_000
+# The recipe of make demo's teacher.
+SMALL = ["--cbase=32", "--cres=1,2", "--blocks=1", "--batch=64", "--duration=0.05", "--lr=2e-3", "--warmup=0.005"]
 MAX_SIDE = 8192  # pixels
 MAX_UNPACKED = 1 << 28  # bytes; a file of the real archives unpacks to far less
 
@@ -480,8 +482,11 @@ def report(result: Outcome, source: Source, dest: str) -> None:
     script = Path(__file__).with_name("train.py")
     words = ["python", script.name if script.parent == Path.cwd() else str(script)]
     words += ["--outdir=training-runs", f"--data={dest}", f"--cond={int(has_classes)}"]
+    title = "a network trained on them from scratch"
+    if result.shape[1] < 32:
+        title, words = "a small network trained on them from scratch, in minutes", [*words, *SMALL]
     print(cli.bold("Next:"))
-    print("  a network trained on them from scratch (what it costs: --dry-run; its size: docs/your-own-data.md)")
+    print(f"  {title} (what it costs: --dry-run; other sizes: docs/your-own-data.md)")
     print(f"    {shlex.join(words)}")
 
 

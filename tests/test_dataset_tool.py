@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 import dataset_tool
+import train
 from helpers import GOLDEN
 from training.dataset import ImageFolderDataset
 
@@ -289,6 +291,9 @@ def test_digits(tmp_path, capsys):
     assert tool("digits", tmp_path / "digits.zip") == 0
     said = capsys.readouterr().out
     assert "1797 images, 8x8 grey" in said and f"--data={tmp_path / 'digits.zip'} --cond=1" in said
+    (command,) = (line for line in said.splitlines() if "train.py" in line)
+    assert train.main([*shlex.split(command)[2:], "--dry-run", "--device=cpu"]) == 0
+    assert "Parameters:              0.7" in capsys.readouterr().out, "a small network"
     data = ImageFolderDataset(tmp_path / "digits.zip", use_labels=True)
     assert (len(data), data.image_shape, data.label_dim) == (1797, [1, 8, 8], 10)
     digits = load_digits()

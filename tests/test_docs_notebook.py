@@ -101,6 +101,14 @@ def test_mistakes() -> None:
         sample(network, [0], steps=5)
     with pytest.raises(UsageError, match="at least 1"):
         sample(network, [])
+    for arguments, options, words in (
+        (("student.pkl", [0]), {}, "load_network"),
+        ((network, 4), {}, "range"),
+        ((network, [0]), {"step": 4}, "no sampler has a setting 'step'; did you mean steps"),
+        ((network, [0]), {"temperature": 1}, "no sampler has a setting 'temperature'$"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            sample(*arguments, **options)  # type: ignore[call-overload]
     with torch.no_grad():
         next(network.net.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="seeds 5 to 5 hold NaN"):

@@ -107,7 +107,7 @@ def describe_memory(run: Run) -> str:
     need, free = fixed_memory(run), free_memory()
     parts = f"weights, gradients, Adam, EMA{', teacher' if run.stage else ''}"
     note = f": more than the {gib(free)} that are free, it will not run here" if need > free else ""
-    return f"{gib(need)} for {parts}, and activations on top (see --dry-run){note}"
+    return f"{gib(need)} for {parts}, and activations on top{note}"
 
 
 def fixed_memory(run: Run) -> int:

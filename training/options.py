@@ -23,7 +23,7 @@ batch_gpu_option = click.option(
 )
 teacher_precision_option = click.option(
     "--teacher-precision",
-    help="Arithmetic of the teacher; fp32 is TF32 on GPUs unless --precision=fp32",
+    help="Arithmetic of the teacher; fp32 is TF32 on GPUs where --precision is another",
     type=cli.Choice(["fp32", "bf16", "fp16"]),
     default="fp32",
 )

@@ -11,6 +11,7 @@ A distilled network knows its own noise grid and solver; here is the one place t
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,9 +39,14 @@ from .samplers import (
     noise_levels,
 )
 
+__all__ = ["Batch", "Plan", "iterate_images", "load_network", "plan_sampling", "sample", "sample_batch"]
+
 DEFAULT_STEPS = 18
 ABLATION_OPTIONS = ("solver", "discretization", "schedule", "scaling")
 NOT_SETTINGS = ("net", "latents", "class_labels", "randn_like", "num_steps")  # a sampler's other arguments are settings
+SETTINGS = {name for sampler in (edm_sampler, ablation_sampler) for name in inspect.signature(sampler).parameters} - {
+    *NOT_SETTINGS
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which sampler
@@ -74,6 +80,7 @@ def plan_sampling(
     """Decides how `network` is sampled.
 
     steps    number of steps: 18 for an undistilled network; a distilled one takes its own number or its teacher's
+    solver   'heun' or 'euler' of the ablation sampler, for an undistilled network
     grid     (levels, ratio) of the teacher's grid, for a student whose file does not say
     options  keyword arguments of `edm_sampler` or `ablation_sampler`; None stands for "not given"
 
@@ -81,6 +88,9 @@ def plan_sampling(
     for what contradicts a distilled network's grid, and for settings that no sampler can follow.
     """
     given = {name: value for name, value in {"solver": solver, **options}.items() if value is not None}
+    for name in given.keys() - SETTINGS:
+        near = difflib.get_close_matches(name, {"steps", "grid", *SETTINGS}, n=1)
+        raise UsageError(f"no sampler has a setting '{name}'{f'; did you mean {near[0]}?' if near else ''}")
     for name, value in given.items():
         if value != value:
             raise UsageError(f"{option_name(name)}={value} is not a number")
@@ -314,6 +324,10 @@ def sample(
 
     Raises UsageError for what contradicts a distilled network's grid or its classes, UserError for images that are NaN.
     """
+    if not isinstance(network, NetworkFile):
+        raise UsageError(f"the first argument is what load_network(path) returns, not a {type(network).__name__}")
+    if not isinstance(seeds, Sequence | np.ndarray):
+        raise UsageError(f"seeds are a list or a range, such as range(16), not a {type(seeds).__name__}")
     if len(seeds) == 0 or batch < 1:
         raise UsageError(f"seeds are {len(seeds)}, batch is {batch}: both must be at least 1")
     plan = plan_sampling(network, **options)
