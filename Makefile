@@ -23,18 +23,22 @@ TEACHER := $(DEMO)/teacher/network-snapshot-000050.pkl
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2
 
 demo: $(TEACHER) $(DEMO)/detector.pt
+	@echo && echo "== Demo, 4 of 4: the ladder 16 -> 8 -> 4 -> 2 -> 1, every rung trained and measured =="
 	$(TORCHRUN) distill.py --outdir=$(DEMO) --data=$(DEMO)/digits.zip --transfer=$(TEACHER) --num_steps=16 --until=1 \
 	    --duration=0.07,0.03,0.03,0.03 --batch=64 --tick=5 --snap=2 --targets=2 --save-every=0.5 --seed=0 \
 	    --detector=$(DEMO)/detector.pt --eval-num=2000 --eval-batch=125
 	$(BIN)/python report.py $(DEMO)
 
 $(DEMO)/digits.zip: | env
+	@echo && echo "== Demo, 1 of 4: the data set. (The demo goes on by itself, whatever is proposed as next.) =="
 	$(BIN)/python dataset_tool.py --source=digits --dest=$@
 
 $(DEMO)/detector.pt: | $(DEMO)/digits.zip
+	@echo && echo "== Demo, 3 of 4: features to measure with =="
 	$(BIN)/python fid.py detector --data=$(DEMO)/digits.zip --dest=$@
 
 $(TEACHER): | $(DEMO)/digits.zip
+	@echo && echo "== Demo, 2 of 4: the teacher =="
 	$(TORCHRUN) train.py --outdir=$(DEMO)/teacher --nosubdir --data=$(DEMO)/digits.zip --arch=ddpmpp \
 	    --cbase=32 --cres=1,2 --blocks=1 --batch=64 --duration=0.05 --lr=2e-3 --warmup=0.005 --lr-decay=linear \
 	    --dropout=0 --augment=0 --tick=10 --save-every=0.5 --seed=0

@@ -480,7 +480,7 @@ def report(result: Outcome, source: Source, dest: str) -> None:
     """Says what was written, whatever did not come along, and what to do next."""
     has_classes = _report(result, source, dest)
     script = Path(__file__).with_name("train.py")
-    words = ["python", script.name if script.parent == Path.cwd() else str(script)]
+    words = [cli.program("python"), script.name if script.parent == Path.cwd() else str(script)]
     words += ["--outdir=training-runs", f"--data={dest}", f"--cond={int(has_classes)}"]
     title = "a network trained on them from scratch"
     if result.shape[1] < 32:

@@ -44,7 +44,7 @@ POSITIVE = cli.Number(min=0, min_open=True)
 )
 @click.option(
     "--duration",
-    help="Length of a stage, for all or each: a first one of twice the others measured best",
+    help="Length of a stage, for all or each: a first one of twice the others or more measured best",
     metavar="MIMG,...",
     type=cli.FloatList(),
     default="20",

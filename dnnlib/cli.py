@@ -20,10 +20,12 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 
@@ -252,6 +254,17 @@ def green(text: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Running a command
+
+
+def program(name: str) -> str:
+    """How this Python's `name` ("python", "torchrun") is called from here: by its name where the PATH leads to it, by
+    its path where the environment is not activated."""
+    own, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if not own.exists() or (found is not None and Path(found).parent.resolve() == own.parent.resolve()):
+        return name
+    with contextlib.suppress(ValueError):
+        return str(own.relative_to(Path.cwd()))
+    return str(own)
 
 
 leaving_by_exit = False  # this process ends with `run`: nothing needs to be taken down

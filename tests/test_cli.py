@@ -453,7 +453,7 @@ def test_the_next_commands_run_as_they_are_printed(
     stages = []
     for _ in range(5):
         text = capsys.readouterr().out
-        commands = [shlex.split(line) for line in re.findall(r"^    (python .*)$", text, re.MULTILINE)]
+        commands = [shlex.split(line) for line in re.findall(r"^    (\S*python .*)$", text, re.MULTILINE)]
         by_script = {(Path(words[1]).stem, words[2]): words for words in commands}
         assert all(Path(words[1]).is_file() for words in commands)
         generated = next(words for (name, _), words in by_script.items() if name == "generate")
@@ -502,11 +502,29 @@ def test_a_nosubdir_run_proposes_another_folder(
     monkeypatch.chdir(ROOT)
     from training.next_steps import launched
 
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert launched("train.py") == ["python", "train.py"]
     monkeypatch.setattr("torch_utils.distributed.get_world_size", lambda: 4)
     assert launched("train.py") == ["torchrun", "--standalone", "--nproc_per_node=4", "train.py"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert launched("train.py") == ["torchrun", "--nnodes=2", "--nproc_per_node=2", "train.py"]
+
+
+def test_programs_are_named_so_that_they_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name in an environment that is active, by path in one that is not, and by name where there is no other way."""
+    own, other = tmp_path / ".venv" / "bin", tmp_path / "elsewhere"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / "python").write_text("")
+        (folder / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(own / "python"))
+    monkeypatch.chdir(tmp_path)
+    for path, wanted in (([own, other], "python"), ([other, own], ".venv/bin/python"), ([], ".venv/bin/python")):
+        monkeypatch.setenv("PATH", os.pathsep.join(map(str, path)))
+        assert cli.program("python") == wanted
+    assert cli.program("torchrun") == "torchrun"
+    monkeypatch.chdir(other)
+    assert cli.program("python") == str(own / "python")
 
 
 def test_sections_name_only_what_follows() -> None:

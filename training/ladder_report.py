@@ -202,7 +202,7 @@ def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint
         _plot_spread(axis, students, _name_students(rungs) + of_sets, STUDENTS)
     if floor is not None:
         axis.axhspan(floor.mean - floor.std, floor.mean + floor.std, **BAND)
-        axis.axhline(floor.mean, label=f"the data itself ({floor.images} images drawn from it)", **FLOOR)
+        axis.axhline(floor.mean, label=f"the data itself ({floor.images} images drawn from it, ± std)", **FLOOR)
     features = "Inception" if (teacher.detector or "").startswith("inception") else "own detector"
     axis.set_ylabel(f"Fréchet distance ({features})", fontsize=9)
     return [rung.nfe for rung in rungs if rung.fd is not None] + [p.nfe for p in curve if p.fd is not None]
@@ -239,7 +239,7 @@ def _plot_errors(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], 
     else:
         label = f"{_name_teacher(rungs[0])}: 0 by definition"
         axis.plot([rungs[0].nfe], [0.0], label=label, clip_on=False, **{**TEACHER, "marker": "D"})
-    axis.set_ylabel("end-point RMSE (pixel values in [-1, 1])", fontsize=9)
+    axis.set_ylabel("end-point RMSE to the teacher (in [-1, 1])", fontsize=9)
     return [rung.nfe for rung in students or rungs] + [point.nfe for point in curve]
 
 

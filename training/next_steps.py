@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dnnlib.cli import UserError, bold, green
+from dnnlib.cli import UserError, bold, green, program
 from torch_utils import distributed as dist
 
 from .config import STAGE_MIMG
@@ -72,7 +72,7 @@ def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[s
         title += f" (by {num} images; {FID_IMAGES} are the custom)"
         commands[1].append(f"--num-images={num}")
     if (dataset.num_channels == 1 or dataset.resolution < INCEPTION_FITS) and has_classes(data):
-        title = title.replace("FID: ", "Fréchet distance, Inception not being made for such images: features, ")
+        title = title.replace("FID: ", "Fréchet distance (Inception does not fit such images): a detector, ")
         commands = [[*words, f"--detector={own}"] for words in commands]
         commands.insert(0, [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={own}"])
     return title, commands
@@ -137,10 +137,10 @@ def launched(script: str, alone: bool = False) -> list[str]:
     name = script if path.parent == Path.cwd() else str(path)
     world = 1 if alone else dist.get_world_size()
     if world == 1:
-        return ["python", name]
+        return [program("python"), name]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nodes = ["--standalone"] if local == world else [f"--nnodes={world // local}"]
-    return ["torchrun", *nodes, f"--nproc_per_node={local}", name]
+    return [program("torchrun"), *nodes, f"--nproc_per_node={local}", name]
 
 
 FLAGS = (

@@ -119,6 +119,9 @@ class Run:
         asked = dict(config.extras["command_line"]).get("duration")
         if asked is not None and abs(asked * 1000 - config.total_kimg) > 1e-6:
             say(f"Note: --duration={asked:g}, in whole thousands of images, is {config.total_kimg} kimg")
+        if config.kimg_per_tick * 1000 >= config.total_nimg > config.batch_size:
+            tick = f"{config.kimg_per_tick:g}"
+            say(f"Note: the run is shorter than a tick of {tick} kimg (--tick), so it says nothing before its end")
         if config.batch_size > config.total_nimg:
             say(f"Note: the run is a single step: --batch={config.batch_size} is more than its images")
         if config.lr_rampup_kimg >= config.total_nimg / 1000:

@@ -1,4 +1,5 @@
-"""The training loop, for training from scratch and for distillation alike. `Trainer.step` is the method on one screen.
+"""The training loop, for training from scratch and for distillation alike. `Trainer.step` is a step
+on one screen; what a student is asked for is in training.loss.
 
 data set -> batch on device -> (teacher -> target) -> loss -> gradient -> optimiser -> EMA
 every tick: statistics, pictures, files
