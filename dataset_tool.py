@@ -68,6 +68,7 @@ class Outcome:
     labels: list[tuple[str, Any]] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    coloured: int = 0  # grey images among colour ones, made RGB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,12 +102,15 @@ def read_packed(path: str) -> Source:
     if not names:
         raise UserError(f"{path}: no image files inside ({len(files.names)} files of other kinds)")
     labels: dict[str, Any] | None = None
-    note = "no labels: there is neither a dataset.json nor a folder for each class"
+    note = "no labels: there is neither a dataset.json nor a folder for each of several classes"
     if "dataset.json" in files.names:
         labels = files.labels()
         note = "labels from dataset.json" if labels else "no labels: dataset.json has none"
     else:
         folders = sorted({name.partition("/")[0] if "/" in name else "" for name in names})
+        if len(folders) > 1 and not folders[0]:
+            stray = next(name for name in names if "/" not in name)
+            note = f"no labels: {stray} lies in no class's folder, so those of all are dropped"
         if len(folders) > 1 and folders[0]:
             labels = {name: folders.index(name.partition("/")[0]) for name in names}
             shown = ", ".join(f"{index} {folder}" for index, folder in enumerate(folders[:10]))
@@ -420,10 +424,17 @@ def encode_png(pixels: np.ndarray) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def convert(source: Source, save: Save, transform: Transform, max_images: int | None = None) -> Outcome:
+class ColourAmongGrey(Exception):
+    """A colour image came after grey ones: all are to become RGB, from the beginning."""
+
+
+def convert(
+    source: Source, save: Save, transform: Transform, max_images: int | None = None, rgb: bool = False
+) -> Outcome:
     """Saves the pictures as 00000/img00000000.png, ... (a folder for every 1000), then dataset.json.
 
-    Refused pictures leave no gap in the numbers. If any image has no label, none is written.
+    Refused pictures leave no gap in the numbers. If any image has no label, none is written. Grey images become RGB
+    where the first is in colour, or with `rgb`; ColourAmongGrey is raised where that comes out too late.
     Raises UserError if images are not all of one shape, square, with a power of two pixels on a side; if none is left.
     """
     import numpy as np
@@ -436,7 +447,14 @@ def convert(source: Source, save: Save, transform: Transform, max_images: int | 
         for picture in source.pictures:
             if len(result.labels) == limit:
                 break
-            pixels = transform(picture.pixels)
+            grey = picture.pixels.shape[2] == 1
+            if grey and (rgb or result.shape[2:] == (3,)):
+                result.coloured += 1
+                pixels = transform(np.repeat(picture.pixels, 3, axis=2))
+            elif not grey and result.shape[2:] == (1,):
+                raise ColourAmongGrey
+            else:
+                pixels = transform(picture.pixels)
             if pixels is None:
                 result.skipped.append(picture.name)
                 continue
@@ -497,6 +515,8 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
     count = len(result.labels)
     lost = len(result.unlabelled)
     print(f"{count} images, {_describe(result.shape)}, written to {dest}")
+    if result.coloured:
+        print(f"{result.coloured} grey images became RGB, as the others are")
     if result.skipped:
         first = printable(result.skipped[0])
         print(f"skipped {len(result.skipped)} images smaller than --resolution, the first: {first}")
@@ -547,10 +567,11 @@ def command(
       train-images-idx3-ubyte.gz      MNIST's, with train-labels-idx1-ubyte.gz beside it; padded to 32x32
       digits                          scikit-learn's 1,797 handwritten digits, 8x8 (a folder of that name: ./digits)
 
-    Images may be in any format that Pillow reads. Grey stays grey, everything else becomes RGB, transparency is
-    dropped. All must be of one size, square, with a power of two pixels on a side, unless --resolution makes them so:
-    alone it squeezes, with --transform=center-crop it takes the square in the middle. center-crop-wide is EDM's, for
-    images of WxH pixels (others it distorts): black above and below makes them square; smaller ones are left out.
+    Images may be in any format that Pillow reads. Grey stays grey unless others are in colour, everything else becomes
+    RGB, transparency is dropped. All must be of one size, square, with a power of two pixels on a side, unless
+    --resolution makes them so: alone it squeezes, with --transform=center-crop it takes the square in the middle.
+    center-crop-wide is EDM's, for images of WxH pixels (others it distorts): black above and below makes them square;
+    smaller ones are left out.
 
     Labels come from a dataset.json at the top of the source ({"labels": [["name.png", 3], ...]}), or else every
     top-level folder is a class, numbered in the order of their names. If an image has no label, all are dropped.
@@ -563,9 +584,12 @@ def command(
     """
     check_dest(dest)
     change = make_transform(transform, resolution)
-    opened = open_source(source)
-    with open_dest(dest) as save:
-        result = convert(opened, save, change, max_images)
+    for rgb in (False, True):
+        opened = open_source(source)
+        with contextlib.suppress(ColourAmongGrey):
+            with open_dest(dest) as save:
+                result = convert(opened, save, change, max_images, rgb)
+            break
     report(result, opened, dest)
 
 

@@ -170,6 +170,13 @@ def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -
         from metrics.classifier import train_detector
 
         check_target(dest)
+        if Path(dest).is_file():
+            from metrics.detectors import load_detector
+
+            try:
+                load_detector(dest, "cpu")
+            except cli.UserError as exc:
+                raise cli.UserError(f"{dest} is there, and is no detector; name another --dest, or remove it") from exc
         if dist.is_main():
             facts = train_detector(data, dest, seed=seed, kimg=kimg, device=dist.device())
             _say(

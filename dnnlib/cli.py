@@ -112,7 +112,8 @@ class Command(click.Command):
         rest = super().parse_args(ctx, args)
         for param in self.params:
             if given(ctx).get(str(param.name)) == "" and not ctx.resilient_parsing:
-                raise UsageError(f"{max(param.opts, key=len)} is empty; give a {param.metavar or 'value'}")
+                name = max(param.opts, key=len)
+                raise UsageError(f"{name} is empty; write {name}={param.metavar or 'VALUE'}")
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -195,7 +196,9 @@ def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
         values = read(content)
-    except (ValueError, RecursionError) as exc:  # UnicodeDecodeError and JSONDecodeError are ValueErrors too
+    except UnicodeDecodeError as exc:
+        raise UserError(f"--config={path}: can't be used: it is no JSON file") from exc
+    except (ValueError, RecursionError) as exc:  # JSONDecodeError is a ValueError too
         raise UserError(f"--config={path}: can't be used: {exc}") from exc
     except OSError as exc:
         raise UserError(f"--config={path}: {exc.strerror or exc}") from exc

@@ -189,7 +189,9 @@ def _labelled_images(data: str | os.PathLike[str], seed: int) -> tuple[Tensor, T
     """(images uint8 [N, C, R, R], labels int64 [N], number of classes) in an order shuffled with `seed`."""
     dataset = ImageFolderDataset(path=os.fspath(data), use_labels=True, max_size=MAX_IMAGES, random_seed=seed)
     try:
-        if not dataset.has_onehot_labels or dataset.label_dim < 2:
+        if dataset.has_onehot_labels and dataset.label_dim == 1:
+            raise UserError(f"{data}: has one class only; a detector learns to tell several apart")
+        if not dataset.has_onehot_labels:
             raise UserError(
                 f"{data}: has no class labels, which a detector is trained with; make the data set with labels "
                 "(dataset_tool.py reads them from dataset.json or top-level folders)"

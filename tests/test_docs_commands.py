@@ -51,7 +51,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files by the names that the pages use, for what they take from elsewhere."""
     place = tmp_path_factory.mktemp("stand-ins")
     cifar(place / "cifar-10-python.tar.gz")
-    for name in ("my-dataset.zip", "datasets/cifar10-32x32.zip"):
+    for name in ("datasets/photos-16x16.zip", "my-dataset.zip", "datasets/cifar10-32x32.zip"):
         (place / name).parent.mkdir(exist_ok=True)
         data = make_dataset(place / name, count=40, size=32, channels=3)
     net = small_network(32, 3, model_channels=4, channel_mult=[1, 1], attn_resolutions=[])

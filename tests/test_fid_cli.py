@@ -179,6 +179,10 @@ def test_detector_command(place, capsys):
     before = (place / "again.pt").read_bytes()
     refused(capsys, 1, "no class labels", "detector", f"--data={place}/plain.zip", f"--dest={place}/again.pt")
     assert (place / "again.pt").read_bytes() == before  # what existed before is not damaged
+    for other in ("plain.zip", "data.zip"):
+        content = (place / other).read_bytes()
+        refused(capsys, 1, "is no detector", "detector", f"--data={place}/data.zip", f"--dest={place / other}")
+        assert (place / other).read_bytes() == content
 
 
 # ----------------------------------------------------------------------------------------------------------------------

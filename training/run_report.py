@@ -419,7 +419,7 @@ def read_ladder(folder: Path, shots: int = SHOTS) -> Ladder:
     if not stages:
         problems.append("no stage has begun yet")
     problems += [f"{stage.folder.name}: {problem}" for stage in stages for problem in stage.problems]
-    floor, plan = read_floor(folder), read_plan(folder)
+    floor, plan = read_floor(folder, number(rungs[0].get("images")) if rungs else None), read_plan(folder)
     return Ladder(folder, folder.resolve().name, stages, rungs, curve, floor, plan, samples, problems)
 
 
@@ -439,14 +439,15 @@ def read_rows(path: Path, names: Sequence[str], problems: list[str]) -> list[dic
     return rows
 
 
-def read_floor(folder: Path) -> tuple[float, float, int] | None:
-    """How far images drawn from the data set are from all of it; the newest file counts."""
+def read_floor(folder: Path, measured: float | None) -> tuple[float, float, int] | None:
+    """How far as many images drawn from the data set as have `measured` the rungs are from all of it; the newest file
+    that says so counts."""
     for path in sorted(folder.glob("rungs/floor-*.json"), key=lambda p: p.stat().st_mtime, reverse=True):
         told = read_json(path, dict, [])
         given = told.get("distances")
         distances = [value for each in given if (value := number(each)) is not None] if isinstance(given, list) else []
         images = number(told.get("images"))
-        if distances and images:
+        if distances and images and images == (images if measured is None else measured):
             spread = float(np.std(distances, ddof=1)) if len(distances) > 1 else 0.0
             return float(np.mean(distances)), spread, int(images)
     return None
