@@ -343,6 +343,9 @@ def test_a_bad_image_ends_a_run_by_name(name: str, files: Path, fails: Fails, tm
     assert not reading_threads(), "they have ended"
     assert load_network(tmp_path / "run" / "network-snapshot-000000.pkl").net.img_resolution == 8
     for dest in ("out.zip", "out"):
+        if name == "mid-rgb.zip":  # which makes all of them RGB
+            assert call(dataset_tool, f"--source={files / name}", f"--dest={tmp_path / dest}") == 0
+            continue
         fails(1, words, dataset_tool, f"--source={files / name}", f"--dest={tmp_path / dest}")
         assert not (tmp_path / dest).exists()
 

@@ -445,7 +445,7 @@ def test_unsuitable_training_data(tmp_path):
     make_dataset(tmp_path / "plain.zip", classes=None)
     check("plain.zip", "no class labels")
     make_dataset(tmp_path / "one.zip", classes=1)
-    check("one.zip", "no class labels")
+    check("one.zip", "has one class only")
     check("../nowhere.zip", "no such file")
     make_dataset(tmp_path / "large.zip", count=4, size=96)
     check("large.zip", "96x96")
