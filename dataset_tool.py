@@ -448,13 +448,10 @@ def convert(
             if len(result.labels) == limit:
                 break
             grey = picture.pixels.shape[2] == 1
-            if grey and (rgb or result.shape[2:] == (3,)):
-                result.coloured += 1
-                pixels = transform(np.repeat(picture.pixels, 3, axis=2))
-            elif not grey and result.shape[2:] == (1,):
+            if not grey and result.shape[2:] == (1,):
                 raise ColourAmongGrey
-            else:
-                pixels = transform(picture.pixels)
+            colours = grey and (rgb or result.shape[2:] == (3,))
+            pixels = transform(np.repeat(picture.pixels, 3, axis=2) if colours else picture.pixels)
             if pixels is None:
                 result.skipped.append(picture.name)
                 continue
@@ -470,6 +467,7 @@ def convert(
             name = f"{index // 1000:05d}/img{index:08d}.png"
             save(name, encode_png(np.ascontiguousarray(pixels)))
             result.labels.append((name, picture.label))
+            result.coloured += colours
             if picture.label is None:
                 result.unlabelled.append(picture.name)
             progress.update()
@@ -509,7 +507,7 @@ def report(result: Outcome, source: Source, dest: str) -> None:
 
 
 def _report(result: Outcome, source: Source, dest: str) -> bool:
-    """`report` without its end; returns whether there are labels to train with."""
+    """`report` without its end; returns whether there are labels to train with: a single class is none."""
     from training.dataset import label_array
 
     count = len(result.labels)
@@ -536,7 +534,7 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
     except UserError as exc:
         print(f"warning: the labels were copied, but can't be trained on: {printable(str(exc))}")
         return False
-    return True
+    return bool(labels.ndim > 1 or labels.max() > 0)
 
 
 def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:

@@ -144,7 +144,10 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
         if dist.is_main():
             stats.save(path)
             _say(f"wrote {path}: statistics of {stats.num} images by {stats.detector_id}")
+            from training.next_steps import FID_IMAGES, images_to_measure
+
             own = [] if spec == "inception" else [f"--detector={spec}"]
+            own += [f"--num-images={num}"] if (num := images_to_measure()) != FID_IMAGES else []
             _propose("the Fréchet distance of a network to them", "gen", "--network=NETWORK.pkl", f"--ref={path}", *own)
 
     _with_processes(device, work)

@@ -110,8 +110,9 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; then text that is empty, of a shell's variable that isn't set perhaps, is refused by name."""
         rest = super().parse_args(ctx, args)
+        values = {} if ctx.resilient_parsing else given(ctx)
         for param in self.params:
-            if given(ctx).get(str(param.name)) == "" and not ctx.resilient_parsing:
+            if values.get(str(param.name)) == "":
                 name = max(param.opts, key=len)
                 raise UsageError(f"{name} is empty; write {name}={param.metavar or 'VALUE'}")
         return rest

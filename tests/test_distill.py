@@ -863,6 +863,9 @@ def test_the_costs_in_advance(place, tmp_path, capsys):
         assert float(row[7]) == pytest.approx(images * steps * flops, rel=1e-2)
     total = (7 + 2 * 5 + 3 * 5) * 1000 * flops + NUM * 3 * (15 + 4 + 2 + 1) * flops
     assert float(re.search(r"All together: +([\d.e+]+)", words)[1]) == pytest.approx(total, rel=1e-2)
+    assert distill.main([*args, "--dry-run", "--self-teacher"]) == 0
+    rows = re.findall(r"^\d+ -> \d+ +\d+ +(\d+) ", capsys.readouterr().out, re.MULTILINE)
+    assert rows == ["6", "5", "5"], "3, one step of the teacher (2 calls by Heun, 1 by Euler), 1 of the average"
     assert not (tmp_path / "x").exists()
 
 

@@ -219,6 +219,8 @@ def test_what_the_charts_of_a_ladder_show(climbed, tmp_path):
     assert paths.count("bar") == 3 and paths.count("band") == 1
     for told in ("2.00 ± 0.50", "1.00 ± 0.50", "↑ 58", "the data itself (16 images drawn from it)"):
         assert told in page.text, told
+    next(folder.glob("rungs/floor-*.json")).write_text(json.dumps({"images": 17, "distances": [0.5, 1.0, 1.5]}))
+    assert "the data itself" not in page_of(folder).text, "that is of another way to measure"
     next(folder.glob("rungs/floor-*.json")).write_text(json.dumps({"images": "16", "distances": 3}))
     assert "the data itself" not in page_of(folder).text
 
@@ -437,5 +439,18 @@ def test_points_have_the_place_of_their_values():
     points = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', str(svg))]
     (x0, y0), (x1, y1), (x2, y2) = points
     assert abs(x1 - (x0 + x2) / 2) < 0.2 and abs(y1 - (y0 + y2) / 2) < 0.2 and x2 > x0 and y2 < y0
+    spread = Curve("c", curve.x, curve.y, "s0 dots", spread=np.array([0.5, math.nan, 50.0]))
+    svg = str(line_chart([spread], "x", "title", log_x=True, log_y=True))
+    tops, bottoms = (
+        [float(y) for y in re.findall(p, svg)] for p in (r'class="bar[^>]*d="M[\d.]+ ([\d.]+)h', r"V([\d.]+)m")
+    )
+    dots = [float(y) for y in re.findall(r'cy="([\d.]+)"', svg)]
+    ten = (dots[1] - dots[2]) / 1.0  # a factor of ten, on this axis
+    for top, bottom, dot, part in zip(tops, bottoms, dots, (0.5, 0.0, 0.5), strict=True):
+        assert dot - top == pytest.approx(ten * math.log10(1 + part), abs=0.05)
+        assert dot - bottom == pytest.approx(ten * math.log10(1 - part), abs=0.05)
+    far = str(line_chart([curve], "x", "title", log_x=True, log_y=True, y_limit=10.0))
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', far)]
+    assert heights[1] == heights[2] < heights[0] and "↑ 100" in far and "↑ 10<" not in far
     assert line_chart([Curve("c", np.array([1.0]), np.array([-1.0]))], "x", "title") is None
     assert line_chart([], "x", "title") is None

@@ -85,6 +85,18 @@ def meta_network(config: TrainConfig, dataset: ImageFolderDataset) -> Any:
         return build_network(model, dataset.resolution, dataset.num_channels, dataset.label_dim)
 
 
+def training_calls(solver: str | None, ratio: int = 1, self_teacher: bool = False) -> float:
+    """What training on an image costs, in network calls forward.
+
+    Three for the pass forward and back of what is trained, and those of its teacher, which takes `ratio` steps of
+    `solver` (None: no teacher), or with a self-teacher one step, after which the student's average answers once.
+    """
+    if solver is None:
+        return 3.0
+    step = 2 if solver == "heun" else 1
+    return 3.0 + (step + 1 if self_teacher else ratio * step)
+
+
 def describe_cost(run: Run) -> list[str]:
     """Lines for `--dry-run`, beyond those of every start: parameters, FLOPs per image and of the run, memory."""
     config, cost, per_image = run.config, run.cost, run.flops_per_image

@@ -33,7 +33,7 @@ from torch_utils import distributed as dist
 
 from . import pictures
 from .config import check_run_dir, differences
-from .costs import describe_cost, disk_need, free_disk, gib
+from .costs import describe_cost, disk_need, free_disk, gib, training_calls
 from .grids import Sampling
 from .ladder_report import (
     CurvePoint,
@@ -138,7 +138,11 @@ class Ladder:
         self.announce(first)
         for line in describe_cost(first)[:2]:
             self.say(line)
-        calls = [first.calls if index == 0 else self.later_calls(index) for index in range(len(self.ratios))]
+        solvers = [
+            self.solver,
+            *["euler"] * (len(self.ratios) - 1),
+        ]  # of the stages' teachers: students take Euler steps
+        calls = [training_calls(*each, self.base.self_teacher) for each in zip(solvers, self.ratios, strict=True)]
         nfes = [nfe(self.chain[0], self.solver), *self.chain[1:]]
         measured = self.options.eval_num * self.options.eval_sets
         total = 0.0
@@ -153,10 +157,6 @@ class Ladder:
         looked = measured * nfes[0] * first.cost.flops
         self.say(f"{'the teacher':<12} {'':>9} {'':>15} {'':>10}   {measured} {looked:.3g}")
         self.say(f"All together:            {total + looked:.3g} FLOP, the teacher's own curve apart")
-
-    def later_calls(self, index: int) -> float:
-        """What training on an image costs in stage `index`, in network calls: its teacher takes Euler steps."""
-        return 3.0 + (2 if self.base.self_teacher else self.ratios[index])
 
     def climb(self, first: Run) -> list[Rung]:
         """`run`, once nothing speaks against it."""

@@ -209,10 +209,7 @@ class Measuring:
         before = load_set(path) if dist.is_main() and not self.told_why else None
         if before is not None:
             names = {"network", "levels", "solver", "teacher"}  # another network, not another way
-            changes = differences(without_detector(before.key), without_detector(key))
-            if before.key.get("detector") != key["detector"]:
-                changes += differences({"detector": before.key.get("detector")}, {"detector": key["detector"]})
-            ways = [change for change in changes if change.split(" ")[0].split(".")[0] not in names]
+            ways = differences(*({n: each[n] for n in each.keys() - names} for each in (before.key, key)))
             if ways:
                 self.say(f"Measured before in another way, so all is measured again: {', '.join(ways)}")
                 self.told_why = True

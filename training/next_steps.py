@@ -62,7 +62,7 @@ def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[s
     """How to measure the network: by Inception, or where its features don't fit the images and there are classes to
     learn others from, by a detector of the data's own; by as many images as there is time for."""
     dataset, ref, own = run.dataset, folder / "ref.npz", folder / "detector.pt"
-    num = FID_IMAGES if dist.device().type != "cpu" else min(FID_IMAGES, FEW_IMAGES)
+    num = images_to_measure()
     title = "FID: the data's statistics, then the network's distance"
     commands = [
         [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"],
@@ -76,6 +76,11 @@ def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[s
         commands = [[*words, f"--detector={own}"] for words in commands]
         commands.insert(0, [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={own}"])
     return title, commands
+
+
+def images_to_measure() -> int:
+    """As many as are the custom, or as there is time for on a CPU."""
+    return FEW_IMAGES if dist.device().type == "cpu" else FID_IMAGES
 
 
 def has_classes(data: str) -> bool:

@@ -447,7 +447,7 @@ def read_floor(folder: Path, measured: float | None) -> tuple[float, float, int]
         given = told.get("distances")
         distances = [value for each in given if (value := number(each)) is not None] if isinstance(given, list) else []
         images = number(told.get("images"))
-        if distances and images and images == (images if measured is None else measured):
+        if distances and images and measured in (None, images):
             spread = float(np.std(distances, ddof=1)) if len(distances) > 1 else 0.0
             return float(np.mean(distances)), spread, int(images)
     return None
@@ -553,7 +553,7 @@ def ladder_charts(ladder: Ladder) -> list[tuple[str, Markup, list[tuple[str, str
             across = np.array([min([ticks[0], *(curve.x[0] for curve in curves if len(curve.x))]), ticks[-1]])
             if len(teacher.y):
                 curves += [Curve("teacher, all its steps", across, teacher.y.repeat(2), "s3 dashed"), teacher]
-            if ladder.floor is not None:
+            if ladder.floor is not None and across[0] < across[1]:
                 mean, spread, images = ladder.floor
                 name = f"the data itself ({images} images drawn from it)"
                 curves.append(Curve(name, across, np.full(2, mean), "s4 dotted", spread=np.full(2, spread)))

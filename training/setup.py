@@ -34,7 +34,17 @@ from .config import (
     differences,
     next_run_number,
 )
-from .costs import Cost, check_disk, describe_memory, disk_need, divisors, largest_batch, meta_network, network_cost
+from .costs import (
+    Cost,
+    check_disk,
+    describe_memory,
+    disk_need,
+    divisors,
+    largest_batch,
+    meta_network,
+    network_cost,
+    training_calls,
+)
 from .dataset import ImageFolderDataset
 from .network_files import NetworkFile, load_network
 from .options import Options, check_options, given
@@ -68,11 +78,8 @@ class Run:
     @property
     def calls(self) -> float:
         """What training on an image costs, in network calls forward."""
-        calls = 3.0  # forward and backward of what is trained
-        if self.stage is not None:
-            step = 2 if self.stage.solver == "heun" else 1
-            calls += step + 1 if self.stage.self_teacher else self.stage.ratio * step
-        return calls
+        stage = self.stage
+        return training_calls(stage.solver, stage.ratio, stage.self_teacher) if stage else training_calls(None)
 
     @property
     def flops_per_image(self) -> float:
@@ -99,6 +106,7 @@ class Run:
             )
         elif self.transfer is not None:
             say(f"Weights from:            {self.transfer.source} (sha256 {self.transfer.sha256[:16]})")
+            say(f"                         {self.transfer.describe()}")
             fit, count = len(matching(self.transfer.net, self.meta)), len(self.meta.state_dict())
             say(f"                         {fit} of its tensors fit this network, which has {count}")
             if fit < count:

@@ -206,8 +206,7 @@ class Trainer:
         if stage is not None:
             self.net.load_state_dict(stage.teacher.net.state_dict())
         elif transfer is not None:
-            self.say(f"Taking weights from {transfer.source} ({transfer.describe()})")
-            self.say(copy_matching(transfer.net, self.net))
+            self.net.load_state_dict(matching(transfer.net, self.net), strict=False)
         self.net.train().requires_grad_(True).to(self.device)
         self.net.compute_dtype = compute_dtype(config.precision, self.device)
         if config.precision == "fp16" and self.device.type != "cuda":
@@ -694,13 +693,6 @@ def matching(source: torch.nn.Module, target: torch.nn.Module) -> dict[str, Tens
     """The tensors of `source` that agree in name and shape with one of `target`."""
     have, want = source.state_dict(), target.state_dict()
     return {name: tensor for name, tensor in have.items() if name in want and want[name].shape == tensor.shape}
-
-
-def copy_matching(source: torch.nn.Module, target: torch.nn.Module) -> str:
-    """Copies the `matching` tensors, and says in words how many they are."""
-    fits = matching(source, target)
-    target.load_state_dict(fits, strict=False)
-    return f"{len(fits)} of {len(target.state_dict())} tensors match"
 
 
 @torch.no_grad()
