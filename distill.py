@@ -203,6 +203,7 @@ def command(
     dist.init(device, cli.options_in_use())
     from training.ladder import Ladder, LadderOptions, next_commands
     from training.ladder_report import format_table
+    from training.stopping import stopping_at_once
 
     options = LadderOptions(
         num_steps=num_steps,
@@ -225,7 +226,8 @@ def command(
         dist.print0("Dry run; exiting.")
         dist.shutdown()
         return
-    rungs = ladder.run()
+    with stopping_at_once("what is finished is kept, and the same command goes on"):
+        rungs = ladder.run()
     dist.print0()
     dist.print0(format_table(rungs, ladder.curve, ladder.measuring.floor))
     dist.print0()

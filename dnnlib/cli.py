@@ -62,6 +62,14 @@ class Stopped(UserError):
         self.signal = signal
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asks this program to end, here and now; its text says how to go on. Exit status 128 + signal."""
+
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
+        self.signal = signal
+
+
 class FailedElsewhere(UserError):
     """Another process has failed and says why; this one ends without a word."""
 
@@ -318,6 +326,8 @@ def _run(cmd: click.Command, args: Sequence[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt) as exc:
         if sys.stderr.isatty():
             print(file=sys.stderr)  # after the ^C that the terminal shows
+        if isinstance(exc, Interrupted):
+            return _fail(prog, str(exc), 128 + exc.signal, exc)
         return _fail(prog, "interrupted", 130, exc)
     except (click.UsageError, UsageError) as exc:
         return _fail(prog, _message(exc), 2, exc)

@@ -565,7 +565,7 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
         ({**good, "net": short(good["net"])}, "does not fit"),
         ({**good, "optimizer": {**moments, "exp_avg": short(moments["exp_avg"])}}, "does not fit"),
         ({**good, "optimizer": {**moments, "exp_avg_sq": {}}}, "does not fit"),
-        ({**good, "options": {**good["options"], "lr": 1}}, "lr (was 1"),
+        ({**good, "options": {**good["options"], "lr": 1}}, "--lr (was not given, now 0.001)"),
     ):
         torch.save(change, tmp_path / "bad.pt")
         fails(1, ["bad.pt", words], train, *run, f"--resume={tmp_path / 'bad.pt'}")
@@ -579,8 +579,13 @@ def test_a_refused_option_leaves_the_run_as_it_was(files: Path, fails: Fails, tm
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     fails(1, "seed (was 5, now 6)", train, *run, "--seed=6")
     fails(1, "lr (was 0.001, now 0.01)", train, *run, "--lr=1e-2")
-    fails(1, "other options: network.model_channels (was 4, now 32)", train, *run, "--cbase=32")
+    fails(1, "other options: --cbase (was 4, now 32)", train, *run, "--cbase=32")
     fails(1, "lr (was", train, *run, "--lr=1e-2", "-n")
+    more = ["--ema=0.2", "--warmup=0.003", "--clip=1", "--lr-decay=cosine", "--duration=0.002"]
+    told = "--warmup (was 0.0, now 0.003); --lr-decay (was none, now cosine); --ema (was 0.5, now 0.2); --clip (was not"
+    fails(1, [f"other options: {told} given, now 1.0). Use"], train, *run, *more)
+    other = [f"--data={make_dataset(tmp_path.parent / f'{tmp_path.name}.zip', count=41)}", *run[1:]]
+    fails(1, ["the content of --data (was ", "...); number of images (was 40, now 41)"], train, *other)
     (tmp_path / "training-state-000001.pt").unlink()
     fails(1, "lr (was", train, *run, "--lr=1e-2")  # without a state too: it would write over the snapshots
     (tmp_path / "training_options.json").rename(tmp_path / "options")
@@ -588,6 +593,18 @@ def test_a_refused_option_leaves_the_run_as_it_was(files: Path, fails: Fails, tm
     (tmp_path / "options").rename(tmp_path / "training_options.json")
     del before["training-state-000001.pt"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_results_among_the_data_are_refused(files: Path, fails: Fails, tmp_path: Path) -> None:
+    """They would be data on the next start."""
+    with zipfile.ZipFile(files / "good.zip") as archive:
+        archive.extractall(tmp_path / "photos")
+    for out in ("photos", "photos/out", "photos/../photos/00000/x"):
+        run = [f"--data={tmp_path / 'photos'}", f"--outdir={tmp_path / out}"]
+        fails(2, ["lies in --data=", "become part of the data"], train, *run, *SHORT)
+        fails(2, "lies in --data=", distill, *run, *LADDER, f"--transfer={files / 'four.pkl'}", "--num_steps=4")
+    assert not list((tmp_path / "photos").rglob("*.pkl"))
+    assert call(train, f"--data={tmp_path / 'photos'}", *SHORT, f"--outdir={tmp_path / 'photos2'}", "-n") == 0
 
 
 def test_a_finished_run_elsewhere_is_completed(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -658,6 +659,29 @@ def test_killed_many_times_at_random_moments_it_ends_with_the_same_numbers(place
         assert all(torch.equal(x, y) for x, y in zip(a.net.parameters(), b.net.parameters(), strict=True))
     for name in ("teacher-curve.json", "samples.png", "ladder.png"):
         assert (straight / "ladder" / name).read_bytes() == (broken / "ladder" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_measuring_says_how_to_go_on(place, tmp_path, monkeypatch, capsys, number):
+    """What goes wrong with a point of the curve is a result of it, but an interruption is none."""
+    args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}"]
+    real, before, calls = measuring.statistics_of_images, signal.getsignal(number), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 10:  # three sets of three rungs
+            signal.raise_signal(number)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "statistics_of_images", interrupted)
+        assert distill.main(args) == 128 + number
+    words = f"interrupted by {number.name}; what is finished is kept, and the same command goes on"
+    assert capsys.readouterr().err.endswith(f"\ndistill.py: error: {words}\n") and signal.getsignal(number) == before
+    seen = watch_measuring(monkeypatch, die_before=(1, 0, True))
+    with pytest.raises(Killed):
+        distill.main(args)
+    assert seen == [(2, 0, True)]
 
 
 def test_a_finished_seed_set_is_not_measured_again(place, climbed, tmp_path, monkeypatch):

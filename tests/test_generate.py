@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import zipfile
@@ -29,7 +30,7 @@ from training.image_files import ImageFolder, Manifest, Run, format_int_list
 from training.network_files import load_network, save_network
 from training.pictures import to_uint8
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler, grid_sampler
-from training.sampling import count_batches, iterate_images, plan_sampling, split_seeds
+from training.sampling import count_batches, iterate_images, plan_sampling, sample_batch, split_seeds
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -407,6 +408,27 @@ def test_overwriting_leaves_nothing_to_confuse(
     assert run(files.other, clean, "--seeds=0-7", "--steps=2", "--batch=2") == 0
     images = read(out)
     assert {name: images[name] for name in read(clean)} == read(clean)
+
+
+@pytest.mark.parametrize("to", ["out", "out.zip"])
+def test_a_signal_says_how_to_go_on(
+    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    out, zipped = tmp_path / to, to.endswith(".zip")
+    real = sample_batch
+
+    def interrupted(net: Any, seeds: Any, *rest: Any) -> Any:
+        if seeds[0] == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return real(net, seeds, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.sampling.sample_batch", interrupted)
+        assert run(files.plain, out, "--seeds=0-7", "--steps=2", "--batch=2") == 128 + signal.SIGTERM
+    advice = "a zip is written when all is made, not yet" if zipped else "the same command with --skip-existing goes on"
+    assert capsys.readouterr().err.endswith(f"error: interrupted by SIGTERM; {advice}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if zipped else ["out"])
+    assert run(files.plain, out, "--seeds=0-7", "--steps=2", "--batch=2", "--skip-existing") == 0
 
 
 def test_images_of_somebody_else_are_told_of(

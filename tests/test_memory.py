@@ -170,7 +170,7 @@ def test_the_teacher_can_compute_in_less(data, teacher, tmp_path, capsys):
     assert options_of(tmp_path / "fp32")["identity"]["teacher-precision"] is None
     capsys.readouterr()
     assert run(*common, f"--outdir={tmp_path / 'fp32'}", "--teacher-precision=bf16") == 1
-    assert "teacher-precision (was None, now bf16)" in capsys.readouterr().err
+    assert "--teacher-precision (was fp32, now bf16)" in capsys.readouterr().err
 
 
 def test_the_teachers_precision_is_for_distillation(data, capsys):

@@ -166,6 +166,35 @@ class TrainConfig:
         }
 
 
+def as_options(identity: Kwargs) -> Kwargs:
+    """An identity as people know it: by the options of `train.py`, in their units, and what has no option by name."""
+    told: Kwargs = {}
+    for name, value in _plain(identity).items():
+        if name in ("data", "lr", "ema") and isinstance(value, list):
+            names = {"data": _DATA_NAMES, "lr": ["--lr", "betas", "eps"], "ema": ["--ema", "EMA ramp-up ratio"]}[name]
+            if name == "ema" and value[:1] == ["std"]:
+                names, value = ["--ema-std"], value[1:]
+            told |= dict(zip(names, value, strict=False))
+        elif name == "network" and isinstance(value, dict):
+            told |= {_NETWORK_NAMES.get(key, f"network.{key}"): part for key, part in value.items()}
+        else:
+            told[_NAMES.get(name, f"--{name}" if name in _SAME_NAMES else name)] = value
+    if "--teacher-precision" in told:
+        told["--teacher-precision"] = told["--teacher-precision"] or "fp32"
+    for name, images in (("--duration", 1_000_000), ("--warmup", 1000), ("--ema", 1000)):
+        if isinstance(told.get(name), (int, float)):
+            told[name] /= images  # Mimg
+    return told
+
+
+_DATA_NAMES = ["the content of --data", "--cond", "--xflip", "resolution", "number of images"]
+_NETWORK_NAMES = {"model_channels": "--cbase", "channel_mult": "--cres", "num_blocks": "--blocks"} | {
+    name: f"--{name.replace('_', '-')}" for name in ("dropout", "sigma_data")
+}
+_NAMES = {"transfer": "the content of --transfer"}
+_SAME_NAMES = "seed batch warmup lr-decay duration ls clip precision teacher-precision".split()
+
+
 def differences(old: Kwargs, new: Kwargs) -> list[str]:
     """Names (with both values) of what differs between two identities, in words a user can act on."""
     found = [told for name in new for told in _told(name, _plain(old.get(name)), _plain(new.get(name)))]
@@ -192,7 +221,9 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "not given" if value is None else str(value)
+    if re.fullmatch("[0-9a-f]{16,}", text):  # a hash, of which the beginning tells enough
+        return f"{text[:8]}..."
     return text if len(text) <= 80 else text[:77] + "..."
 
 

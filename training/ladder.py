@@ -257,7 +257,7 @@ class Ladder:
             for path in sorted(self.outdir.glob(f"stage-{index + 1}-*/stage.json")):
                 record = read_record(path)
                 if record and (record["student"] or list_states(path.parent)):
-                    changes = differences(record["options"], recipe)
+                    changes = differences(*map(by_content, (record["options"], recipe)))
                     if changes:
                         return f"{path.parent} was made with other options: {', '.join(changes)}"
         return None
@@ -393,6 +393,12 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
             distance.append(f"--detector={ladder.options.detector}")
         commands.append((f"its distance by {FID_IMAGES} images, as is the custom", distance))
     return [(title, shlex.join(words)) for title, words in commands]
+
+
+def by_content(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose hashes say what they are."""
+    files = {name: f"the content of {name}" for name in ("--transfer", "--data")}
+    return {files.get(name, name): value for name, value in recipe.items()}
 
 
 def to_json(rows: Sequence[Any]) -> bytes:

@@ -154,6 +154,7 @@ def prepare(options: Options) -> Run:
         raise UsageError(
             f"--transfer={options.transfer} is a distilled network; only --precond=edm_distillation takes those"
         )
+    _check_apart(options)
     cond = bool(options.cond) if options.cond is not None or stage is None else stage.teacher.net.label_dim > 0
     dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
     if stage is not None and options.cond is False and stage.teacher.net.label_dim > 0:
@@ -189,6 +190,15 @@ def prepare(options: Options) -> Run:
 def _named(identity: Kwargs) -> Kwargs:
     """An identity, for comparing processes."""
     return {f"'{name}' of the run (training_options.json)": value for name, value in identity.items()}
+
+
+def _check_apart(options: Options) -> None:
+    """A run's pictures must not become part of its data."""
+    if Path(options.data).is_dir() and Path(options.outdir).resolve().is_relative_to(Path(options.data).resolve()):
+        raise UsageError(
+            f"--outdir={options.outdir} lies in --data={options.data}: the run's pictures would become part of the "
+            "data; use a folder elsewhere, or make a zip of the images (dataset_tool.py)"
+        )
 
 
 def load_everywhere(source: str, trust: bool = False) -> NetworkFile:

@@ -1,16 +1,20 @@
-"""Ending a run when the machine is wanted back: SIGTERM, SIGUSR1 (Slurm's early warning), SIGHUP and Ctrl-C.
+"""Ending when the machine is wanted back: SIGTERM, SIGUSR1 (Slurm's early warning), SIGHUP and Ctrl-C.
 
-The step in hand is finished, the state written, and the same command goes on from there to the same result. Processes
-of one run may get the signal at different moments, or only one of them: they agree after every step.
+In training (`StopSignals`) the step in hand is finished, the state written, and the same command goes on from there to
+the same result. Processes of one run may get the signal at different moments, or only one of them: they agree after
+every step. Work that keeps what is finished as it goes (`stopping_at_once`) ends where it is, and says how to go on.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from dnnlib.cli import Interrupted
 from torch_utils import distributed as dist
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
@@ -28,16 +32,13 @@ class StopSignals:
         self.usual: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self.usual = {number: signal.signal(number, self.note) for number in obeyed}
+        self.usual = _set_handlers(self.note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
     ) -> None:
-        for number, handler in self.usual.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        _restore_handlers(self.usual)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.noted and number == signal.SIGINT:
@@ -47,3 +48,38 @@ class StopSignals:
     def agreed(self) -> int:
         """The signal that any process has noted, on all of them; 0 for none. To be called by all, after every step."""
         return dist.agree_on_largest(self.noted)
+
+
+@contextmanager
+def stopping_at_once(advice: str) -> Iterator[None]:
+    """Within this the first signal raises Interrupted, saying `advice` on rank 0; further ones change nothing.
+
+    `StopSignals` within it has its own way.
+    """
+    told = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            text = f"interrupted by {signal.Signals(number).name}"
+            raise Interrupted(number, f"{text}; {advice}" if dist.is_main() else text)
+
+    usual = _set_handlers(stop)
+    try:
+        yield
+    finally:
+        _restore_handlers(usual)
+
+
+def _set_handlers(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """The handlers that were there, by signal."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in obeyed}
+
+
+def _restore_handlers(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -35,7 +35,7 @@ from torch_utils.misc import allow_tf32
 from . import loss as losses
 from . import networks, pictures, state
 from .augment import AugmentPipe
-from .config import TrainConfig, check_batch, differences
+from .config import TrainConfig, as_options, check_batch, differences
 from .dataset import ImageFolderDataset
 from .draws import StepDraws, key
 from .health import MOST, WINDOW, Health
@@ -652,7 +652,10 @@ def spread(count: int, most: int) -> list[int]:
 
 def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig) -> None:
     """Raises UserError, naming every option that alters the result and differs from what an earlier run had."""
-    wrong = differences(saved, json.loads(json.dumps(config.identity())))
+    old, new = as_options(saved), as_options(json.loads(json.dumps(config.identity())))
+    if old.get("--lr-decay") != new["--lr-decay"]:
+        del new["--duration"]  # part of the one identity and not of the other
+    wrong = differences(old, new)
     if wrong:
         raise UserError(
             f"{where} belongs to a run with other options: {'; '.join(wrong)}. Use those, or another --outdir"
