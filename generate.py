@@ -134,7 +134,7 @@ def command(
           --network=teacher.pkl --steps=18
     """
     from torch_utils import distributed as dist
-    from training.image_files import ImageFolder, Manifest, open_output, prepare
+    from training.image_files import ImageZip, Manifest, open_output, prepare
     from training.network_files import load_network
     from training.sampling import check_class, plan_sampling
     from training.stopping import stopping_at_once
@@ -181,12 +181,10 @@ def command(
         dist.print0(f"Making {todo} images of {size} pixels in {outdir}, on {dist.get_world_size()} x {where.type} ...")
         net = _make_ready(loaded.net, where, precision, use_compile)
         start = time.monotonic()
-        in_folder = isinstance(output, ImageFolder)
-        with stopping_at_once(
-            "the same command with --skip-existing goes on"
-            if in_folder
-            else "a zip is written when all is made, not yet"
-        ):
+        advice = "the same command with --skip-existing goes on"
+        if isinstance(output, ImageZip):
+            advice = "a zip is written when all is made, not yet"
+        with stopping_at_once(advice):
             _make_images(net, plan, work, output, where, class_idx)
         seconds = time.monotonic() - start
         dist.print0(f"Done: {todo} images in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")

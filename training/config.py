@@ -192,7 +192,7 @@ _NETWORK_NAMES = {"model_channels": "--cbase", "channel_mult": "--cres", "num_bl
     name: f"--{name.replace('_', '-')}" for name in ("dropout", "sigma_data")
 }
 _NAMES = {"transfer": "the content of --transfer"}
-_SAME_NAMES = "seed batch warmup lr-decay duration ls clip precision teacher-precision".split()
+_SAME_NAMES = ["seed", "batch", "warmup", "lr-decay", "duration", "ls", "clip", "precision", "teacher-precision"]
 
 
 def differences(old: Kwargs, new: Kwargs) -> list[str]:
