@@ -881,16 +881,44 @@ def test_the_costs_in_advance(place, tmp_path, capsys):
     flops = float(re.search(r"call:  ([\d.e-]+) GFLOP", words)[1]) * 1e9
     rows = [line.split() for line in words.splitlines() if re.match(r"\d+ -> \d+ ", line)]
     for row, kimg, calls, steps in zip(rows, (1, 2, 3), (7, 5, 5), (4, 2, 1), strict=True):
-        images = NUM * 3
-        assert row[3:5] == [str(kimg), str(calls)] and row[6] == str(images)
+        assert row[3:5] == [str(kimg), str(calls)] and row[6:9] == ["3", "x", str(NUM)] and row[10:] == ["-"]
         assert float(row[5]) == pytest.approx(kimg * 1000 * calls * flops, rel=1e-2)
-        assert float(row[7]) == pytest.approx(images * steps * flops, rel=1e-2)
-    total = (7 + 2 * 5 + 3 * 5) * 1000 * flops + NUM * 3 * (15 + 4 + 2 + 1) * flops
+        assert float(row[9]) == pytest.approx(NUM * 3 * steps * flops, rel=1e-2)
+    curve = (4 + 2 + 1) + 3  # Euler, and two steps of Heun
+    total = ((7 + 2 * 5 + 3 * 5) * 1000 + NUM * 3 * (15 + 4 + 2 + 1) + NUM * curve) * flops
+    assert "to do" not in words
     assert float(re.search(r"All together: +([\d.e+]+)", words)[1]) == pytest.approx(total, rel=1e-2)
     assert distill.main([*args, "--dry-run", "--self-teacher"]) == 0
     rows = re.findall(r"^\d+ -> \d+ +\d+ +(\d+) ", capsys.readouterr().out, re.MULTILINE)
     assert rows == ["6", "5", "5"], "3, one step of the teacher (2 calls by Heun, 1 by Euler), 1 of the average"
     assert not (tmp_path / "x").exists()
+
+
+def test_the_costs_of_what_is_left(place, climbed, tmp_path, capsys):
+    """A dry run tells what is done before, and what a changed way to measure would measure again."""
+    shutil.copytree(climbed, tmp_path / "out")
+    (tmp_path / "out/stage-2-2to1/network-snapshot-000002.pkl").unlink()
+    (tmp_path / "out/rungs/steps-2-set-2.npz").unlink()
+    args = [*options(place, *STAGES), f"--outdir={tmp_path / 'out'}", "--dry-run"]
+    before = sorted(path.name for path in (tmp_path / "out").rglob("*"))
+
+    def rows(*more):
+        capsys.readouterr()
+        assert distill.main([*args, *more]) == 0
+        words = capsys.readouterr().out
+        found = [
+            re.split(r" {3,}", line)[-1] for line in words.splitlines() if re.match(r"\d -> \d |the teacher ", line)
+        ]
+        total, left = re.search(r"All together: +(\S+) FLOP, about (\S+) of them", words).groups()
+        return [*found, float(left) / float(total)]
+
+    *told, part = rows()
+    assert told == ["1 kimg, 2 of 3 seed sets", "2 kimg, 0 of 3 seed sets", "3 of 3 seed sets"] and 0 < part < 0.2
+    assert rows("--eval-num=30")[:3] == ["1 kimg, 0 of 3 seed sets", "2 kimg, 0 of 3 seed sets", "-"]
+    train_detector(place / "data.zip", tmp_path / "other.pt", kimg=0.2)
+    assert rows(f"--detector={tmp_path / 'other.pt'}")[:3] == rows("--eval-num=30")[:3]
+    refused(capsys, 1, "data.zip", *args, f"--detector={place / 'data.zip'}")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == before
 
 
 def test_the_proposed_measurement_runs_as_it_is_printed(place, climbed, capsys, monkeypatch):

@@ -280,6 +280,39 @@ def test_any_line_of_the_statistics_may_be_nonsense(tmp_path):
     assert "8 lines of stats.jsonl can't be read" in page.text and "0.75" in page.text
 
 
+def test_how_far_an_interrupted_run_is(tmp_path):
+    """Its last tick may be long ago: states and the log say more."""
+    (tmp_path / "training_options.json").write_text(json.dumps({"total_kimg": 30}))
+    (tmp_path / "stats.jsonl").write_text(line(0.064))
+    (tmp_path / "log.txt").write_text("Training for 30 kimg...\n")
+    for name in ("rolling-0000003200", "rolling-0000001600", "000001", "rolling-x", "rolling-9"):
+        (tmp_path / f"training-state-{name}.pt").write_bytes(b"")
+    assert "3.2 of 30 kimg so far, by its newest state" in page_of(tmp_path).text
+    with (tmp_path / "log.txt").open("a") as log:
+        log.write("Interrupted by SIGTERM at 3.2 kimg\n")
+    assert "interrupted at 3.2 of 30 kimg" in page_of(tmp_path).text
+    with (tmp_path / "log.txt").open("a") as log:
+        log.write("Going on from training-state-rolling-0000003200.pt at 3.2 kimg\n")
+    assert "interrupted at" not in page_of(tmp_path).text
+    (tmp_path / "stats.jsonl").write_text(line(0.064) + line(30))
+    assert "finished, 30 kimg" in page_of(tmp_path).text
+
+
+def test_settings_in_words(tmp_path):
+    options = {"ema_halflife_kimg": 500, "ema_rampup_ratio": 0.05, "lr_rampup_kimg": 0.0, "seed": 0, "clip": 1.0}
+    (tmp_path / "training_options.json").write_text(json.dumps(options))
+    (tmp_path / "stats.jsonl").write_text(line(1, **{"Progress/learning_rate": 0.0}))
+    page = page_of(tmp_path)
+    rows = dict(read_run(tmp_path).settings)
+    assert rows["EMA half-life, kimg"] == "500, at most 5% of the images seen" and rows["seed"] == "0"
+    assert rows["warm-up, kimg"] == "0" and rows["gradient clip"] == "1"
+    (chart,) = re.findall(r'aria-label="Learning rate of .*?</svg>', (tmp_path / "report.html").read_text(), re.DOTALL)
+    assert ">1.0<" in chart and "-0" not in chart.replace("−", "-"), "an axis of nothing but 0 begins there"
+    (tmp_path / "training_options.json").write_text(json.dumps({**options, "ema_std": 0.1}))
+    rows = dict(read_run(tmp_path).settings)
+    assert rows["EMA std"] == "0.1" and "EMA half-life, kimg" not in rows and page.text
+
+
 def test_nothing_but_a_log(tmp_path, capsys):
     (tmp_path / "log.txt").write_text("Training for 1 kimg...\n")
     assert "no tick yet" in page_of(tmp_path).text
@@ -329,7 +362,7 @@ def test_very_many_ticks_and_jumps_are_thinned(tmp_path):
     page = page_of(tmp_path)
     size = (tmp_path / "report.html").stat().st_size
     assert size < 400_000
-    assert "24 of 100" in page.text and page.text.count("jump 99") == 3, "two charts and the table"
+    assert "24 of 100" in page.text and page.text.count("jump 99") == 4, "two charts, their legend, and the table"
     bands = [attributes for attributes in page.all("path") if "band" in (attributes["class"] or "")]
     assert bands and all((band["d"] or "").count("L") <= 2 * BINS for band in bands)
     assert "5,000 kimg so far" in page.text

@@ -34,7 +34,7 @@ from torch_utils import distributed as dist
 from . import pictures
 from .config import check_run_dir, differences
 from .costs import describe_cost, disk_need, free_disk, gib, training_calls
-from .grids import Sampling
+from .grids import Sampling, Solver
 from .ladder_report import (
     CurvePoint,
     Rung,
@@ -43,14 +43,14 @@ from .ladder_report import (
     plot_ladder,
     to_csv,
 )
-from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions
+from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, curve_plan, detector_id, measured_before
 from .network_files import NetworkFile
 from .next_steps import FID_IMAGES, launched, train_command
 from .options import COMMAND_LINE, Options
 from .samplers import nfe
 from .setup import Run, load_everywhere, prepare, train
 from .stage import plan_ladder
-from .state import list_states
+from .state import images_seen, list_states
 
 LONGEST = 1e6  # Mimg, as in train.py
 
@@ -138,25 +138,56 @@ class Ladder:
         self.announce(first)
         for line in describe_cost(first)[:2]:
             self.say(line)
-        solvers = [
-            self.solver,
-            *["euler"] * (len(self.ratios) - 1),
-        ]  # of the stages' teachers: students take Euler steps
+        solvers: list[Solver] = ["euler"] * len(self.ratios)  # students take Euler steps
+        solvers[0] = self.solver
         calls = [training_calls(*each, self.base.self_teacher) for each in zip(solvers, self.ratios, strict=True)]
-        nfes = [nfe(self.chain[0], self.solver), *self.chain[1:]]
-        measured = self.options.eval_num * self.options.eval_sets
-        total = 0.0
+        sets, size, flops = self.options.eval_sets, self.options.eval_num, first.cost.flops
+        detector = detector_id(self.options.detector)
+        form = "{:<12} {:>9} {:>14} {:>10}   {:>12} {:>10}   {}"
+        total = left = 0.0
         self.say("")
-        self.say(f"{'stage':<12} {'kimg':>9} {'calls an image':>15} {'FLOP':>10}   measuring its student: images, FLOP")
+        self.say(form.format("", "training", "", "", "measuring", "", "").rstrip())
+        self.say(form.format("stage", "kimg", "calls an image", "FLOP", "images", "FLOP", "done before"))
         for index, (kimg, each) in enumerate(zip(self.lengths, calls, strict=True)):
-            trained = kimg * 1000 * each * first.cost.flops
-            looked = measured * nfes[index + 1] * first.cost.flops
-            total += trained + looked
-            name = f"{self.chain[index]} -> {self.chain[index + 1]}"
-            self.say(f"{name:<12} {kimg:>9} {each:>15g} {trained:>10.3g}   {measured} {looked:.3g}")
-        looked = measured * nfes[0] * first.cost.flops
-        self.say(f"{'the teacher':<12} {'':>9} {'':>15} {'':>10}   {measured} {looked:.3g}")
-        self.say(f"All together:            {total + looked:.3g} FLOP, the teacher's own curve apart")
+            steps = self.chain[index + 1]
+            trained, looked = kimg * 1000 * each * flops, size * steps * flops
+            before, student = self.trained_before(index)
+            known = measured_before(self.outdir, steps, student, self.options, detector)
+            total += trained + sets * looked
+            left += trained * (1 - min(before / kimg, 1)) + (sets - known) * looked
+            done = f"{before:g} kimg, {known} of {count(sets, 'seed set')}" if before else "-"
+            name, images = f"{self.chain[index]} -> {steps}", f"{sets} x {size}"
+            words = (name, kimg, f"{each:g}", f"{trained:.3g}", images, f"{sets * looked:.3g}", done)
+            self.say(form.format(*words))
+        known = measured_before(self.outdir, self.chain[0], self.teacher.sha256, self.options, detector)
+        looked = size * nfe(self.chain[0], self.solver) * flops
+        total, left = total + sets * looked, left + (sets - known) * looked
+        done = f"{known} of {count(sets, 'seed set')}" if known else "-"
+        self.say(form.format("the teacher", "", "", "", f"{sets} x {size}", f"{sets * looked:.3g}", done))
+        if self.has_curve:
+            points = curve_plan(self.chain[1:])
+            looked = size * sum(nfe(steps, solver) for solver, steps in points) * flops
+            total, left = total + looked, left + looked
+            images = f"{len(points)} x {size}"
+            self.say(form.format("its curve", "", "", "", images, f"{looked:.3g}", "").rstrip())
+        to_do = f", about {left:.3g} of them still to do" if left < total else ""
+        self.say(f"All together:            {total:.3g} FLOP{to_do}")
+
+    def trained_before(self, index: int) -> tuple[float, str | None]:
+        """kimg that stage `index` has behind it, as its files' names say, and a finished student's SHA-256."""
+        folder = self.stage_dir(index)
+        record = read_record(folder / "stage.json")
+        if record is None or record["options"] != self.recipes[index]:
+            return 0.0, None
+        if record["student"] is not None and (folder / record["student"]).is_file():
+            return record["kimg"], record["sha256"]
+        states = list_states(folder)
+        return (images_seen(states[0]) / 1000 if states else 0.0), None
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether the teacher itself is measured at its students' costs."""
+        return self.options.curve and self.teacher.sampling is None
 
     def climb(self, first: Run) -> list[Rung]:
         """`run`, once nothing speaks against it."""
@@ -174,8 +205,7 @@ class Ladder:
 
         grid = Sampling(first.stage.grid, self.solver, ratio=1)  # an undistilled teacher is sampled as it is distilled
         network = replace(self.teacher, sampling=self.teacher.sampling or grid)
-        has_curve = self.options.curve and self.teacher.sampling is None
-        if has_curve:
+        if self.has_curve:
             self.curve = self.measuring.curve(self.chain[1:], measure=False)
         self.add_rung(network, kimg=0)
         for index in range(len(self.ratios)):
@@ -183,7 +213,7 @@ class Ladder:
             self.add_rung(network, kimg)
             if self.got_worse(index):
                 break
-        if has_curve:
+        if self.has_curve:
             self.curve = self.measuring.curve([measured.rung.steps for measured in self.measured[1:]])
         self.write_files()
         return [measured.rung for measured in self.measured]

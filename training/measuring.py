@@ -185,7 +185,7 @@ class Measuring:
         sets: list[MeasuredSet] = []
         news = False
         for number in range(self.options.eval_sets):
-            path = self.folder / f"steps-{plan.steps}{f'-set-{number + 1}' * (number > 0)}.npz"
+            path = set_path(self.folder, plan.steps, number)
             found = self.recall(path, self.key(network, number))
             if found is None:
                 if number and self.detector is None:
@@ -334,6 +334,25 @@ def curve_plan(students: Sequence[int]) -> list[tuple[Solver, int]]:
     Heun steps (2k - 1 network calls) that cost no more; but for a single one, which is Euler's."""
     heun = dict.fromkeys((steps + 1) // 2 for steps in students if steps > 2)
     return [*(("euler", steps) for steps in dict.fromkeys(students)), *(("heun", steps) for steps in heun)]
+
+
+def measured_before(outdir: Path, steps: int, sha256: str | None, options: MeasuringOptions, detector: str) -> int:
+    """How many seed sets of a network have been measured, as far as that can be said without the reference."""
+    if sha256 is None:
+        return 0
+    found = [load_set(set_path(outdir / "rungs", steps, number)) for number in range(options.eval_sets)]
+    now = {"network": sha256, "images": options.eval_num, "batch": options.eval_batch, "detector": detector}
+    return sum(each is not None and each.key.items() >= now.items() for each in found)
+
+
+def detector_id(spec: str) -> str:
+    """What --detector is told by. Raises UserError for a file that is none; downloads nothing."""
+    return detectors.INCEPTION if spec == "inception" else detectors.load_detector(spec, "cpu").id
+
+
+def set_path(folder: Path, steps: int, number: int) -> Path:
+    """The file of a network's seed set `number`."""
+    return folder / f"steps-{steps}{f'-set-{number + 1}' * (number > 0)}.npz"
 
 
 def combine(sets: Sequence[MeasuredSet], steps: int, nfe: int, kimg: float, network: str) -> Rung:

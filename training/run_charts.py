@@ -189,6 +189,8 @@ class Scale:
                 low, high = low / 1.5, high * 1.5
             room = (math.log(high) - math.log(low)) * margin
             return cls(math.exp(math.log(low) - room), math.exp(math.log(high) + room), log, start, stop)
+        if high <= low == 0 and from_zero:
+            high = 1.0
         if high <= low:
             low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
         room = (high - low) * margin

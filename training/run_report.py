@@ -106,6 +106,8 @@ class Run:
     samples: Film
     targets: Film
     steps: tuple[int, int] | None = None  # of teacher and student
+    saved: float = 0.0  # kimg of the newest training state
+    interrupted: bool = False  # a signal ended it, and it has not gone on since
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -126,6 +128,10 @@ class Run:
         if self.done:
             return f"finished, {show_kimg(self.kimg)} kimg"
         of = f" of {show_kimg(self.total_kimg)}" if self.total_kimg else ""
+        if self.interrupted:
+            return f"interrupted at {show_kimg(self.saved)}{of} kimg"
+        if self.saved > self.kimg:
+            return f"{show_kimg(self.saved)}{of} kimg so far, by its newest state"
         return f"{show_kimg(self.kimg)}{of} kimg so far" if len(self.stats.kimg) else "no tick yet"
 
     @property
@@ -193,6 +199,10 @@ def number(value: Any) -> float | None:
         return None
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """A dict, an empty one for anything else."""
     return value if isinstance(value, dict) else {}
@@ -204,6 +214,11 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
     loss, distillation = mapping(options.get("loss_kwargs")), mapping(options.get("distillation"))
     optimizer, augment = mapping(options.get("optimizer_kwargs")), mapping(options.get("augment_kwargs"))
     size = data.get("resolution")
+    ema, part = options.get("ema_halflife_kimg"), number(options.get("ema_rampup_ratio"))
+    if options.get("ema_std") is not None:
+        ema = None
+    elif number(ema) is not None and part:
+        ema = f"{ema:g}, at most {part:.0%} of the images seen"
     rows: list[tuple[str, Any]] = [
         ("data", data.get("path")),
         ("images", f"{data.get('max_size')}, {size} x {size}" if size else None),
@@ -224,7 +239,7 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
         ("learning rate", optimizer.get("lr")),
         ("learning-rate decay", options.get("lr_decay")),
         ("warm-up, kimg", options.get("lr_rampup_kimg")),
-        ("EMA half-life, kimg", options.get("ema_halflife_kimg")),
+        ("EMA half-life, kimg", ema),
         ("EMA std", options.get("ema_std")),
         ("gradient clip", options.get("clip")),
         ("dropout", net.get("dropout")),
@@ -235,7 +250,7 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
         ("activations", "recomputed" if options.get("recompute") else None),
         ("seed", options.get("seed")),
     ]
-    return [(name, str(value)) for name, value in rows if value not in (None, "")]
+    return [(name, f"{value:g}" if is_number(value) else str(value)) for name, value in rows if value not in (None, "")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,8 +417,27 @@ def read_run(folder: Path, shots: int = SHOTS, name: str | None = None) -> Run:
         samples,
         targets,
         steps=(int(steps), int(steps // ratio)) if steps and ratio else None,
+        saved=newest_state(folder),
+        interrupted=last_line(folder / "log.txt").startswith("Interrupted by "),
         problems=problems,
     )
+
+
+def newest_state(folder: Path) -> float:
+    """kimg of the newest training state, as far as its name says; 0 without one."""
+    names = [path.name for path in folder.glob("training-state-*.pt")]
+    found = [re.fullmatch(r"training-state-(rolling-)?(\d{1,12})\.pt", name, re.ASCII) for name in names]
+    return max((int(match[2]) / (1000 if match[1] else 1) for match in found if match), default=0.0)
+
+
+def last_line(path: Path) -> str:
+    """Of a text file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, io.SEEK_END) - 4096, 0))
+            return (file.read().splitlines() or [b""])[-1].decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def read_ladder(folder: Path, shots: int = SHOTS) -> Ladder:

@@ -162,14 +162,14 @@ def list_states(run_dir: str | os.PathLike[str]) -> list[Path]:
     states = (
         [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()] if folder.is_dir() else []
     )
-    return sorted(states, key=lambda path: (_images_seen(path), _is_rolling(path)), reverse=True)
+    return sorted(states, key=lambda path: (images_seen(path), _is_rolling(path)), reverse=True)
 
 
 def _is_rolling(path: Path) -> bool:
     return path.name.startswith("training-state-rolling-")
 
 
-def _images_seen(path: Path) -> int:
+def images_seen(path: Path) -> int:
     """What a state's name says of them, at least."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
@@ -184,7 +184,7 @@ def load_newest(run_dir: str | os.PathLike[str], say: Any = print) -> tuple[Path
     found = list_states(run_dir)
     newest: tuple[Path, dict[str, Any]] | None = None
     for path in found:
-        if newest is not None and _images_seen(path) // 1000 < newest[1]["position"]["nimg"] // 1000:
+        if newest is not None and images_seen(path) // 1000 < newest[1]["position"]["nimg"] // 1000:
             break  # within the same thousand, a dump's name doesn't say which is newer
         try:
             saved = load_state(path)
