@@ -27,7 +27,7 @@ import click
 
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UsageError, UserError, printable
-from dnnlib.util import open_file
+from dnnlib.util import count, open_file
 
 if TYPE_CHECKING:  # heavy, so imported where needed: --help answers at once
     import numpy as np
@@ -111,6 +111,8 @@ def read_packed(path: str) -> Source:
         if len(folders) > 1 and not folders[0]:
             stray = next(name for name in names if "/" not in name)
             note = f"no labels: {stray} lies in no class's folder, so those of all are dropped"
+        if len(folders) == 1 and folders[0]:
+            note = f"no labels: all images lie in one folder, {folders[0]}; several would be classes"
         if len(folders) > 1 and folders[0]:
             labels = {name: folders.index(name.partition("/")[0]) for name in names}
             shown = ", ".join(f"{index} {folder}" for index, folder in enumerate(folders[:10]))
@@ -510,17 +512,19 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
     """`report` without its end; returns whether there are labels to train with: a single class is none."""
     from training.dataset import label_array
 
-    count = len(result.labels)
-    lost = len(result.unlabelled)
-    print(f"{count} images, {_describe(result.shape)}, written to {dest}")
+    total, lost = len(result.labels), len(result.unlabelled)
+    print(f"{count(total, 'image')}, {_describe(result.shape)}, written to {dest}")
     if result.coloured:
-        print(f"{result.coloured} grey images became RGB, as the others are")
+        print(f"{count(result.coloured, 'grey image')} became RGB, as the others are")
     if result.skipped:
         first = printable(result.skipped[0])
-        print(f"skipped {len(result.skipped)} images smaller than --resolution, the first: {first}")
-    if 0 < lost < count:
+        print(f"skipped {count(len(result.skipped), 'image')} smaller than --resolution, the first: {first}")
+    rest = source.count - total - len(result.skipped)
+    if rest:
+        print(f"left out: {count(rest, 'image')} after these (--max-images takes the first, in the order of names)")
+    if 0 < lost < total:
         print(
-            f"warning: all labels were dropped, because {lost} of {count} images have none, "
+            f"warning: all labels were dropped, because {lost} of {count(total, 'image')} have none, "
             f"the first: {printable(result.unlabelled[0])}"
         )
         return False
@@ -529,8 +533,11 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
         return False
     try:
         labels = label_array([label for _, label in result.labels], [name for name, _ in result.labels], "dataset.json")
-        kind = "classes" if labels.ndim == 1 else "numbers each"
-        print(f"{labels.max() + 1 if labels.ndim == 1 else labels.shape[1]} {kind}")
+        if labels.ndim == 1:
+            here = len({*labels.tolist()})
+            print(count(int(labels.max()) + 1, "class") + (f", images of {here}" if here <= labels.max() else ""))
+        else:
+            print(f"{labels.shape[1]} numbers each")
     except UserError as exc:
         print(f"warning: the labels were copied, but can't be trained on: {printable(str(exc))}")
         return False

@@ -17,6 +17,7 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 import click
 
 from dnnlib.atomic import check_target
+from dnnlib.util import count
 
 BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 
@@ -27,11 +28,20 @@ BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 )
 @click.option("--steps", help="Sampling steps  [default: a student's own, or 18]", metavar="INT", type=cli.Whole(min=1))
 @click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
+@click.option(
+    "--class", "class_idx", help="Class of all images  [default: random]", metavar="INT", type=cli.Whole(min=0)
+)
 @click.option("--out", help="Picture to write", metavar="PNG", default="example.png")
 @click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
 @click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
 def command(
-    network: str | None, steps: int | None, seeds: list[int], out: str, device: str, trust_network_code: bool
+    network: str | None,
+    steps: int | None,
+    seeds: list[int],
+    class_idx: int | None,
+    out: str,
+    device: str,
+    trust_network_code: bool,
 ) -> None:
     """Make a grid of samples.
 
@@ -62,7 +72,7 @@ def command(
     dist.print0(f"Sampling {network or BUNDLED.name} with {plan.text} ...")
     start = time.monotonic()
     made: dict[int, torch.Tensor] = {}
-    for batch in iterate_images(loaded, seeds, steps=steps, device=where):
+    for batch in iterate_images(loaded, seeds, steps=steps, class_idx=class_idx, device=where):
         if not batch.images.isfinite().all():
             raise cli.UserError(f"{loaded.source} makes no images but NaN or infinity; try another network")
         made.update(zip(batch.seeds, pictures.to_uint8(batch.images.double()).cpu(), strict=True))
@@ -71,7 +81,7 @@ def command(
     if dist.is_main():
         images = torch.stack([made[seed] for seed in seeds])
         pictures.save_png(out, pictures.tile(images, columns=math.ceil(math.sqrt(len(seeds))), gap=2))
-    dist.print0(f"{len(seeds)} images in {out}, made in {time.monotonic() - start:.1f} s on {where.type}")
+    dist.print0(f"{count(len(seeds), 'image')} in {out}, made in {time.monotonic() - start:.1f} s on {where.type}")
     dist.shutdown()
 
 

@@ -117,7 +117,7 @@ def gen(
     def measure(detector: Detector) -> Stats:
         from metrics.statistics import statistics_of_images, with_progress
 
-        batches = _generated(network, chosen, steps, class_idx, batch, trust_network_code)
+        batches = _generated(network, chosen, steps, class_idx, batch, trust_network_code, detector)
         return statistics_of_images(with_progress(batches, len(chosen)), detector)
 
     _compare(ref, spec, device, measure)
@@ -220,9 +220,16 @@ def _compare(ref: str, spec: str, device: str, measure: Callable[[Detector], Sta
 
 
 def _generated(
-    path: str, seeds: list[int], steps: int | None, class_idx: int | None, batch: int, trust_network_code: bool
+    path: str,
+    seeds: list[int],
+    steps: int | None,
+    class_idx: int | None,
+    batch: int,
+    trust_network_code: bool,
+    detector: Detector,
 ) -> Iterator[Tensor]:
-    """This process's share of the network's images, in batches uint8 [n, C, H, W]."""
+    """This process's share of the network's images for a detector, in batches uint8 [n, C, H, W]."""
+    from metrics.statistics import note_if_grey
     from torch_utils import distributed as dist
     from torch_utils.misc import allow_tf32
     from training.network_files import load_network
@@ -233,7 +240,8 @@ def _generated(
     network = dist.rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
     plan = plan_sampling(network, steps=steps)
     dist.check_agreement({f"the content of {path}": network.sha256})
-    dist.print0(f"sampling {path} ({network.describe()}) with {plan.text}", file=sys.stderr)
+    dist.print0(f"sampling {path} with {plan.text}\n  {network.describe()}", file=sys.stderr)
+    note_if_grey(network.net.img_channels, detector)
     allow_tf32(False)
     device = dist.device()
     use_cpu_kernels(device.type == "cpu")

@@ -21,6 +21,8 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 # isort: split
 import click
 
+from dnnlib.util import count
+
 if TYPE_CHECKING:
     import torch
 
@@ -175,10 +177,12 @@ def command(
     if work.note:
         dist.print0(f"Note: {work.note}")
     if not todo:
-        dist.print0(f"All {len(seeds)} images are in {outdir} already")
+        dist.print0(f"Nothing to do: {outdir} has {count(len(seeds), 'image')} of these seeds already")
     else:
         size = f"{loaded.net.img_resolution}x{loaded.net.img_resolution}"
-        dist.print0(f"Making {todo} images of {size} pixels in {outdir}, on {dist.get_world_size()} x {where.type} ...")
+        dist.print0(
+            f"Making {count(todo, 'image')} of {size} pixels in {outdir}, on {dist.get_world_size()} x {where.type} ..."
+        )
         net = _make_ready(loaded.net, where, precision, use_compile)
         start = time.monotonic()
         advice = "the same command with --skip-existing goes on"
@@ -187,7 +191,7 @@ def command(
         with stopping_at_once(advice):
             _make_images(net, plan, work, output, where, class_idx)
         seconds = time.monotonic() - start
-        dist.print0(f"Done: {todo} images in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")
+        dist.print0(f"Done: {count(todo, 'image')} in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")
     if len(seeds) >= ENOUGH:
         from training.next_steps import launched
 

@@ -48,6 +48,11 @@ class EasyDict(dict[str, Any]):
             raise AttributeError(name) from None
 
 
+def count(number: int, noun: str) -> str:
+    """'1 step', '2 steps', '2 classes'."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def format_time(seconds: float) -> str:
     """A duration as EDM's status line shows it: '7s', '5m 10s', '2h 05m 10s', '1d 02h 03m'."""
     total = round(seconds)

@@ -29,6 +29,7 @@ from .images import read_images
 RESOLUTIONS = (8, 64)  # smallest and largest image side
 FORMAT = "edm-distill-classifier-1"
 BATCH = 128
+FEWEST_IMAGES = 10
 MAX_IMAGES = 100_000  # of a larger data set a part is drawn: they are held in memory
 
 
@@ -202,8 +203,10 @@ def _labelled_images(data: str | os.PathLike[str], seed: int) -> tuple[Tensor, T
                 f"{data}: the images are {size}x{size}; a detector is made from {smallest}x{smallest} to "
                 f"{largest}x{largest} (dataset_tool.py --resolution converts them)"
             )
-        if len(dataset) < 10:
-            raise UserError(f"{data}: {len(dataset)} images are too few to train a detector")
+        if len(dataset) < FEWEST_IMAGES:
+            raise UserError(
+                f"{data}: {len(dataset)} images are too few to train a detector; {FEWEST_IMAGES} are the least"
+            )
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         images = torch.cat(list(read_images(dataset, (part.tolist() for part in order.split(1000)))))
         labels = torch.from_numpy(np.stack([dataset.get_label(int(i)) for i in order])).argmax(dim=1)

@@ -170,6 +170,15 @@ def warn_of_few(num: int, detector: Detector) -> None:
         )
 
 
+def note_if_grey(channels: int, detector: Detector) -> None:
+    """One line on rank 0's standard error: a reference does not say whether its images were grey ones too."""
+    if channels == 1 and detector.channels == 3:
+        dist.print0(
+            "note: grey images, measured as colour ones of three equal channels; is the reference of grey images too?",
+            file=sys.stderr,
+        )
+
+
 def statistics_of_dataset(
     path: str | os.PathLike[str],
     detector: Detector,
@@ -192,6 +201,7 @@ def statistics_of_dataset(
             )
         if len(dataset) < 2:
             raise UserError(f"{path}: found {len(dataset)} image; statistics need at least 2")
+        note_if_grey(dataset.num_channels, detector)
         # Near-equal consecutive batches, dealt to the processes in turn: EDM's partition.
         share = own_share(split_seeds(range(len(dataset)), count_batches(len(dataset), batch, dist.get_world_size())))
         batches = read_images(dataset, share)

@@ -481,14 +481,17 @@ def test_the_next_commands_run_as_they_are_printed(
         ({"size": 32, "channels": 3}, ["ref", "gen"]),
         ({"size": 16, "channels": 3}, ["detector", "ref", "gen"]),
         ({"size": 16, "channels": 3, "classes": None}, ["ref", "gen"]),
+        ({"size": 16, "channels": 3, "count": 9}, ["ref", "gen"]),  # too few for a detector
     ],
 )
 def test_the_proposed_measurement_fits_the_images(tmp_path: Path, shape: dict[str, Any], wanted: list[str]) -> None:
-    data = str(make_dataset(tmp_path / "data.zip", count=4, **shape))
+    data = str(make_dataset(tmp_path / "data.zip", **{"count": 10, **shape}))
     run = SimpleNamespace(dataset=ImageFolderDataset(data))
     title, commands = measure_commands(cast(Any, run), tmp_path, data, "--network=n.pkl")
     assert [words[2] for words in commands] == wanted
     assert all((f"--detector={tmp_path / 'detector.pt'}" in words) == (len(wanted) == 3) for words in commands[-2:])
+    doubtful = len(wanted) == 2 and shape["size"] < 32
+    assert ("Inception was made for photographs" in title) == doubtful
     assert "--num-images=2000" in commands[-1] and "2000 images; 50000 are the custom" in title
 
 

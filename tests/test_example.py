@@ -55,6 +55,15 @@ def test_picture(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert np.array_equal(tile, image.repeat(scale, 0).repeat(scale, 1))
 
 
+def test_one_class(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"--network={student}", "--seeds=0-5", "--device=cpu"]
+    for name, more in (("a", ["--class=1"]), ("b", ["--class=2"]), ("c", [])):
+        assert example.main([*arguments, *more, f"--out={tmp_path / name}.png"]) == 0
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abc"}) == 3
+    assert example.main([*arguments, "--class=3", f"--out={tmp_path}/d.png"]) == 2
+    assert "this network's classes are 0 to 2" in capsys.readouterr().err
+
+
 def test_steps(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"--network={student}", "--seeds=0", f"--out={tmp_path / 'a.png'}", "--device=cpu"]
     assert example.main([*arguments, "--steps=4"]) == 0

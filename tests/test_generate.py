@@ -321,7 +321,7 @@ def test_skip_existing_goes_on(files: SimpleNamespace, tmp_path: Path, capsys: p
     assert "Making 10 images" in capsys.readouterr().out  # batches 0-4 and 10-14
     assert json.loads((out / "manifest.json").read_text())["runs"] == [{"seeds": "0-19", "batches": 4}]
     assert run(files.plain, out, *options, "--skip-existing") == 0
-    assert "All 20 images are in" in capsys.readouterr().out
+    assert "has 20 images of these seeds already" in capsys.readouterr().out
 
 
 def test_skip_existing_takes_more_seeds(files: SimpleNamespace, tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_zip(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     before = (tmp_path / "out.zip").read_bytes()
     assert run(files.plain, tmp_path / "out.zip", *options, "--skip-existing") == 0
-    assert "All 6 images are in" in capsys.readouterr().out
+    assert "has 6 images of these seeds already" in capsys.readouterr().out
     assert run(files.plain, tmp_path / "out.zip", "--seeds=0-8", *options[1:], "--skip-existing") == 0
     with zipfile.ZipFile(tmp_path / "out.zip") as archive:
         assert len(archive.namelist()) == 10

@@ -29,6 +29,7 @@ from typing import Any
 
 from dnnlib.atomic import atomic_write, locked, write_text
 from dnnlib.cli import UsageError, UserError
+from dnnlib.util import count
 from torch_utils import distributed as dist
 
 from . import pictures
@@ -38,7 +39,6 @@ from .grids import Sampling, Solver
 from .ladder_report import (
     CurvePoint,
     Rung,
-    count,
     describe_rung,
     plot_ladder,
     to_csv,

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dnnlib.util import count
+
 FARTHEST = 2.0  # end-point error of images in [-1, 1]: what is greater has left them, and stands at the edge
 LOG_FROM = 8  # a y axis whose values span more than this factor is logarithmic
 
@@ -76,11 +78,6 @@ def describe_point(point: CurvePoint) -> str:
     distance = "" if point.fd is None else f"fd {point.fd:.4g}, "
     steps = f"{point.steps:>4d} {point.solver.capitalize()} step{'s' * (point.steps != 1)}"
     return f"{steps} of the teacher itself: {distance}end-point RMSE {point.endpoint_rmse:.4g}, NFE {point.nfe}"
-
-
-def count(number: int, noun: str) -> str:
-    """'1 step', '2 steps'."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def spread(rung: Rung) -> str:

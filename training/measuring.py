@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dnnlib.atomic import atomic_write, write_text
 from dnnlib.cli import UserError
-from dnnlib.util import open_url
+from dnnlib.util import count, open_url
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import (
@@ -41,7 +41,7 @@ from torch_utils import distributed as dist
 from . import pictures
 from .config import TrainConfig, differences
 from .grids import Sampling, Solver, network_grid
-from .ladder_report import CurvePoint, Floor, Rung, count, describe_point
+from .ladder_report import CurvePoint, Floor, Rung, describe_point
 from .network_files import NetworkFile
 from .progress import show_progress
 from .samplers import nfe

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dnnlib.cli import UserError, bold, green, program
+from metrics.classifier import FEWEST_IMAGES
 from torch_utils import distributed as dist
 
 from .config import STAGE_MIMG
@@ -71,7 +72,10 @@ def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[s
     if num != FID_IMAGES:
         title += f" (by {num} images; {FID_IMAGES} are the custom)"
         commands[1].append(f"--num-images={num}")
-    if (dataset.num_channels == 1 or dataset.resolution < INCEPTION_FITS) and has_classes(data):
+    fits = dataset.num_channels == 3 and dataset.resolution >= INCEPTION_FITS
+    if not fits and not (has_classes(data) and len(dataset) >= FEWEST_IMAGES):
+        title += "; Inception was made for photographs, and says little of such images"
+    elif not fits:
         title = title.replace("FID: ", "Fréchet distance (Inception does not fit such images): a detector, ")
         commands = [[*words, f"--detector={own}"] for words in commands]
         commands.insert(0, [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={own}"])
