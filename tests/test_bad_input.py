@@ -70,7 +70,9 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     def check(status: int, words: str | list[str], script: Any, *args: object) -> str:
         capsys.readouterr()
         assert call(script, *args) == status, (words, capsys.readouterr().err)
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("warning:", "sampling"))]
+        lines = [
+            line for line in capsys.readouterr().err.splitlines() if not line.startswith(("warning:", "sampling", "  "))
+        ]
         assert len(lines) == 1, lines
         (line,) = lines
         assert line.startswith(f"{script.__name__}.py: error: "), line
@@ -412,7 +414,7 @@ NO_NETWORK = {
     "page.pkl": "web page",
     "hostile.pkl": "--trust-network-code",
     "run/state.pt": "training state",
-    "run": "is a folder",
+    "run": "is a folder, a file is needed; the newest network in it is ",
 }
 
 

@@ -418,6 +418,19 @@ def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capsys,
     assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "stopped")))
 
 
+def test_a_run_killed_before_its_first_state_says_that_it_begins_anew(data, tmp_path, monkeypatch, capsys):
+    args = [f"--data={data}", *SMALL, f"--outdir={tmp_path}", "--nosubdir", "--duration=0.001"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda self, loader: 1 / 0)
+        assert run(*args) == 1
+    words = f"{tmp_path} has no training state to go on from yet: this run begins anew"
+    assert words not in capsys.readouterr().out
+    for _ in range(2):
+        assert run(*args) == 0
+    said = capsys.readouterr().out
+    assert said.count(words) == 1 and "done already" in said
+
+
 def test_who_interrupts_a_numbered_run_is_told_how_it_goes_on(data, tmp_path, monkeypatch, capsys):
     original = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda *args: original(*args) or signal.raise_signal(signal.SIGTERM))

@@ -95,7 +95,7 @@ def plus_minus(mean: float, std: float) -> str:
 
 def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> str:
     """The ladder as text; below it the teacher itself at the students' costs, and the data itself."""
-    lines = [f"{'steps':>6} {'NFE':>5} {'fd':>16} {'endpoint_rmse':>14} {'s/kimg':>9} {'trained':>8}  network"]
+    lines = [f"{'steps':>6} {'NFE':>5} {'fd':>16} {'endpoint_rmse':>14} {'s/kimg':>9} {'kimg':>8}  network"]
     for rung in rungs:
         lines.append(
             f"{rung.steps:>6} {rung.nfe:>5} {spread(rung):>16} {rung.endpoint_rmse:>14.4f} {rung.sec_per_kimg:>9.3g} "

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
@@ -156,6 +157,8 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
     Raises UserError, naming the file, for anything that is no such file or doesn't fit together.
     """
     source = os.fspath(path_or_url)
+    if os.path.isdir(source):
+        raise UserError(f"{source}: is a folder, a file is needed{_network_in(Path(source))}")
     path = open_url(source, return_filename=True)
     with open(path, "rb") as file:
         try:
@@ -170,6 +173,12 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             raise exc if isinstance(exc, UserError) else UserError(f"{source}: {exc}") from exc
+
+
+def _network_in(folder: Path) -> str:
+    """'; the newest network in it is ...' of a run's or a ladder's folder, where it has one."""
+    found = [*folder.glob("network-snapshot-*.pkl"), *folder.glob("stage-*/network-snapshot-*.pkl")]
+    return f"; the newest network in it is {max(found, key=lambda path: path.stat().st_mtime)}" if found else ""
 
 
 def parse_network(data: bytes, source: str, *, trust_network_code: bool = False) -> NetworkFile:

@@ -399,6 +399,8 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     dist.check_agreement({f"the state to go on from in {run.config.run_dir}": position})
     if found is not None:
         check_same_options(found[0], found[1]["options"], run.config)
+    elif options.nosubdir and Path(run.config.run_dir, "log.txt").is_file():
+        dist.print0(f"{run.config.run_dir} has no training state to go on from yet: this run begins anew")
     if found is None or found[0].resolve().parent != Path(run.config.run_dir).resolve():
         dist.from_rank0(lambda: _check_unused(run.config))
     return found

@@ -455,7 +455,9 @@ class Trainer:
         )
         self.bar.set_postfix_str(f"loss {self.collector['Loss/loss']:.4g}", refresh=False)
         left = self.config.total_nimg - self.nimg
-        if images > self.config.batch_size and left > 0 and not self.told_duration:  # the first tick only warms up
+        # Half a tick: of the first one, and of what an interruption left of one, the most is warming up.
+        enough = max(self.config.batch_size + 1, self.config.kimg_per_tick * 500)
+        if images >= enough and left > 0 and not self.told_duration:
             self.say(f"About {format_time(left / images * tick_seconds)} for the {left / 1000:g} kimg that are left")
             self.told_duration = True
 
