@@ -43,9 +43,9 @@ def command(run_dir: str, out: str | None, max_mb: float, overwrite: bool) -> No
     if not target.lower().endswith((".html", ".htm")):
         raise cli.UsageError(f"--out={target}: the page is HTML; use a name that ends in .html")
 
-    from training import run_report
+    from training import run_files, run_report
 
-    subject = run_report.read(Path(run_dir), max_mb)
+    subject = run_files.read(Path(run_dir), max_mb)
     check_target(target)
     if os.path.lexists(target) and not overwrite and not is_report(target, run_report.MARK):
         raise cli.UserError(f"{target} exists already and is no report; choose another name, or --overwrite")

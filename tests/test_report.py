@@ -22,7 +22,7 @@ import train
 from helpers import make_dataset, small_network
 from training.network_files import save_network
 from training.run_charts import BINS, Curve, Scale, labels, line_chart, short, smooth
-from training.run_report import read_run
+from training.run_files import read_run
 
 VOID = {"meta", "img", "input", "link", "br"}
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"

@@ -1,0 +1,526 @@
+"""What a run or a ladder has left in its folder so far, as plain values. Imports no torch.
+
+Everything here may be missing, cut short or damaged, for the run may be going on or have been killed: what can be read
+is there, and what can't is named in `problems`. Nothing that a file says is trusted to be what it should be.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dnnlib.cli import UserError
+
+MAX_JSON = 1 << 26  # bytes of a file that is read whole
+MAX_LINE = 1 << 22  # of stats.jsonl
+SHOTS = 40  # pictures of a film
+LINES = 24  # jumps in a chart
+WIDEST, HEAVIEST = 2000, 1_500_000  # pixels, bytes: a picture beyond is shown smaller
+STAGE = re.compile(r"stage-(\d+)-(\d+)to(\d+)")
+RUNG = ("steps", "nfe", "fd", "fd_std", "endpoint_rmse", "sec_per_kimg", "kimg", "network", "images", "detector")
+POINT = ("solver", "steps", "nfe", "fd", "endpoint_rmse")
+SERIES = {
+    "loss": "Loss/loss",
+    "sec_per_kimg": "Timing/sec_per_kimg",
+    "learning_rate": "Progress/learning_rate",
+    "seconds": "Timing/total_sec",
+    "maintenance": "Timing/maintenance_sec",
+    "cpu_gb": "Resources/cpu_mem_gb",
+    "gpu_gb": "Resources/peak_gpu_mem_gb",
+    "skipped": "Progress/skipped_steps",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@dataclass
+class Stats:
+    """What `stats.jsonl` says: a value per tick of each series, NaN where a tick has none."""
+
+    kimg: np.ndarray
+    series: dict[str, np.ndarray]
+    jumps: dict[int, np.ndarray]  # mean loss of some jumps
+    last_jumps: dict[int, tuple[int, float]]  # of all jumps: images and mean loss of the last tick that has them
+    written: float | None  # time of the last tick, seconds since 1970
+
+    def last(self, name: str) -> float | None:
+        """The newest finite value of a series."""
+        values = self.series[name]
+        good = values[np.isfinite(values)]
+        return float(good[-1]) if len(good) else None
+
+
+@dataclass
+class Shot:
+    """One picture, ready for the page."""
+
+    kimg: int
+    uri: str
+    width: int
+    height: int
+    note: str = ""
+
+
+@dataclass
+class Film:
+    """The pictures of one kind that a run has left, the oldest first."""
+
+    shots: list[Shot]
+    found: int  # on disk, more than are shown perhaps
+
+
+@dataclass
+class Run:
+    """A run directory."""
+
+    folder: Path
+    name: str
+    options: dict[str, Any]
+    stats: Stats
+    samples: Film
+    targets: Film
+    steps: tuple[int, int] | None = None  # of teacher and student
+    saved: float = 0.0  # kimg of the newest training state
+    interrupted: bool = False  # a signal ended it, and it has not gone on since
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def kimg(self) -> float:
+        return float(self.stats.kimg[-1]) if len(self.stats.kimg) else 0.0
+
+    @property
+    def total_kimg(self) -> float | None:
+        return number(self.options.get("total_kimg"))
+
+    @property
+    def done(self) -> bool:
+        return self.total_kimg is not None and self.kimg >= self.total_kimg > 0
+
+    @property
+    def state(self) -> str:
+        """A few words: how far it is."""
+        if self.done:
+            return f"finished, {show_kimg(self.kimg)} kimg"
+        of = f" of {show_kimg(self.total_kimg)}" if self.total_kimg else ""
+        if self.interrupted:
+            return f"interrupted at {show_kimg(self.saved)}{of} kimg"
+        if self.saved > self.kimg:
+            return f"{show_kimg(self.saved)}{of} kimg so far, by its newest state"
+        return f"{show_kimg(self.kimg)}{of} kimg so far" if len(self.stats.kimg) else "no tick yet"
+
+    @property
+    def rate(self) -> float | None:
+        """Median seconds per 1000 images of the ticks; the first one, in which things warm up, apart."""
+        values = self.stats.series["sec_per_kimg"]
+        values = values[1:] if len(values) > 1 else values
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else None
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        return settings_of(self.options)
+
+    @property
+    def environment(self) -> list[tuple[str, str]]:
+        told = mapping(self.options.get("environment"))
+        return [(name.replace("_", " "), str(value)) for name, value in told.items() if value is not None]
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        entries = mapping(self.options.get("distillation")).get("lineage")
+        return [mapping(entry) for entry in entries] if isinstance(entries, list) else []
+
+
+@dataclass
+class Ladder:
+    """A ladder's folder."""
+
+    folder: Path
+    name: str
+    stages: list[Run]
+    rungs: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
+    floor: tuple[float, float, int] | None  # distance of images drawn from the data to all of it: mean, std, images
+    plan: list[int]  # steps of all networks that there are to be; empty where nothing says so
+    samples: Shot | None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def chain(self) -> list[Any]:
+        """Steps of the teacher and of every student, '?' where nothing says so: as planned, or as far as begun."""
+        begun = [stage.steps or ("?", "?") for stage in self.stages]
+        return self.plan or [before for before, _ in begun[:1]] + [after for _, after in begun]
+
+    @property
+    def state(self) -> str:
+        """A few words: how far it is."""
+        last, number, total = self.stages[-1], len(self.stages), len(self.chain) - 1
+        return f"stage {number} of {total}: {last.state}" if self.plan else f"stage {number}: {last.state}"
+
+    @property
+    def seconds(self) -> float:
+        """Of training, all stages together."""
+        return sum(stage.stats.last("seconds") or 0.0 for stage in self.stages)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else that JSON can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A dict, an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a reader wants to know first, in words; what the options don't say is left out."""
+    data, net = mapping(options.get("dataset_kwargs")), mapping(options.get("network_kwargs"))
+    loss, distillation = mapping(options.get("loss_kwargs")), mapping(options.get("distillation"))
+    optimizer, augment = mapping(options.get("optimizer_kwargs")), mapping(options.get("augment_kwargs"))
+    size = data.get("resolution")
+    ema, part = options.get("ema_halflife_kimg"), number(options.get("ema_rampup_ratio"))
+    if options.get("ema_std") is not None:
+        ema = None
+    elif number(ema) is not None and part:
+        ema = f"{ema:g}, at most {part:.0%} of the images seen"
+    rows: list[tuple[str, Any]] = [
+        ("data", data.get("path")),
+        ("images", f"{data.get('max_size')}, {size} x {size}" if size else None),
+        ("labels", "yes" if data.get("use_labels") else "no" if "use_labels" in data else None),
+        ("network", " ".join(str(net[key]) for key in ("class_name", "model_type") if key in net)),
+        ("channels", f"{net['model_channels']} x {net.get('channel_mult')}" if "model_channels" in net else None),
+        ("teacher", options.get("transfer") or options.get("resume_pkl")),
+        ("teacher's steps", distillation.get("num_steps")),
+        ("ratio", distillation.get("ratio")),
+        ("teacher's solver", distillation.get("teacher_solver")),
+        ("self-teacher", distillation.get("self_teacher") or None),
+        ("loss", loss.get("class_name")),
+        ("weighting", loss.get("weighting")),
+        ("intervals", loss.get("intervals")),
+        ("batch", options.get("batch_size")),
+        ("batch of a process and round", options.get("batch_gpu")),
+        ("length, kimg", options.get("total_kimg")),
+        ("learning rate", optimizer.get("lr")),
+        ("learning-rate decay", options.get("lr_decay")),
+        ("warm-up, kimg", options.get("lr_rampup_kimg")),
+        ("EMA half-life, kimg", ema),
+        ("EMA std", options.get("ema_std")),
+        ("gradient clip", options.get("clip")),
+        ("dropout", net.get("dropout")),
+        ("augmentation", augment.get("p", 0 if "augment_kwargs" in options or "loss_kwargs" in options else None)),
+        ("mirror images", "yes" if data.get("xflip") else None),
+        ("precision", options.get("precision")),
+        ("teacher's precision", options.get("teacher_precision") if distillation else None),
+        ("activations", "recomputed" if options.get("recompute") else None),
+        ("seed", options.get("seed")),
+    ]
+    return [(name, f"{value:g}" if is_number(value) else str(value)) for name, value in rows if value not in (None, "")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_json(path: Path, kind: type, problems: list[str]) -> Any:
+    """The content if it is of this kind (dict or list); otherwise an empty one, with a word in `problems`."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError("too large to be what a run writes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, kind):
+            return content
+        problems.append(f"{path.name} is not what a run writes")
+    except FileNotFoundError:
+        problems.append(f"{path.name} is not there")
+    except (ValueError, RecursionError):
+        problems.append(f"{path.name} is damaged or cut short")
+    except OSError as exc:
+        problems.append(f"{path.name} can't be read ({exc.strerror})")
+    return kind()
+
+
+def read_stats(path: Path, problems: list[str]) -> Stats:
+    """Line by line; lines that are no statistics are counted. The last one may be half written."""
+    kimg = array("d")
+    series = {name: array("d") for name in SERIES}
+    jumps: dict[int, array[float]] = {}
+    last_jumps: dict[int, tuple[int, float]] = {}
+    written, bad, cut, before = None, 0, False, len(problems)
+    for line in lines_of(path, problems):
+        cut = False
+        try:
+            values = json.loads(line)
+            at = mean_of(values, "Progress/kimg")
+        except (ValueError, RecursionError):
+            at = math.nan
+        if not math.isfinite(at) or (len(kimg) and at <= kimg[-1]):
+            bad, cut = bad + 1, not line.endswith(b"\n")
+            continue
+        kimg.append(at)
+        for name, key in SERIES.items():
+            series[name].append(mean_of(values, key))
+        written = number(values.get("timestamp")) or written
+        found = {index: name for name in values if (index := jump_number(name)) is not None}
+        if found and not jumps:
+            chosen = sorted(found)
+            if len(chosen) > LINES:
+                chosen = [chosen[round(i * (len(chosen) - 1) / (LINES - 1))] for i in range(LINES)]
+            jumps = {index: array("d", [math.nan] * (len(kimg) - 1)) for index in chosen}
+        for index, name in found.items():
+            count = number(mapping(values[name]).get("num"))
+            if count and math.isfinite(mean_of(values, name)):
+                last_jumps[index] = (int(count), mean_of(values, name))
+        for index, column in jumps.items():
+            column.append(mean_of(values, found[index]) if index in found else math.nan)
+    if cut:
+        problems.append(f"the last line of {path.name} is cut short: left out")
+    if bad - cut:
+        problems.append(f"{bad - cut} {'line' if bad - cut == 1 else 'lines'} of {path.name} can't be read: left out")
+    if not len(kimg) and len(problems) == before:
+        problems.append(f"{path.name} has no tick yet")
+    return Stats(
+        np.asarray(kimg),
+        {name: np.asarray(column) for name, column in series.items()},
+        {index: np.asarray(column) for index, column in jumps.items()},
+        dict(sorted(last_jumps.items())),
+        written,
+    )
+
+
+def lines_of(path: Path, problems: list[str]) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE):
+                yield line
+    except FileNotFoundError:
+        problems.append(f"{path.name} is not there: no curves yet")
+    except OSError as exc:
+        problems.append(f"{path.name} can't be read ({exc.strerror})")
+
+
+def mean_of(values: Any, name: str) -> float:
+    """NaN where a line has no such number."""
+    mean = number(mapping(mapping(values).get(name)).get("mean"))
+    return math.nan if mean is None else mean
+
+
+def jump_number(name: str) -> int | None:
+    """3 of 'Loss/interval/03'."""
+    match = re.fullmatch(r"Loss/interval/(\d{1,6})", name, re.ASCII)
+    return int(match[1]) if match else None
+
+
+def list_pictures(folder: Path, kind: str) -> list[tuple[int, Path]]:
+    """(kimg, file) of `kind`-KKKKKK.png, the oldest first."""
+    found = [
+        (path, re.fullmatch(rf"{kind}-(\d{{1,12}})\.png", path.name, re.ASCII)) for path in folder.glob(f"{kind}-*.png")
+    ]
+    return sorted((int(match[1]), path) for path, match in found if match)
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """All, or `most` of them from the first to the last; of one, the last."""
+    if len(items) <= most:
+        return list(items)
+    if most < 2:
+        return list(items[-1:])
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def read_picture(path: Path, kimg: int, problems: list[str]) -> Shot | None:
+    """A whole PNG as it is, a smaller one of what is too large for a page; None, and a word, where it is neither."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.load()
+            width, height = picture.size
+            if max(width, height) <= WIDEST and len(data) <= HEAVIEST:
+                return Shot(kimg, data_uri(data, "png"), width, height)
+            small = picture.convert("RGB")
+            small.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            small.save(buffer, format="WEBP", quality=85)
+            note = f"; {width} x {height} pixels, shown smaller"
+            return Shot(kimg, data_uri(buffer.getvalue(), "webp"), *small.size, note)
+    except FileNotFoundError:
+        problems.append(f"{path.name} is not there")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else "damaged or cut short"
+        problems.append(f"{path.name} can't be shown ({reason})")
+    return None
+
+
+def read_film(folder: Path, kind: str, shots: int, problems: list[str]) -> Film:
+    """`shots` of the pictures of one kind, the newest among them."""
+    found = list_pictures(folder, kind)
+    taken = [read_picture(path, kimg, problems) for kimg, path in spread(found, shots)]
+    return Film([shot for shot in taken if shot is not None], len(found))
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def read_run(folder: Path, shots: int = SHOTS, name: str | None = None) -> Run:
+    """A run directory as it is now. shots: how many pictures of a kind."""
+    problems: list[str] = []
+    options = read_json(folder / "training_options.json", dict, problems)
+    samples, targets = (read_film(folder, kind, shots, problems) for kind in ("samples", "targets"))
+    stats = read_stats(folder / "stats.jsonl", problems)
+    if not samples.found:
+        problems.append("no samples-*.png yet (they come with snapshots, --snap)")
+    distillation = mapping(options.get("distillation"))
+    if distillation and not targets.found:
+        problems.append("no targets-*.png (they come with --targets)")
+    steps, ratio = number(distillation.get("num_steps")), number(distillation.get("ratio"))
+    return Run(
+        folder,
+        name or folder.resolve().name,
+        options,
+        stats,
+        samples,
+        targets,
+        steps=(int(steps), int(steps // ratio)) if steps and ratio else None,
+        saved=newest_state(folder),
+        interrupted=last_line(folder / "log.txt").startswith("Interrupted by "),
+        problems=problems,
+    )
+
+
+def newest_state(folder: Path) -> float:
+    """kimg of the newest training state, as far as its name says; 0 without one."""
+    names = [path.name for path in folder.glob("training-state-*.pt")]
+    found = [re.fullmatch(r"training-state-(rolling-)?(\d{1,12})\.pt", name, re.ASCII) for name in names]
+    return max((int(match[2]) / (1000 if match[1] else 1) for match in found if match), default=0.0)
+
+
+def last_line(path: Path) -> str:
+    """Of a text file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, io.SEEK_END) - 4096, 0))
+            return (file.read().splitlines() or [b""])[-1].decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def read_ladder(folder: Path, shots: int = SHOTS) -> Ladder:
+    """A ladder's folder as it is now."""
+    problems: list[str] = []
+    stages = []
+    for index, path in sorted(stage_folders(folder)):
+        stages.append(read_run(path, shots, name=f"Stage {index}"))
+    rungs = read_rows(folder / "ladder.json", RUNG, problems)
+    has_curve = (folder / "teacher-curve.json").exists()  # a distilled teacher has none
+    curve = read_rows(folder / "teacher-curve.json", POINT, problems) if has_curve else []
+    samples = read_picture(folder / "samples.png", 0, problems)
+    if not stages:
+        problems.append("no stage has begun yet")
+    problems += [f"{stage.folder.name}: {problem}" for stage in stages for problem in stage.problems]
+    floor, plan = read_floor(folder, number(rungs[0].get("images")) if rungs else None), read_plan(folder)
+    return Ladder(folder, folder.resolve().name, stages, rungs, curve, floor, plan, samples, problems)
+
+
+def stage_folders(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("stage-*"):
+        match = STAGE.fullmatch(path.name)
+        if match and path.is_dir():
+            yield int(match[1]), path
+
+
+def read_rows(path: Path, names: Sequence[str], problems: list[str]) -> list[dict[str, Any]]:
+    """The values of these names of every row, None where it has none."""
+    content = read_json(path, list, problems)
+    rows = [{name: row.get(name) for name in names} for row in content if isinstance(row, dict)]
+    if len(rows) < len(content):
+        problems.append(f"{path.name} holds something other than rows: left out")
+    return rows
+
+
+def read_floor(folder: Path, measured: float | None) -> tuple[float, float, int] | None:
+    """How far as many images drawn from the data set as have `measured` the rungs are from all of it; the newest file
+    that says so counts."""
+    for path in sorted(folder.glob("rungs/floor-*.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        told = read_json(path, dict, [])
+        given = told.get("distances")
+        distances = [value for each in given if (value := number(each)) is not None] if isinstance(given, list) else []
+        images = number(told.get("images"))
+        if distances and images and measured in (None, images):
+            spread = float(np.std(distances, ddof=1)) if len(distances) > 1 else 0.0
+            return float(np.mean(distances)), spread, int(images)
+    return None
+
+
+def read_plan(folder: Path) -> list[int]:
+    """The steps of all networks of a ladder, the teacher's first, as it wrote them down when it began."""
+    path = folder / "ladder-options.json"
+    given = read_json(path, dict, []).get("steps") if path.is_file() else None
+    steps = [number(each) for each in given] if isinstance(given, list) else []
+    return [int(each) for each in steps if each is not None] if None not in steps else []
+
+
+def show_kimg(kimg: float) -> str:
+    """12.35, or 4,096,000."""
+    return f"{kimg:,.0f}" if kimg >= 1000 else f"{kimg:.4g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which of the two a folder is
+
+
+def read(folder: Path, megabytes: float) -> Run | Ladder:
+    """What `folder` holds, with as many pictures as `megabytes` of a page have room for.
+
+    Raises UserError for a folder that is neither a run nor a ladder.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: there is no such folder; name a run directory of train.py, or a ladder of distill.py"
+        )
+    names = {path.name for path in folder.iterdir()}
+    stages = [path for _, path in stage_folders(folder)]
+    if "ladder.json" in names or "rungs" in names or stages:
+        return read_ladder(folder, shots_within(stages, megabytes))
+    if names & {"training_options.json", "stats.jsonl", "log.txt"} or list_pictures(folder, "samples"):
+        return read_run(folder, shots_within([folder], megabytes))
+    inside = newest_within(folder)
+    hint = f"did you mean {inside}?" if inside else "it has neither training_options.json nor ladder.json"
+    raise UserError(f"{folder} is neither a run of train.py nor a ladder of distill.py; {hint}")
+
+
+def newest_within(folder: Path) -> Path | None:
+    runs = [path.parent for name in ("training_options.json", "ladder.json") for path in folder.glob(f"*/{name}")]
+    return max(runs, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def shots_within(folders: Iterable[Path], megabytes: float) -> int:
+    """How many pictures of each kind and run fit, as they are on disk; 1 at least: the newest."""
+    films = [[path for _, path in list_pictures(folder, kind)] for folder in folders for kind in ("samples", "targets")]
+    for shots in range(SHOTS, 1, -1):
+        chosen = [path for film in films for path in spread(film, shots)]
+        if sum(min(path.stat().st_size, HEAVIEST) for path in chosen) * 4 / 3 <= megabytes * 1e6:
+            return shots
+    return 1
