@@ -19,8 +19,8 @@ from . import state
 from .config import AUTO, TrainConfig, check_batch
 from .dataset import ImageFolderDataset
 from .networks import UNetBlock
-from .speed import recompute_blocks
-from .training_loop import MAX_ROWS, MAX_SAMPLES, TARGET_COLUMNS, build_network, compute_dtype
+from .speed import compute_dtype, recompute_blocks
+from .training_loop import MAX_ROWS, MAX_SAMPLES, TARGET_COLUMNS, build_network
 
 if TYPE_CHECKING:
     from .setup import Run

@@ -46,8 +46,7 @@ from .network_files import NetworkFile
 from .progress import show_progress
 from .samplers import nfe
 from .sampling import Batch, iterate_images, plan_sampling
-from .speed import use_cpu_kernels
-from .training_loop import set_precision
+from .speed import set_precision, use_cpu_kernels
 
 END_POINT_IMAGES = 2048  # compared with the teacher's: the end-point error has little noise, more would change nothing
 END_POINT_VALUES = 1 << 25  # fewer of large images: 128 MiB of them are kept

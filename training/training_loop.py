@@ -30,7 +30,6 @@ from dnnlib.cli import Stopped, UserError
 from dnnlib.util import format_time
 from torch_utils import distributed as dist
 from torch_utils import training_stats
-from torch_utils.misc import allow_tf32
 
 from . import loss as losses
 from . import networks, pictures, state
@@ -45,7 +44,7 @@ from .loggers import open_loggers
 from .network_files import save_network
 from .progress import print_above_bars, training_bar
 from .samplers import edm_sampler, grid_sampler
-from .speed import recompute_blocks, use_cpu_kernels
+from .speed import compute_dtype, maybe_compile, recompute_blocks, set_precision, use_cpu_kernels
 from .stage import Stage
 from .stopping import StopSignals
 
@@ -662,36 +661,6 @@ def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig
         raise UserError(
             f"{where} belongs to a run with other options: {'; '.join(wrong)}. Use those, or another --outdir"
         )
-
-
-def set_precision(config: TrainConfig) -> None:
-    """Process-wide switches. fp32 means fp32: no TF32 in products or convolutions, unless a lesser one is asked for."""
-    allow_tf32(config.precision != "fp32")
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the network computes in. fp16 is for CUDA alone, as in EDM: elsewhere it means fp32."""
-    if precision == "fp16":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def maybe_compile(net: Any, wanted: bool, say: Callable[[str], None]) -> Any:
-    """`torch.compile(net)` where it was asked for and a C++ compiler can be found; otherwise `net`, with one line."""
-    if not wanted:
-        return net
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        get_cpp_compiler()
-    except Exception as exc:
-        say(f"Running without --compile: no working C++ compiler ({type(exc).__name__})")
-        return net
-    return torch.compile(net)
 
 
 def matching(source: torch.nn.Module, target: torch.nn.Module) -> dict[str, Tensor]:
