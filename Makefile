@@ -43,7 +43,7 @@ $(TEACHER): | $(DEMO)/digits.zip
 	    --cbase=32 --cres=1,2 --blocks=1 --batch=64 --duration=0.05 --lr=2e-3 --warmup=0.005 --lr-decay=linear \
 	    --dropout=0 --augment=0 --tick=10 --save-every=0.5 --seed=0
 
-# The student that example.py brings along: the demo's 4-step one, in half precision.
+# The student that example.py brings along: a demo's 4-step one, in half precision (of the version it was made with).
 assets/digits-student.pkl: demo
 	$(BIN)/python -c 'from training.network_files import load_network, save_network; \
 	    student = load_network("$(DEMO)/stage-2-8to4/network-snapshot-000030.pkl"); \

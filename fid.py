@@ -86,11 +86,11 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 @cli.section("Main")
 @click.option("--network", help="Network to measure", metavar="PATH|URL", required=True)
 @ref_option
-@click.option("--seeds", help="One image per seed [default: 0 to num - 1]", metavar="LIST", type=cli.IntList())
-@click.option(*NUM, help="Number of images [default: 50000]", metavar="INT", type=cli.Whole(min=2))
-@click.option("--trust-network-code", help="Run code stored in the network file", is_flag=True)
-@click.option("--steps", help="Sampling steps [default: as generate.py]", metavar="INT", type=cli.Whole(min=1))
-@click.option("--class", "class_idx", help="Class label [default: random]", metavar="INT", type=cli.Whole(min=0))
+@click.option("--seeds", help="One image per seed  [default: 0 to num - 1]", metavar="LIST", type=cli.IntList())
+@click.option(*NUM, help="Number of images  [default: 50000]", metavar="INT", type=cli.Whole(min=2))
+@click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
+@click.option("--steps", help="Sampling steps  [default: as generate.py]", metavar="INT", type=cli.Whole(min=1))
+@click.option("--class", "class_idx", help="Class label  [default: random]", metavar="INT", type=cli.Whole(min=0))
 @detector_option
 @cli.section("Performance")
 @batch_option
@@ -160,7 +160,7 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
 @click.option("--seed", help="Random seed", metavar="INT", type=cli.Whole(0, 2**63 - 1), default=0)
 @click.option(
     "--kimg",
-    help="Thousands of images to train for [default: 40 to 300 by their size]",
+    help="Thousands of images to train for  [default: 40 to 300 by their size]",
     metavar="FLOAT",
     type=cli.Number(min=0, min_open=True),
 )

@@ -552,7 +552,7 @@ class IntList(click.ParamType):
             numbers = parse_int_list(value)
         except ValueError as exc:
             more = f" ({exc})" if "more than" in str(exc) else ""
-            self.fail(f"'{value}' is not a list of whole numbers such as 1,2,2 or 5-10{more}", param, ctx)
+            self.fail(f"'{value}' is not a list of whole numbers and ranges such as 1,2,5-10{more}", param, ctx)
         if self.min is not None and numbers and min(numbers) < self.min:
             self.fail(f"'{value}' holds {min(numbers)}, but the least is {self.min}", param, ctx)
         if self.max is not None and numbers and max(numbers) > self.max:

@@ -2,11 +2,11 @@
 #
 #     source extras/completion.bash
 #
-# Then Tab completes the options and choices of train.py, distill.py, generate.py, fid.py, example.py, convert.py and
-# dataset_tool.py behind `python` and `torchrun`. Everything else is completed as before: by file names.
+# Then Tab completes the options and choices of train.py, distill.py, generate.py, fid.py, example.py, convert.py,
+# dataset_tool.py and report.py behind `python` and `torchrun`. Everything else is completed as before: by file names.
 
 _edm_distill() {
-    local scripts=" train.py distill.py generate.py fid.py example.py convert.py dataset_tool.py "
+    local scripts=" train.py distill.py generate.py fid.py example.py convert.py dataset_tool.py report.py "
     local start script="" index word
     COMPREPLY=()
     # "--cond=1" comes as three words where "=" breaks words: the scripts want it as one

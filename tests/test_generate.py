@@ -519,7 +519,7 @@ def test_failed_zip_leaves_the_old_one(
         (("--seeds=a-b",), 2, "not a list of whole numbers"),
         (("--steps=0",), 2, "--steps"),
         (("--batch=0",), 2, "--batch"),
-        (("--class=1",), 2, "--class=1: this network has no classes; leave --class out"),
+        (("--class=1",), 2, "class 1: this network has no classes; leave --class (class_idx) out"),
         (("--rho=nan",), 2, "'nan' is not a finite number"),
         (("--sigma_min=3", "--sigma_max=2"), 2, "leave nothing to sample"),
         (("--sigma_max=0",), 2, "--sigma_max"),
@@ -545,7 +545,7 @@ def test_wrong_options(
 
 def test_class_out_of_range(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(files.classes, tmp_path / "out", "--class=4") == 2
-    assert "--class=4: this network's classes are 0 to 3" in capsys.readouterr().err
+    assert "class 4: this network's classes are 0 to 3" in capsys.readouterr().err
 
 
 def test_bad_places(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -351,6 +351,6 @@ def check_class(net: Any, class_idx: int | None) -> None:
     if class_idx is None:
         return
     if not net.label_dim:
-        raise UsageError(f"--class={class_idx}: this network has no classes; leave --class out")
+        raise UsageError(f"class {class_idx}: this network has no classes; leave --class (class_idx) out")
     if not 0 <= class_idx < net.label_dim:
-        raise UsageError(f"--class={class_idx}: this network's classes are 0 to {net.label_dim - 1}")
+        raise UsageError(f"class {class_idx}: this network's classes are 0 to {net.label_dim - 1}")
