@@ -86,6 +86,17 @@ def make_cache_dir_path(*paths: str) -> str:
     return os.path.join(root, *paths)
 
 
+def is_cached(url: str) -> bool:
+    """Whether `open_url` has the content here already."""
+    return bool(_cached(url, make_cache_dir_path("downloads"))[1])
+
+
+def _cached(url: str, folder: str) -> tuple[str, list[str]]:
+    """What the names of its files in a cache begin with, and those that there are."""
+    key = hashlib.md5(url.encode("utf-8"), usedforsecurity=False).hexdigest()
+    return key, sorted(glob.glob(os.path.join(glob.escape(folder), f"{key}_*")))
+
+
 def open_url(
     url: str | os.PathLike[str],
     cache_dir: str | None = None,
@@ -132,8 +143,7 @@ def open_url(
         buffer.seek(0)
         return buffer
     folder = cache_dir or make_cache_dir_path("downloads")
-    key = hashlib.md5(name.encode("utf-8"), usedforsecurity=False).hexdigest()
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), f"{key}_*")))
+    key, found = _cached(name, folder)
     if found:
         return found[0] if return_filename else open(found[0], "rb")
     base = os.path.basename(urllib.parse.urlsplit(name).path) or "download"

@@ -197,7 +197,7 @@ def statistics_of_dataset(
     try:
         if num is not None and len(dataset) < num:
             raise UserError(
-                f"{path}: found {len(dataset)} images, fewer than the {num} asked for; set --num={len(dataset)}"
+                f"{path}: found {len(dataset)} images, fewer than the {num} asked for; set --num-images={len(dataset)}"
             )
         if len(dataset) < 2:
             raise UserError(f"{path}: found {len(dataset)} image; statistics need at least 2")

@@ -829,7 +829,7 @@ def test_references_that_are_none(files: Path, detector: Path, fails: Fails, tmp
     with np.load(files / "ref.npz") as content:
         good = dict(content)
     mu, sigma = good["mu"], good["sigma"]
-    args = ["calc", f"--images={files / 'good.zip'}", f"--detector={detector}", "--num=40"]
+    args = ["calc", f"--images={files / 'good.zip'}", f"--detector={detector}", "--num-images=40"]
     bad: list[tuple[dict[str, Any], str]] = [
         ({"sigma": sigma}, "has no mu"),
         ({"mu": mu}, "has no sigma"),
@@ -872,13 +872,13 @@ def test_images_and_detectors_that_cannot_be_measured(
 ) -> None:
     ref, ours = f"--ref={files / 'ref.npz'}", f"--detector={detector}"
     good = f"--images={files / 'good.zip'}"
-    fails(1, ["40 images", "50000", "--num=40"], fid, "calc", good, ref, ours)
-    fails(1, "set --num=40", fid, "calc", good, ref, ours, "--num=41")
+    fails(1, ["40 images", "50000", "--num-images=40"], fid, "calc", good, ref, ours)
+    fails(1, "set --num-images=40", fid, "calc", good, ref, ours, "--num=41")
     for name, words in {**NO_DATA, **BAD_IMAGE, "rgb.zip": "3 channels"}.items():
-        fails(1, words, fid, "calc", f"--images={files / name}", ref, ours, "--num=40")
+        fails(1, words, fid, "calc", f"--images={files / name}", ref, ours, "--num-images=40")
         assert capsys.readouterr().out == "", "no number"
     for name in ("text", "empty", "teacher.pkl", "run/state.pt", "good.zip"):
-        fails(1, [name, "not a detector file"], fid, "calc", good, ref, f"--detector={files / name}", "--num=40")
+        fails(1, [name, "not a detector file"], fid, "calc", good, ref, f"--detector={files / name}", "--num-images=40")
     for name, words in (("nan.pkl", "NaN"), ("rgb.pkl", "3 channels"), ("size16.pkl", "16x16"), ("cut.pkl", "cut off")):
         fails(1, words, fid, "gen", f"--network={files / name}", ref, ours, "--num=2", "--steps=1")
     student = f"--network={files / 'student.pkl'}"

@@ -518,6 +518,10 @@ def test_without_inception_the_end_point_error_judges(place, climbed, tmp_path, 
         assert distill.main(args) == 0
         printed = capsys.readouterr()
         assert printed.out.count("fd will be null") == 1 and printed.err == ""
+        (proposed,) = re.findall(r"a detector .*, then the same .*\n    .*(fid.py detector .*)", printed.out)
+        assert proposed == f"fid.py detector --data={place / 'data.zip'} --dest={tmp_path / 'out/detector.pt'}"
+        assert distill.main([*args, "--dry-run"]) == 0
+        assert "FLOP, all of them done\n" in capsys.readouterr().out
         table = rungs(tmp_path / "out")
         assert [rung["fd"] for rung in table] == [None] * 3
         assert [rung["endpoint_rmse"] for rung in table] == [rung["endpoint_rmse"] for rung in rungs(climbed)]
@@ -907,17 +911,23 @@ def test_the_costs_of_what_is_left(place, climbed, tmp_path, capsys):
         assert distill.main([*args, *more]) == 0
         words = capsys.readouterr().out
         found = [
-            re.split(r" {3,}", line)[-1] for line in words.splitlines() if re.match(r"\d -> \d |the teacher ", line)
+            re.split(r" {3,}", line)[-1]
+            for line in words.splitlines()
+            if re.match(r"\d -> \d |the teacher |its curve ", line)
         ]
         total, left = re.search(r"All together: +(\S+) FLOP, about (\S+) of them", words).groups()
         return [*found, float(left) / float(total)]
 
     *told, part = rows()
-    assert told == ["1 kimg, 2 of 3 seed sets", "2 kimg, 0 of 3 seed sets", "3 of 3 seed sets"] and 0 < part < 0.2
-    assert rows("--eval-num=30")[:3] == ["1 kimg, 0 of 3 seed sets", "2 kimg, 0 of 3 seed sets", "-"]
+    assert told == ["1 kimg, 2 of 3 seed sets", "2 kimg, 0 of 3 seed sets", "3 of 3 seed sets", "2 of 2 points"]
+    assert 0 < part < 0.2
+    assert rows("--eval-num=30")[:4] == ["1 kimg, 0 of 3 seed sets", "2 kimg, 0 of 3 seed sets", "-", "-"]
     train_detector(place / "data.zip", tmp_path / "other.pt", kimg=0.2)
     assert rows(f"--detector={tmp_path / 'other.pt'}")[:3] == rows("--eval-num=30")[:3]
     refused(capsys, 1, "data.zip", *args, f"--detector={place / 'data.zip'}")
+    refused(capsys, 1, "data.zip", *args, f"--ref={place / 'data.zip'}")
+    assert distill.main([*options(place, *STAGES), f"--outdir={climbed}", "--dry-run"]) == 0
+    assert "FLOP, all of them done\n" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == before
 
 

@@ -101,7 +101,13 @@ def test_bad_files(place, capsys, tmp_path):
     images = f"--images={place}/data.zip"
     good = f"--ref={place}/ref.npz"
     refused(
-        capsys, 1, "found 300 images, fewer than the 50000 asked for; set --num=300", "calc", images, good, detector
+        capsys,
+        1,
+        "found 300 images, fewer than the 50000 asked for; set --num-images=300",
+        "calc",
+        images,
+        good,
+        detector,
     )
     refused(capsys, 1, "no such file", "calc", images, "--ref=nowhere.npz", detector)
     refused(capsys, 1, "no such file", "calc", images, good, "--detector=nowhere.pt")

@@ -599,7 +599,7 @@ def test_iterate_images(files: SimpleNamespace) -> None:
     assert list(iterate_images(network, [], device="cpu")) == []
     with pytest.raises(UsageError, match="--steps=5"):
         iterate_images(load_network(files.student), [0], steps=5, device="cpu")
-    with pytest.raises(UsageError, match="--class=4"):
+    with pytest.raises(UsageError, match="class 4"):
         iterate_images(network, [0], device="cpu", class_idx=4)
 
 

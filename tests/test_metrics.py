@@ -228,7 +228,7 @@ def test_golden_pipeline(case, capsys):
 
 
 def test_too_many_images_asked_for():
-    with pytest.raises(UserError, match=r"found 12 images, fewer than the 13 asked for; set --num=12"):
+    with pytest.raises(UserError, match=r"found 12 images, fewer than the 13 asked for; set --num-images=12"):
         statistics_of_dataset(GOLDEN / "ds_int.zip", powers(), num=13)
 
 

@@ -561,7 +561,22 @@ def test_resume_latest_finds_the_newest_run_of_the_same_options(data, tmp_path, 
     done = sorted(path.parent.name[:5] for path in tmp_path.glob("*/network-snapshot-000001.pkl"))
     assert done == ["00000"]
     assert run(*args, "--resume=latest", "--lr=3e-3") == 1
-    assert "no run of these options" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no run of these options" in error and "; the newest with one, 00001-" in error
+    assert "has other options: --lr (was 0.001, now 0.003). Start without it" in error
+    assert run(*args, "--resume=latest", "--batch=24") == 1
+    assert "; the newest with one is 00001-" in capsys.readouterr().err
+
+
+def test_resume_latest_finds_a_run_of_more_processes(data, tmp_path, capsys, monkeypatch):
+    args = [f"--data={data}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20)
+        assert run(*args) == 1
+    (began,) = tmp_path.iterdir()
+    began = began.rename(tmp_path / began.name.replace("-gpus1-", "-gpus8-"))
+    assert run(*args, "--resume=latest") == 0
+    assert list(tmp_path.iterdir()) == [began] and (began / "network-snapshot-000001.pkl").is_file()
 
 
 def test_a_damaged_newest_state_falls_back_to_the_one_before(data, tmp_path, capsys, monkeypatch):

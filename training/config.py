@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -175,8 +176,8 @@ def as_options(identity: Kwargs) -> Kwargs:
             if name == "ema" and value[:1] == ["std"]:
                 names, value = ["--ema-std"], value[1:]
             told |= dict(zip(names, value, strict=False))
-        elif name == "network" and isinstance(value, dict):
-            told |= {_NETWORK_NAMES.get(key, f"network.{key}"): part for key, part in value.items()}
+        elif isinstance(value, dict):
+            told |= {_PART_NAMES.get(f"{name}.{key}", f"{name}.{key}"): part for key, part in value.items()}
         else:
             told[_NAMES.get(name, f"--{name}" if name in _SAME_NAMES else name)] = value
     if "--teacher-precision" in told:
@@ -188,8 +189,19 @@ def as_options(identity: Kwargs) -> Kwargs:
 
 
 _DATA_NAMES = ["the content of --data", "--cond", "--xflip", "resolution", "number of images"]
-_NETWORK_NAMES = {"model_channels": "--cbase", "channel_mult": "--cres", "num_blocks": "--blocks"} | {
-    name: f"--{name.replace('_', '-')}" for name in ("dropout", "sigma_data")
+_PART_NAMES = {  # where one option is part of several, they say the same
+    "network.model_channels": "--cbase",
+    "network.channel_mult": "--cres",
+    "network.num_blocks": "--blocks",
+    "augment.p": "--augment",
+    **{f"network.{name}": f"--{name.replace('_', '-')}" for name in ("dropout", "sigma_data")},
+    **{f"loss.{name}": f"--{name.replace('_', '-').lower()}" for name in ("P_mean", "P_std", "sigma_data")},
+    **{f"loss.{name}": f"--{name}" for name in ("weighting", "intervals")},
+    **{
+        f"{part}.{name}": f"--{name.replace('_', '-')}"
+        for part in ("loss", "distillation")
+        for name in ("num_steps", "ratio", "teacher_solver", "self_teacher")
+    },
 }
 _NAMES = {"transfer": "the content of --transfer"}
 _SAME_NAMES = ["seed", "batch", "warmup", "lr-decay", "duration", "ls", "clip", "precision", "teacher-precision"]
@@ -272,9 +284,12 @@ def check_run_dir(run_dir: str, make: bool = True, owner: str = "run") -> None:
     if any(Path(run_dir, sign).is_file() for sign in signs):
         other = "a run of train.py" if owner == "ladder" else "a ladder of distill.py"
         raise UserError(f"{run_dir} holds {other}; use another --outdir")
+    if os.path.isfile(run_dir):
+        raise UserError(f"{run_dir} is a file; name a folder with --outdir")
     try:
         check_folder(run_dir)
         if make:
             Path(run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise UserError(f"{run_dir}: cannot be made ({exc.strerror}); choose another --outdir") from exc
+        where = f", {exc.filename} is a file" if isinstance(exc, NotADirectoryError) else ""
+        raise UserError(f"{run_dir}: cannot be made ({exc.strerror}{where}); choose another --outdir") from exc

@@ -308,15 +308,17 @@ def prepare(
     batches = [batch for run in runs for batch in split_seeds(run.seeds, run.batches) if not missing.isdisjoint(batch)]
 
     work = Work(replace(mine, runs=tuple(runs)), batches)
-    names_left = {*theirs.names()} - {*work.manifest.names()} if theirs is not None else set()
-    strays = sum(map(output.has, names_left)) if isinstance(output, ImageFolder) else 0
+    left = {*work.manifest.names()}
+    if theirs is not None and isinstance(output, ImageFolder):  # a zip is made anew, of what the manifest speaks of
+        left |= {*theirs.names()}
+    strays = sum(map(output.has, left - {*names.values()}))
     if strays and difference is not None:
         raise UserError(
             f"{output.path} holds {strays} more images, that {difference}: fid.py would measure them together with "
             "these; use another --outdir, or remove them"
         )
     if strays:
-        work = replace(work, note=f"{output.path} also holds {strays} images of an earlier run, none of this one")
+        work = replace(work, note=f"{output.path} also holds {strays} images of other seeds, measured by fid.py too")
     others = output.foreign(set(names.values())) if theirs is None and isinstance(output, ImageFolder) else 0
     if others:
         work = replace(work, note=f"{output.path} also holds {others} other images, which fid.py would measure too")

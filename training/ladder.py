@@ -43,9 +43,9 @@ from .ladder_report import (
     plot_ladder,
     to_csv,
 )
-from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, curve_plan, detector_id, measured_before
+from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, Past, curve_plan
 from .network_files import NetworkFile
-from .next_steps import FID_IMAGES, launched, train_command
+from .next_steps import FID_IMAGES, has_classes, launched, train_command
 from .options import COMMAND_LINE, Options
 from .samplers import nfe
 from .setup import Run, load_everywhere, prepare, train
@@ -142,9 +142,12 @@ class Ladder:
         solvers[0] = self.solver
         calls = [training_calls(*each, self.base.self_teacher) for each in zip(solvers, self.ratios, strict=True)]
         sets, size, flops = self.options.eval_sets, self.options.eval_num, first.cost.flops
-        detector = detector_id(self.options.detector)
+        past, costs = Past(self.outdir, self.options), []
         form = "{:<12} {:>9} {:>14} {:>10}   {:>12} {:>10}   {}"
-        total = left = 0.0
+
+        def tell(name: str, looks: int, looked: float, done: str, training: Sequence[str] = ("", "", "")) -> None:
+            self.say(form.format(name, *training, f"{looks} x {size}", f"{looks * looked:.3g}", done))
+
         self.say("")
         self.say(form.format("", "training", "", "", "measuring", "", "").rstrip())
         self.say(form.format("stage", "kimg", "calls an image", "FLOP", "images", "FLOP", "done before"))
@@ -152,26 +155,24 @@ class Ladder:
             steps = self.chain[index + 1]
             trained, looked = kimg * 1000 * each * flops, size * steps * flops
             before, student = self.trained_before(index)
-            known = measured_before(self.outdir, steps, student, self.options, detector)
-            total += trained + sets * looked
-            left += trained * (1 - min(before / kimg, 1)) + (sets - known) * looked
+            known = past.sets(steps, student)
+            costs.append((trained + sets * looked, trained * max(1 - before / kimg, 0) + (sets - known) * looked))
             done = f"{before:g} kimg, {known} of {count(sets, 'seed set')}" if before else "-"
-            name, images = f"{self.chain[index]} -> {steps}", f"{sets} x {size}"
-            words = (name, kimg, f"{each:g}", f"{trained:.3g}", images, f"{sets * looked:.3g}", done)
-            self.say(form.format(*words))
-        known = measured_before(self.outdir, self.chain[0], self.teacher.sha256, self.options, detector)
-        looked = size * nfe(self.chain[0], self.solver) * flops
-        total, left = total + sets * looked, left + (sets - known) * looked
-        done = f"{known} of {count(sets, 'seed set')}" if known else "-"
-        self.say(form.format("the teacher", "", "", "", f"{sets} x {size}", f"{sets * looked:.3g}", done))
+            tell(f"{self.chain[index]} -> {steps}", sets, looked, done, (str(kimg), f"{each:g}", f"{trained:.3g}"))
+        known, looked = past.sets(self.chain[0], self.teacher.sha256), size * nfe(self.chain[0], self.solver) * flops
+        costs.append((sets * looked, (sets - known) * looked))
+        tell("the teacher", sets, looked, f"{known} of {count(sets, 'seed set')}" if known else "-")
         if self.has_curve:
             points = curve_plan(self.chain[1:])
-            looked = size * sum(nfe(steps, solver) for solver, steps in points) * flops
-            total, left = total + looked, left + looked
-            images = f"{len(points)} x {size}"
-            self.say(form.format("its curve", "", "", "", images, f"{looked:.3g}", "").rstrip())
-        to_do = f", about {left:.3g} of them still to do" if left < total else ""
-        self.say(f"All together:            {total:.3g} FLOP{to_do}")
+            missing = past.curve(self.teacher.sha256, points)
+            everything, rest = (size * flops * sum(nfe(n, s) for s, n in each) for each in (points, missing))
+            costs.append((everything, rest))
+            known = len(points) - len(missing)
+            done = f"{known} of {count(len(points), 'point')}" if known else "-"
+            tell("its curve", len(points), everything / len(points), done)
+        total, left = map(sum, zip(*costs, strict=True))
+        to_do = f", about {left:.3g} of them still to do" if left else ", all of them done"
+        self.say(f"All together:            {total:.3g} FLOP{to_do if left < total else ''}")
 
     def trained_before(self, index: int) -> tuple[float, str | None]:
         """kimg that stage `index` has behind it, as its files' names say, and a finished student's SHA-256."""
@@ -417,6 +418,11 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
         ("a picture of them", picture),
         ("all about this ladder on one page", [*launched("report.py", alone=True), str(outdir)]),
     ]
+    data = str(ladder.config.dataset_kwargs["path"])
+    if last.fd is None and has_classes(data):
+        file = outdir / "detector.pt"
+        own = [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={file}"]
+        commands.append((f"a detector of its own, then the same command with --detector={file} adds distances", own))
     if last.fd is not None and ladder.options.eval_num < FID_IMAGES:
         distance = [*launched("fid.py"), "gen", student, f"--ref={ladder.measuring.reference_source}"]
         if ladder.options.detector != "inception":

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dnnlib.atomic import atomic_write, write_text
 from dnnlib.cli import UserError
-from dnnlib.util import count, open_url
+from dnnlib.util import count, is_cached, open_url
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import (
@@ -226,7 +226,7 @@ class Measuring:
                 say(f"{left_out} {exc}")
                 continue
             network = replace(self.teacher, sampling=Sampling(grid, solver, ratio=1))
-            path = self.folder / f"curve-{solver}-{steps}.npz"
+            path = curve_path(self.folder, solver, steps)
             found = self.recall(path, self.key(network, 0))
             if found is None:
                 if not measure:
@@ -335,18 +335,44 @@ def curve_plan(students: Sequence[int]) -> list[tuple[Solver, int]]:
     return [*(("euler", steps) for steps in dict.fromkeys(students)), *(("heun", steps) for steps in heun)]
 
 
-def measured_before(outdir: Path, steps: int, sha256: str | None, options: MeasuringOptions, detector: str) -> int:
-    """How many seed sets of a network have been measured, as far as that can be said without the reference."""
-    if sha256 is None:
-        return 0
-    found = [load_set(set_path(outdir / "rungs", steps, number)) for number in range(options.eval_sets)]
-    now = {"network": sha256, "images": options.eval_num, "batch": options.eval_batch, "detector": detector}
-    return sum(each is not None and each.key.items() >= now.items() for each in found)
+class Past:
+    """What a ladder's folder holds of earlier measurements, as far as that can be said without the reference.
+
+    Raises UserError for a --detector that is none, or that does not fit --ref; downloads no Inception weights.
+    """
+
+    def __init__(self, outdir: Path, options: MeasuringOptions) -> None:
+        self.folder, self.options = outdir / "rungs", options
+        inception = options.detector == "inception"
+        own = detectors.INCEPTION if inception else detectors.load_detector(options.detector, dist.device()).id
+        self.detectors: list[str | None] = [own]
+        if inception and not is_cached(detectors.INCEPTION_URL):  # then distances may have been done without
+            self.detectors.append(None)
+        if options.ref is not None:
+            check_same_detector(own, load_reference(options.ref).detector_id)
+
+    def sets(self, steps: int, sha256: str | None) -> int:
+        """How many seed sets of a network have been measured; those are all, where there are no distances."""
+        found = [load_set(set_path(self.folder, steps, number)) for number in range(self.options.eval_sets)]
+        count = sum(self.holds(each, sha256) for each in found)
+        return self.options.eval_sets if count and found[0] is not None and found[0].fd is None else count
+
+    def curve(self, sha256: str, points: Sequence[tuple[Solver, int]]) -> list[tuple[Solver, int]]:
+        """Those of the teacher's points that have not been measured."""
+        return [each for each in points if not self.holds(load_set(curve_path(self.folder, *each)), sha256)]
+
+    def holds(self, measured: MeasuredSet | None, sha256: str | None) -> bool:
+        """Whether it is of this network, by as many images, in such batches, by the detector of now."""
+        options = self.options
+        now = {"network": sha256, "images": options.eval_num, "batch": options.eval_batch}
+        return (
+            measured is not None and measured.key.items() >= now.items() and measured.key["detector"] in self.detectors
+        )
 
 
-def detector_id(spec: str) -> str:
-    """What --detector is told by. Raises UserError for a file that is none; downloads nothing."""
-    return detectors.INCEPTION if spec == "inception" else detectors.load_detector(spec, "cpu").id
+def curve_path(folder: Path, solver: Solver, steps: int) -> Path:
+    """The file of a point of the teacher's own curve."""
+    return folder / f"curve-{solver}-{steps}.npz"
 
 
 def set_path(folder: Path, steps: int, number: int) -> Path:

@@ -176,8 +176,8 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
 
 
 def _network_in(folder: Path) -> str:
-    """'; the newest network in it is ...' of a run's or a ladder's folder, where it has one."""
-    found = [*folder.glob("network-snapshot-*.pkl"), *folder.glob("stage-*/network-snapshot-*.pkl")]
+    """'; the newest network in it is ...' of a run's or a ladder's folder, or one of runs."""
+    found = [*folder.glob("network-snapshot-*.pkl"), *folder.glob("*/network-snapshot-*.pkl")]
     return f"; the newest network in it is {max(found, key=lambda path: path.stat().st_mtime)}" if found else ""
 
 

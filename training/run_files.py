@@ -439,6 +439,8 @@ def read_ladder(folder: Path, shots: int = SHOTS) -> Ladder:
     samples = read_picture(folder / "samples.png", 0, problems)
     if not stages:
         problems.append("no stage has begun yet")
+    if rungs and all(rung["fd"] is None for rung in rungs):
+        problems.append("no Fréchet distances: the same distill.py command with --detector=FILE adds them")
     problems += [f"{stage.folder.name}: {problem}" for stage in stages for problem in stage.problems]
     floor, plan = read_floor(folder, number(rungs[0].get("images")) if rungs else None), read_plan(folder)
     return Ladder(folder, folder.resolve().name, stages, rungs, curve, floor, plan, samples, problems)
@@ -496,6 +498,8 @@ def read(folder: Path, megabytes: float) -> Run | Ladder:
 
     Raises UserError for a folder that is neither a run nor a ladder.
     """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder of a run of train.py, or of a ladder of distill.py")
     if not folder.is_dir():
         raise UserError(
             f"{folder}: there is no such folder; name a run directory of train.py, or a ladder of distill.py"

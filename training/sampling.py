@@ -104,7 +104,7 @@ def plan_sampling(
     if sampling is None:
         return _undistilled_plan(network.net, DEFAULT_STEPS if steps is None else steps, given)
     _check_agrees(sampling, steps, given)
-    return _student_plan(sampling)
+    return _student_plan(sampling, is_own=network.sampling is not None)
 
 
 def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
@@ -137,16 +137,17 @@ def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
     )
 
 
-def _student_plan(sampling: Sampling) -> Plan:
+def _student_plan(sampling: Sampling, is_own: bool) -> Plan:
     grid, solver = sampling.grid, sampling.solver
     calls = nfe(grid.steps, solver)
     shown = ", ".join(f"{level:.4g}" for level in grid.levels[:8]) + (", ..., 0" if grid.steps > 7 else "")
+    whose = "the network's own" if is_own else "the given"
     return Plan(
         sample=lambda net, latents, labels, randn_like: grid_sampler(net, latents, grid, solver, labels),
         steps=grid.steps,
         nfe=calls,
         text=(
-            f"the network's own noise grid ({shown}): {_count(grid.steps, 'step')} of {solver}, "
+            f"{whose} noise grid ({shown}): {_count(grid.steps, 'step')} of {solver}, "
             f"distilled from {sampling.teacher_steps}, {_count(calls, 'network call')} (NFE) per image"
         ),
         options={"sampler": "grid", "num_steps": grid.steps, "solver": solver, "levels": list(grid.levels)},

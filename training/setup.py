@@ -31,7 +31,6 @@ from .config import (
     TrainConfig,
     check_run_dir,
     describe_run,
-    differences,
     next_run_number,
 )
 from .costs import (
@@ -49,7 +48,7 @@ from .dataset import ImageFolderDataset
 from .network_files import NetworkFile, load_network
 from .options import Options, check_options, given
 from .stage import Stage, check_compatible, plan_stage
-from .training_loop import Trainer, check_same_options, matching
+from .training_loop import Trainer, check_same_options, matching, other_options
 
 INTERFACE = ("img_resolution", "img_channels", "label_dim")  # network arguments that the data dictates
 
@@ -433,20 +432,35 @@ def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
         return state.load_newest(config.run_dir, dist.print0)
     if options.resume is None:
         return None
-    suffix = Path(config.run_dir).name.partition("-")[2]
+    title = _without_processes(config.run_dir)
     folder = Path(options.outdir)
     runs = [path for path in folder.iterdir() if re.fullmatch(r"\d+-.*", path.name)] if folder.is_dir() else []
-    for path in sorted(runs, key=lambda p: int(p.name.partition("-")[0]), reverse=True):
-        found = state.load_newest(path, dist.print0) if path.name.partition("-")[2] == suffix else None
+    nearest = ""
+    runs.sort(key=lambda path: int(path.name.partition("-")[0]), reverse=True)
+    for path in runs:
+        found = state.load_newest(path, dist.print0) if _without_processes(path) == title else None
         if found is None:
             continue
         seed = config.seed
         config.seed = found[1]["options"]["seed"] if options.seed is None else seed
-        if not differences(found[1]["options"], json.loads(json.dumps(config.identity()))):
+        wrong = other_options(found[1]["options"], config)
+        if not wrong:
             config.run_dir = str(path)
             return found
         config.seed = seed
-    raise UserError(f"--resume=latest: {options.outdir} has no run of these options with a state; start without it")
+        nearest = nearest or f"; the newest with one, {path.name}, has other options: {'; '.join(wrong)}"
+    others = [path.name for path in runs if state.list_states(path)]
+    if others and not nearest:
+        nearest = f"; the newest with one is {others[0]}"
+    raise UserError(
+        f"--resume=latest: {options.outdir} has no run of these options with a state{nearest}. Start without it, or "
+        "name the state to go on from, --resume=FILE"
+    )
+
+
+def _without_processes(run_dir: str | Path) -> str:
+    """A numbered run directory's name, but for number and processes: a run may go on with more or fewer of them."""
+    return re.sub(r"-gpus\d+-", "-", Path(run_dir).name.partition("-")[2])
 
 
 def train(

@@ -653,14 +653,19 @@ def spread(count: int, most: int) -> list[int]:
 
 def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig) -> None:
     """Raises UserError, naming every option that alters the result and differs from what an earlier run had."""
-    old, new = as_options(saved), as_options(json.loads(json.dumps(config.identity())))
-    if old.get("--lr-decay") != new["--lr-decay"]:
-        del new["--duration"]  # part of the one identity and not of the other
-    wrong = differences(old, new)
+    wrong = other_options(saved, config)
     if wrong:
         raise UserError(
             f"{where} belongs to a run with other options: {'; '.join(wrong)}. Use those, or another --outdir"
         )
+
+
+def other_options(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """The options that alter the result and differ from an earlier run's identity, with both values."""
+    old, new = as_options(saved), as_options(json.loads(json.dumps(config.identity())))
+    if old.get("--lr-decay") != new["--lr-decay"]:
+        del new["--duration"]  # part of the one identity and not of the other
+    return differences(old, new)
 
 
 def matching(source: torch.nn.Module, target: torch.nn.Module) -> dict[str, Tensor]:
