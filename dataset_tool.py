@@ -33,8 +33,10 @@ if TYPE_CHECKING:  # heavy, so imported where needed: --help answers at once
     import numpy as np
 
 CIFAR10_IMAGES = 50_000
-# The recipe of make demo's teacher.
-SMALL = ["--cbase=32", "--cres=1,2", "--blocks=1", "--batch=64", "--duration=0.05", "--lr=2e-3", "--warmup=0.005"]
+SMALL = [  # for 16x16 in minutes on two cores: docs/your-own-data.md
+    *["--cbase=32", "--cres=1,2", "--blocks=1", "--batch=64", "--lr=2e-3", "--warmup=0.001", "--lr-decay=linear"],
+    *["--dropout=0", "--augment=0", "--duration=0.03", "--tick=3", "--snap=2"],
+]
 MAX_SIDE = 8192  # pixels
 MAX_UNPACKED = 1 << 28  # bytes; a file of the real archives unpacks to far less
 
@@ -86,6 +88,11 @@ def open_source(source: str) -> Source:
         return read_cifar10(source)
     if "idx3-ubyte" in name:
         return read_mnist(source)
+    if os.path.isfile(source):
+        from training.dataset import image_formats
+
+        if os.path.splitext(name)[1].lower() in image_formats()[0]:
+            raise UserError(f"--source={source} is an image; name the folder that it is in")
     return read_packed(source)
 
 
@@ -356,8 +363,8 @@ def _is_power_of_two(size: int) -> bool:
 # Destinations
 
 
-def check_dest(dest: str) -> None:
-    """Raises UserError if `dest` can't be written, before any work is done."""
+def check_dest(dest: str, source: str) -> None:
+    """Raises UserError if `dest` can't be written, or would become part of the source, before any work is done."""
     if not dest:
         raise UsageError("--dest is empty; name a folder or a .zip file")
     if _is_zip(dest):
@@ -368,6 +375,8 @@ def check_dest(dest: str) -> None:
             raise UserError(f"the folder {dest} is not empty; empty it or name another --dest")
     elif os.path.exists(dest):
         raise UserError(f"{dest} is a file; name a folder or a .zip file as --dest")
+    if not _is_zip(dest) and Path(source).is_dir() and Path(dest).resolve().is_relative_to(Path(source).resolve()):
+        raise UsageError(f"--dest={dest} lies in --source={source}, and would be part of it next time; name another")
 
 
 @contextlib.contextmanager
@@ -536,6 +545,8 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
         if labels.ndim == 1:
             here = len({*labels.tolist()})
             print(count(int(labels.max()) + 1, "class") + (f", images of {here}" if here <= labels.max() else ""))
+            if rest and here == 1:
+                print("warning: all images are of the first class; with a larger --max-images, or without, come others")
         else:
             print(f"{labels.shape[1]} numbers each")
     except UserError as exc:
@@ -587,7 +598,7 @@ def command(
       python dataset_tool.py --source=photos/ --dest=photos-64x64.zip --resolution=64x64 --transform=center-crop
       python dataset_tool.py --source=digits --dest=datasets/digits-8x8.zip
     """
-    check_dest(dest)
+    check_dest(dest, source)
     change = make_transform(transform, resolution)
     for rgb in (False, True):
         opened = open_source(source)

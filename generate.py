@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnnlib import cli  # before packages: it says what to do where they are missing
@@ -135,6 +136,10 @@ def command(
       torchrun --standalone --nproc_per_node=4 generate.py --outdir=fid-tmp --seeds=0-49999 --subdirs \\
           --network=teacher.pkl --steps=18
     """
+    if outdir.lower().endswith((".png", ".jpg", ".jpeg")) and not Path(outdir).is_dir():
+        raise cli.UsageError(
+            f"--outdir={outdir}: many images go into a folder or a .zip; one picture of all: example.py --out"
+        )
     from torch_utils import distributed as dist
     from training.image_files import ImageZip, Manifest, open_output, prepare
     from training.network_files import load_network

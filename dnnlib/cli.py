@@ -395,6 +395,7 @@ _TEACHERS = "; a student has its teacher's architecture, which is read from --tr
 HABITS = {  # what one types from another script, and no spelling is near
     ("generate.py", "--num-steps"): "; did you mean '--steps'?",
     ("fid.py", "--num-steps"): "; did you mean '--steps'?",
+    **{(name, "--learning-rate"): "; did you mean '--lr'?" for name in ("train.py", "distill.py")},
     **{("distill.py", f"--{name}"): _TEACHERS for name in ("arch", "cbase", "cres", "blocks")},
     ("distill.py", "--precond"): "; distill.py does nothing but --precond=edm_distillation, stage after stage",
     ("distill.py", "--nosubdir"): "; a ladder always goes on in its --outdir",

@@ -235,10 +235,11 @@ def test_option_names(fails: Fails) -> None:
         ("--num-stps=4", "--num-steps"),
         ("--transfr=x", "--transfer"),
         ("--battch=3", "--batch"),
-        ("--learning-rate=3", None),
+        ("--learning-rate=3", "--lr"),
+        ("--zzzzzzz=3", None),
     ):
         line = fails(2, "No such option", train, *place, wrong)
-        assert line.endswith(f"; did you mean '{right}'?" if right else "--learning-rate'"), line
+        assert line.endswith(f"; did you mean '{right}'?" if right else "--zzzzzzz'"), line
     fails(2, "did you mean '--seeds'", generate, "--outdir=o", "--network=n", "--seed=3")
     fails(2, "Did you mean 'calc'", fid, "clac")
     fails(2, "Missing option '--data'", train, "--outdir=o")
@@ -542,7 +543,16 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
     run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path / 'run'}"]
     for name in ("text", "empty", "teacher.pkl", "good.zip", "hostile.pkl"):
         fails(1, [name, "not a training state"], train, *run, f"--resume={files / name}")
-    fails(1, "no such", train, *run, f"--resume={files / 'run'}")
+    state = files / "run/training-state-000000.pt"
+    fails(
+        1,
+        f"is a folder, a file is needed; the newest training state in it is {state}",
+        train,
+        *run,
+        f"--resume={files / 'run'}",
+    )
+    fails(1, "; there is no training state in it", train, *run, f"--resume={tmp_path}")
+    fails(1, "did you mean 'latest'?", train, *run, "--resume=lastest")
     fails(1, "no such", train, *run, "--resume=nowhere.pt", "-n")
 
     whole = (files / "run/state.pt").read_bytes()

@@ -76,6 +76,18 @@ def pets(tmp_path: Path) -> Path:
     ("fact", "tag"),
     [("folder_resolution16", "fr16"), ("folder_centercrop16", "fc16"), ("folder_ccw16x8", "fw16")],
 )
+def test_a_result_within_its_source_and_a_picture_as_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "a.png")
+    for dest in (tmp_path / "out", tmp_path / "x/../y/out"):
+        assert tool(tmp_path, dest) == 2
+        assert "would be part of it next time" in capsys.readouterr().err
+    assert tool(tmp_path / "a.png", tmp_path / "out.zip") == 1
+    assert "a.png is an image; name the folder that it is in" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert tool(tmp_path, tmp_path / "out.zip") == 0 and tool(tmp_path, tmp_path / "out.zip") == 0
+    assert capsys.readouterr().out.count("1 image, 8x8 RGB") == 2, "a zip is no part of it"
+
+
 def test_golden_folders(fact, tag, pets, tmp_path, capsys):
     dest = tmp_path / "out.zip"
     assert tool(pets, dest, *FACTS[fact]["args"][4:]) == 0

@@ -454,7 +454,7 @@ def test_an_euler_teacher_and_a_student_as_first_teacher(place, climbed, tmp_pat
         (["--num_steps=4", "--data=nowhere.zip"], "nowhere.zip"),
         (["--num_steps=4", "--detector=nowhere.pt"], "nowhere.pt: no such file"),
         (["--num_steps=4", "--ref=nowhere.npz"], "nowhere.npz: no such file"),
-        (["--num_steps=4", "--outdir={student}"], "cannot be made (Not a directory); choose another --outdir"),
+        (["--num_steps=4", "--outdir={student}"], "is a file; name a folder with --outdir"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_done(
@@ -463,7 +463,7 @@ def test_what_cannot_work_is_refused_before_anything_is_done(
     forbid_work(monkeypatch)
     student = climbed / "stage-1-4to2" / "network-snapshot-000001.pkl"
     args = [arg.replace("{student}", str(student)) for arg in args]
-    status = 1 if any(word in message for word in ("nowhere", "classes", "directory")) else 2
+    status = 1 if any(word in message for word in ("nowhere", "classes", "is a file")) else 2
     refused(capsys, status, message, *options(place), f"--outdir={tmp_path / 'out'}", *args)
     assert not (tmp_path / "out").exists()
 

@@ -286,7 +286,9 @@ def prepare(
     theirs = output.previous()
     difference = None if theirs is None else mine.difference(theirs)
     names = {seed: mine.name(seed) for seed in seeds}
-    advice = "use another --outdir, or leave --skip-existing out to make all of them anew"
+    advice = "use another --outdir"
+    if theirs is None or isinstance(output, ImageZip) or {*theirs.names()} <= {*names.values()}:
+        advice += ", or leave --skip-existing out to make all of them anew"
     if skip_existing and difference is not None:
         raise UserError(f"{output.path} holds images that {difference}; {advice}")
     if skip_existing and theirs is None and any(map(output.has, names.values())):

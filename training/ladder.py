@@ -45,7 +45,7 @@ from .ladder_report import (
 )
 from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, Past, curve_plan
 from .network_files import NetworkFile
-from .next_steps import FID_IMAGES, has_classes, launched, train_command
+from .next_steps import FID_IMAGES, has_classes, inception_fits, launched, train_command
 from .options import COMMAND_LINE, Options
 from .samplers import nfe
 from .setup import Run, load_everywhere, prepare, train
@@ -129,6 +129,10 @@ class Ladder:
         """What is going to happen, in a few lines."""
         self.say(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
         self.say(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
+        if self.options.detector == "inception" and not inception_fits(first.dataset):
+            self.say(
+                "Note: Inception, made for photographs, says little of such images: see --detector, fid.py detector"
+            )
         need = sum(disk_need(replace(self.config, total_kimg=kimg), first.dataset).total for kimg in self.lengths)
         self.say(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
 

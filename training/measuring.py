@@ -159,7 +159,8 @@ class Measuring:
         known = (load_stats(path), load_floor(floor_path)) if dist.is_main() else None
         self.reference, self.floor = dist.broadcast_object(known)
         if self.detector is not None and (self.reference is None or self.floor is None):
-            self.say(f"Computing the reference statistics of {self.data}...")
+            what = "the reference statistics of" if self.reference is None else f"how far {size} images drawn are from"
+            self.say(f"Computing {what} {self.data}...")
             stats, distances = dataset_against_itself(
                 self.data,
                 self.detector,

@@ -72,7 +72,7 @@ def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[s
     if num != FID_IMAGES:
         title += f" (by {num} images; {FID_IMAGES} are the custom)"
         commands[1].append(f"--num-images={num}")
-    fits = dataset.num_channels == 3 and dataset.resolution >= INCEPTION_FITS
+    fits = inception_fits(dataset)
     if not fits and not (has_classes(data) and len(dataset) >= FEWEST_IMAGES):
         title += "; Inception was made for photographs, and says little of such images"
     elif not fits:
@@ -80,6 +80,11 @@ def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[s
         commands = [[*words, f"--detector={own}"] for words in commands]
         commands.insert(0, [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={own}"])
     return title, commands
+
+
+def inception_fits(dataset: ImageFolderDataset) -> bool:
+    """Whether the images are like photographs."""
+    return dataset.num_channels == 3 and dataset.resolution >= INCEPTION_FITS
 
 
 def images_to_measure() -> int:

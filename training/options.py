@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 from dataclasses import MISSING, dataclass, fields
@@ -98,6 +99,17 @@ class Options:
         return self.precond == "edm_distillation"
 
 
+def _no_state(name: str) -> str:
+    """What is wrong with a --resume that is no file."""
+    if difflib.get_close_matches(name, ["latest"], cutoff=0.7):
+        return "there is no such file; did you mean 'latest'?"
+    if not Path(name).is_dir():
+        return "there is no such training state (training-state-*.pt, or latest)"
+    found = [*Path(name).glob("training-state-*.pt"), *Path(name).glob("*/training-state-*.pt")]
+    newest = f"the newest training state in it is {max(found, key=lambda path: path.stat().st_mtime)}" if found else ""
+    return f"is a folder, a file is needed; {newest or 'there is no training state in it'}"
+
+
 def check_options(options: Options, world_size: int) -> None:
     """Refuses options that contradict each other or lack something, before anything else is looked at.
 
@@ -105,7 +117,7 @@ def check_options(options: Options, world_size: int) -> None:
     """
     check_batch(options.batch, options.batch_gpu, world_size)
     if options.resume not in (None, "latest") and not Path(options.resume).is_file():
-        raise UserError(f"--resume={options.resume}: there is no such training state (training-state-*.pt, or latest)")
+        raise UserError(f"--resume={options.resume}: {_no_state(options.resume)}")
     for name in ("outdir", "data"):
         if not getattr(options, name):
             raise UsageError(f"--{name} is empty")

@@ -27,6 +27,7 @@ MAX_LINE = 1 << 22  # of stats.jsonl
 SHOTS = 40  # pictures of a film
 LINES = 24  # jumps in a chart
 WIDEST, HEAVIEST = 2000, 1_500_000  # pixels, bytes: a picture beyond is shown smaller
+EMA_RAMPUP = 0.05  # of EDM's training from scratch, whose files don't say it
 STAGE = re.compile(r"stage-(\d+)-(\d+)to(\d+)")
 RUNG = ("steps", "nfe", "fd", "fd_std", "endpoint_rmse", "sec_per_kimg", "kimg", "network", "images", "detector")
 POINT = ("solver", "steps", "nfe", "fd", "endpoint_rmse")
@@ -201,7 +202,7 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
     loss, distillation = mapping(options.get("loss_kwargs")), mapping(options.get("distillation"))
     optimizer, augment = mapping(options.get("optimizer_kwargs")), mapping(options.get("augment_kwargs"))
     size = data.get("resolution")
-    ema, part = options.get("ema_halflife_kimg"), number(options.get("ema_rampup_ratio"))
+    ema, part = options.get("ema_halflife_kimg"), number(options.get("ema_rampup_ratio", EMA_RAMPUP))
     if options.get("ema_std") is not None:
         ema = None
     elif number(ema) is not None and part:

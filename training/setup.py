@@ -50,6 +50,8 @@ from .options import Options, check_options, given
 from .stage import Stage, check_compatible, plan_stage
 from .training_loop import Trainer, check_same_options, matching, other_options
 
+STRANGE_KIMG = 5_000_000  # twice EDM's longest run
+FEW_IMAGES = 1000
 INTERFACE = ("img_resolution", "img_channels", "label_dim")  # network arguments that the data dictates
 
 
@@ -126,6 +128,10 @@ class Run:
         asked = dict(config.extras["command_line"]).get("duration")
         if asked is not None and abs(asked * 1000 - config.total_kimg) > 1e-6:
             say(f"Note: --duration={asked:g}, in whole thousands of images, is {config.total_kimg} kimg")
+        if config.total_kimg >= STRANGE_KIMG:
+            say(f"Note: that is {config.total_nimg:.3g} images: --duration is in millions (EDM's longest run: 2500)")
+        if len(dataset) < FEW_IMAGES:
+            say(f"Note: {len(dataset)} images are few, and soon learnt by heart (docs/your-own-data.md)")
         if config.kimg_per_tick * 1000 >= config.total_nimg > config.batch_size:
             tick = f"{config.kimg_per_tick:g}"
             say(f"Note: the run is shorter than a tick of {tick} kimg (--tick), so it says nothing before its end")
