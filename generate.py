@@ -141,7 +141,7 @@ def command(
             f"--outdir={outdir}: many images go into a folder or a .zip; one picture of all: example.py --out"
         )
     from torch_utils import distributed as dist
-    from training.image_files import ImageZip, Manifest, open_output, prepare
+    from training.image_files import Manifest, open_output, prepare
     from training.network_files import load_network
     from training.sampling import check_class, plan_sampling
     from training.stopping import stopping_at_once
@@ -181,7 +181,7 @@ def command(
     dist.print0(f"Using {plan.text}")
     if work.note:
         dist.print0(f"Note: {work.note}")
-    if not todo:
+    if not todo and not work.is_unfinished:
         dist.print0(f"Nothing to do: {outdir} has {count(len(seeds), 'image')} of these seeds already")
     else:
         size = f"{loaded.net.img_resolution}x{loaded.net.img_resolution}"
@@ -190,10 +190,7 @@ def command(
         )
         net = _make_ready(loaded.net, where, precision, use_compile)
         start = time.monotonic()
-        advice = "the same command with --skip-existing goes on"
-        if isinstance(output, ImageZip):
-            advice = "a zip is written when all is made, not yet"
-        with stopping_at_once(advice):
+        with stopping_at_once("the same command with --skip-existing goes on"):
             _make_images(net, plan, work, output, where, class_idx)
         seconds = time.monotonic() - start
         dist.print0(f"Done: {count(todo, 'image')} in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import generate
 from dnnlib.cli import UsageError, parse_int_list
 from helpers import GOLDEN, golden, load_recipe, small_network
 from training.grids import NoiseGrid, Sampling, network_grid
-from training.image_files import ImageFolder, Manifest, Run, format_int_list
+from training.image_files import ImageFolder, ImageZip, Manifest, Run, format_int_list
 from training.network_files import load_network, save_network
 from training.pictures import to_uint8
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler, grid_sampler
@@ -410,25 +411,120 @@ def test_overwriting_leaves_nothing_to_confuse(
     assert {name: images[name] for name in read(clean)} == read(clean)
 
 
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, first: int) -> list[int]:
+    """A signal comes before the batch that begins with this seed; the seeds that are made from here on."""
+    real, made = sample_batch, []
+
+    def interrupted(net: Any, seeds: Any, *rest: Any) -> Any:
+        if seeds[0] == first:
+            signal.raise_signal(signal.SIGTERM)
+        made.extend(seeds)
+        return real(net, seeds, *rest)
+
+    monkeypatch.setattr("training.sampling.sample_batch", interrupted)
+    return made
+
+
+SOME = ["--seeds=0-7", "--steps=2", "--batch=2"]
+GO_ON = "the same command with --skip-existing goes on"
+
+
 @pytest.mark.parametrize("to", ["out", "out.zip"])
 def test_a_signal_says_how_to_go_on(
     files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
-    out, zipped = tmp_path / to, to.endswith(".zip")
-    real = sample_batch
-
-    def interrupted(net: Any, seeds: Any, *rest: Any) -> Any:
-        if seeds[0] == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return real(net, seeds, *rest)
-
+    """What was made is not made again, and what comes out is what an undisturbed run makes, to the last byte."""
+    out, whole = tmp_path / to, tmp_path / f"whole-{to}"
+    assert run(files.plain, whole, *SOME) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("training.sampling.sample_batch", interrupted)
-        assert run(files.plain, out, "--seeds=0-7", "--steps=2", "--batch=2") == 128 + signal.SIGTERM
-    advice = "a zip is written when all is made, not yet" if zipped else "the same command with --skip-existing goes on"
-    assert capsys.readouterr().err.endswith(f"error: interrupted by SIGTERM; {advice}\n")
-    assert [path.name for path in tmp_path.iterdir()] == ([] if zipped else ["out"])
-    assert run(files.plain, out, "--seeds=0-7", "--steps=2", "--batch=2", "--skip-existing") == 0
+        interrupt_at(patch, 4)
+        assert run(files.plain, out, *SOME) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith(f"error: interrupted by SIGTERM; {GO_ON}\n")
+    assert not out.is_file(), "a zip appears when it is complete"
+    made = interrupt_at(monkeypatch, -1)
+    assert run(files.plain, out, *SOME, "--skip-existing") == 0
+    assert set(made) == {4, 5, 6, 7} and not list(tmp_path.glob(".*"))
+    if out.is_file():
+        assert out.read_bytes() == whole.read_bytes()
+    else:
+        assert read(out) == read(whole)
+
+
+@pytest.fixture(scope="module")
+def broken_off(files: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the whole of a zip, and the parts of one whose process was to end before the fourth batch."""
+    folder = tmp_path_factory.mktemp("broken-off")
+    assert run(files.plain, folder / "whole.zip", *SOME) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert run(files.plain, folder / "out.zip", *SOME) == 128 + signal.SIGTERM
+    assert {path.name for path in folder.iterdir()} == {"whole.zip", ".out.zip.part0-0", ".out.zip.parts.json"}
+    return folder
+
+
+@pytest.mark.parametrize("damage", [0, 0.1, 0.3, 0.5, 0.8, 0.99, "flip", "another", "journal"])
+def test_what_a_killed_process_left_of_a_zip(
+    files: SimpleNamespace, broken_off: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: float | str
+) -> None:
+    """Its part ends anywhere, without a table of contents: the whole images before are used, none that is not whole."""
+    shutil.copytree(broken_off, tmp_path, dirs_exist_ok=True)
+    part, journal, out = (tmp_path / name for name in (".out.zip.part0-0", ".out.zip.parts.json", "out.zip"))
+    data = bytearray(part.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    elif damage == "another":  # of a second run that was interrupted
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 6)
+            data = data[: len(data) // 2]
+            part.write_bytes(data)
+            assert run(files.plain, out, *SOME, "--skip-existing") == 128 + signal.SIGTERM
+        assert (tmp_path / ".out.zip.part1-0").is_file()
+    elif damage == "journal":
+        journal.write_text(journal.read_text()[:40])
+    else:
+        data = data[: int(len(data) * float(damage))]
+    part.write_bytes(data)
+    made = interrupt_at(monkeypatch, -1)
+    assert run(files.plain, out, *SOME, "--skip-existing") == 0
+    assert out.read_bytes() == (tmp_path / "whole.zip").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.zip", "out.zip"}
+    assert (len(made) == 8) == (damage in (0, 0.1, "journal")) and {6, 7} <= set(made)
+
+
+def test_a_zip_whose_images_are_all_there_is_put_together(
+    files: SimpleNamespace, broken_off: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.zip"
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageZip, "finish", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert run(files.plain, out, *SOME) == 128 + signal.SIGTERM
+    made = interrupt_at(monkeypatch, -1)
+    assert run(files.plain, out, *SOME, "--skip-existing") == 0 and made == []
+    assert out.read_bytes() == (broken_off / "whole.zip").read_bytes()
+
+
+def test_parts_of_a_zip_and_who_made_them(
+    files: SimpleNamespace, broken_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another network does not go on with them; whoever makes all anew removes them; fewer seeds leave others out."""
+    for name, network, options, status in (
+        ("other", files.other, [*SOME, "--skip-existing"], 1),
+        ("anew", files.other, SOME, 0),
+        ("more", files.plain, ["--seeds=0-8", *SOME[1:], "--skip-existing"], 0),
+    ):
+        shutil.copytree(broken_off, tmp_path / name)
+        capsys.readouterr()
+        assert run(network, tmp_path / name / "out.zip", *options) == status
+        if status:
+            assert "holds images that another network made" in capsys.readouterr().err
+            assert (tmp_path / name / ".out.zip.part0-0").is_file()
+        else:
+            assert not list((tmp_path / name).glob(".*"))
+    assert (tmp_path / "anew/out.zip").read_bytes() != (broken_off / "whole.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "more/out.zip") as more, zipfile.ZipFile(broken_off / "whole.zip") as whole:
+        assert len(more.namelist()) == 10 and more.testzip() is None
+        images = [name for name in whole.namelist() if name.endswith(".png")]
+        assert all(more.read(name) == whole.read(name) for name in images)
 
 
 def test_images_of_somebody_else_are_told_of(
@@ -504,6 +600,9 @@ def test_failed_zip_leaves_the_old_one(
     monkeypatch.setattr("training.image_files.encode_png", full)
     assert run(files.other, tmp_path / "out.zip", "--seeds=0-1", "--steps=1") == 1
     assert "the disk is full" in capsys.readouterr().err
+    assert (tmp_path / "out.zip").read_bytes() == before
+    monkeypatch.undo()
+    assert run(files.plain, tmp_path / "out.zip", "--seeds=0-1", "--steps=1") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.zip"]
     assert (tmp_path / "out.zip").read_bytes() == before
 

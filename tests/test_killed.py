@@ -17,7 +17,7 @@ from PIL import Image
 from helpers import load_recipe, make_dataset, small_network
 from test_dnnlib import BODY, Server
 from test_training import SMALL, assert_same_state, newest_nimg, timeless
-from training import state
+from training import image_files, state
 from training.network_files import load_network, save_network
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +116,30 @@ def test_generating(kills, tmp_path):
     finish(*words, f"--outdir={broken}")
     assert files(whole) == files(broken) and len(files(whole)) == count + 1
     assert all((whole / name).read_bytes() == (broken / name).read_bytes() for name in files(whole))
+
+
+@FEW_OR_MANY
+def test_generating_a_zip(kills, tmp_path):
+    """It comes to be in parts; a killed process's has no table of contents, and may end amid an image."""
+    net = small_network()
+    load_recipe(net, 3)
+    save_network(tmp_path / "net.pkl", net)
+    count = 40 if kills < 10 else 300
+    words = [ROOT / "generate.py", f"--network={tmp_path / 'net.pkl'}", f"--seeds=0-{count - 1}", "--batch=5"]
+    words += ["--skip-existing", "--device=cpu"]
+
+    def whole_images():
+        return len({name for part in tmp_path.glob(".broken.zip.part*-0") for name in image_files._pieces(part)})
+
+    finish(*words, f"--outdir={tmp_path / 'whole.zip'}")
+    seen = []
+    kill_again_and_again(
+        [*words, f"--outdir={tmp_path / 'broken.zip'}"], kills, whole_images, count, lambda: seen.append(whole_images())
+    )
+    assert seen == sorted(seen), "what was made stays"
+    finish(*words, f"--outdir={tmp_path / 'broken.zip'}")
+    assert (tmp_path / "whole.zip").read_bytes() == (tmp_path / "broken.zip").read_bytes()
+    assert files(tmp_path) == ["broken.zip", "net.pkl", "whole.zip"]
 
 
 @FEW_OR_MANY

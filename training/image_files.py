@@ -10,8 +10,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import struct
 import threading
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +34,7 @@ from .dataset import image_formats
 from .sampling import count_batches, split_seeds
 
 MANIFEST = "manifest.json"
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's file, without its name
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"  # a file that ends otherwise was cut off
 
 
@@ -114,7 +118,9 @@ class ImageFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def previous(self) -> Manifest | None:
+    is_unfinished = False
+
+    def previous(self, unfinished: bool) -> Manifest | None:
         """What an earlier run left here, or None. Raises UserError for a path that is no folder."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a file; name a folder, or a .zip")
@@ -162,22 +168,32 @@ class ImageZip:
     """An uncompressed zip of images, sorted by name, with the manifest last.
 
     It appears, or replaces what was there, when all is written; until then each process writes a part of its own beside
-    it. Its bytes depend on the images alone, not on the number of processes or the time of day.
+    it (`.NAME.part…`), and a journal there says who is at work, so that a run can go on with what others have left.
+    The zip's bytes depend on the images alone, not on the number of processes, interruptions or the time of day.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._kept: frozenset[str] = frozenset()  # images of the zip that is already there
+        self._left: dict[str, _Piece] = {}  # images of parts that an interrupted run has left
         self._part: zipfile.ZipFile | None = None
         self._part_file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
-    def previous(self) -> Manifest | None:
-        """What an earlier run left here, or None. Raises UserError for a path that is no zip."""
+    def previous(self, unfinished: bool) -> Manifest | None:
+        """What an earlier run left here, or None; with `unfinished` also one that did not come to its end. Raises
+        UserError for a path that is no zip."""
         if self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a folder; name a new .zip, or a folder without .zip")
-        if not self.path.exists():
-            return None
+        manifest = self._finished() if self.path.exists() else None
+        if unfinished and (journal := self._read_journal()) is not None:
+            self._kept &= journal.kept
+            for path in self._parts():
+                self._left.update(_pieces(path))
+            return journal.manifest
+        return manifest
+
+    def _finished(self) -> Manifest:
         try:
             with zipfile.ZipFile(self.path) as old:
                 names = old.namelist()
@@ -190,21 +206,34 @@ class ImageZip:
         return Manifest.from_json(text, self.path / MANIFEST)
 
     def has(self, name: str) -> bool:
-        """Whether this image is in the zip that is already there."""
-        return name in self._kept
+        """Whether this image is in the zip that is already there, or in a part of it."""
+        return name in self._kept or name in self._left
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether there are parts to be put together, as `previous` has found."""
+        return bool(self._left)
 
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
         """Keeps those of the earlier images that `manifest` speaks of and that aren't to be made afresh."""
-        self._kept = self._kept & frozenset(manifest.names()) - frozenset(fresh)
+        stay = frozenset(manifest.names()) - frozenset(fresh)
+        self._kept &= stay
+        self._left = {name: piece for name, piece in self._left.items() if name in stay}
         check_folder(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for path in self.path.parent.iterdir():
-            if path.name.startswith(self._part_path("").name):  # of a run that was killed
+        needed = {piece.path for piece in self._left.values()}
+        parts = self._parts()
+        for path in parts:  # of a run that was killed
+            if path not in needed:
                 path.unlink()
+        generation = 1 + max((_generation(path) for path in needed), default=-1)
+        write_text(self._journal(), _Journal(manifest, self._kept, generation).to_json())
 
     def open(self, rank: int) -> None:
         """Begins this process's part."""
-        path = self._part_path(rank)
+        journal = self._read_journal()
+        assert journal is not None, "rank 0 has just written it"
+        path = self._part_path(journal.generation, rank)
         self._part_file = open(path, "xb")  # noqa: SIM115 (never somebody else's, or what a link of that name leads to)
         self._part = zipfile.ZipFile(self._part_file, "w", zipfile.ZIP_STORED)
 
@@ -218,7 +247,7 @@ class ImageZip:
             raise OSError(exc.errno, exc.strerror, str(self.path)) from exc
 
     def close(self, complete: bool) -> None:
-        """Completes this process's part, or removes it."""
+        """Completes this process's part, or leaves it as it is for a run that goes on."""
         if self._part is None or self._part_file is None:
             return
         with self._lock, nullcontext() if complete else suppress(OSError):  # a full disk has been reported already
@@ -226,29 +255,99 @@ class ImageZip:
                 self._part.close()
             finally:
                 self._part_file.close()
-        if not complete:
-            Path(self._part_file.name).unlink(missing_ok=True)
 
     def finish(self, manifest: Manifest, world_size: int) -> None:
         """Puts the parts, and the images kept, together."""
-        parts = [self._part_path(rank) for rank in range(world_size)]
-        try:
-            with ExitStack() as stack, atomic_write(self.path) as file:
-                sources = [stack.enter_context(zipfile.ZipFile(part)) for part in parts]
-                found = {name: source for source in sources for name in source.namelist()}
-                if self._kept:
-                    old = stack.enter_context(zipfile.ZipFile(self.path))
-                    found = dict.fromkeys(self._kept, old) | found
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
-                    for name in sorted(found):
-                        target.writestr(zipfile.ZipInfo(name), found[name].read(name))  # ZipInfo: always the same date
-                    target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
+        parts = self._parts()
+        for path in parts:
+            self._left.update(_pieces(path))
+        with ExitStack() as stack, atomic_write(self.path) as file:
+            files = {path: stack.enter_context(open(path, "rb")) for path in parts}
+            old = stack.enter_context(zipfile.ZipFile(self.path)) if self._kept else None
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
+                for name in sorted({*self._kept, *self._left} & {*manifest.names()}):
+                    piece = self._left.get(name)
+                    if piece is not None:
+                        files[piece.path].seek(piece.start)
+                        data = files[piece.path].read(piece.size)
+                    else:
+                        assert old is not None
+                        data = old.read(name)
+                    target.writestr(zipfile.ZipInfo(name), data)  # ZipInfo: always the same date
+                target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
+        for path in [*parts, self._journal()]:
+            path.unlink(missing_ok=True)
 
-    def _part_path(self, rank: int | str) -> Path:
-        return self.path.with_name(f".{self.path.name}.part{rank}")
+    def _journal(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.parts.json")
+
+    def _read_journal(self) -> _Journal | None:
+        """None where there is none, or none that can be read."""
+        try:
+            return _Journal.from_json(self._journal().read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
+            return None
+
+    def _part_path(self, generation: int, rank: int) -> Path:
+        return self.path.with_name(f".{self.path.name}.part{generation}-{rank}")
+
+    def _parts(self) -> list[Path]:
+        """The parts that there are, the oldest first."""
+        pattern = re.compile(rf"{re.escape(f'.{self.path.name}.part')}\d+-\d+")
+        folder = self.path.parent
+        found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
+        return sorted((path for path in found if path.is_file() and not path.is_symlink()), key=_generation)
+
+
+def _generation(part: Path) -> int:
+    """How many runs that were interrupted came before the one that wrote a part."""
+    return int(part.name.rpartition(".part")[2].partition("-")[0])
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """Who writes a zip's parts, which images of the zip that is there are to stay, and which run this is."""
+
+    manifest: Manifest
+    kept: frozenset[str]
+    generation: int
+
+    def to_json(self) -> str:
+        values = {"kept": sorted(self.kept), "generation": self.generation}
+        return json.dumps({**values, "manifest": json.loads(self.manifest.to_json())})
+
+    @classmethod
+    def from_json(cls, text: str) -> _Journal:
+        data = json.loads(text)
+        manifest = Manifest.from_json(json.dumps(data["manifest"]), "the journal")
+        return cls(manifest, frozenset(data["kept"]), int(data["generation"]))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where an image lies in a part."""
+
+    path: Path
+    start: int
+    size: int
+
+
+def _pieces(path: Path) -> dict[str, _Piece]:
+    """The whole images of a part, which has no table of contents if its process was killed: from one header to the
+    next, as far as each image has its checksum."""
+    found: dict[str, _Piece] = {}
+    with open(path, "rb") as file:
+        while len(header := file.read(LOCAL_HEADER.size)) == LOCAL_HEADER.size:
+            magic, _, flags, method, _, _, crc, size, full_size, name_size, extra_size = LOCAL_HEADER.unpack(header)
+            if magic != b"PK\x03\x04" or flags & 8 or method != zipfile.ZIP_STORED or size != full_size:
+                break
+            name = file.read(name_size)
+            file.seek(extra_size, os.SEEK_CUR)
+            start = file.tell()
+            if zlib.crc32(file.read(size)) != crc or file.tell() != start + size or not name.isascii():
+                break
+            found[name.decode("ascii")] = _Piece(path, start, size)
+    return found
 
 
 def open_output(outdir: str | os.PathLike[str]) -> ImageFolder | ImageZip:
@@ -262,10 +361,14 @@ def open_output(outdir: str | os.PathLike[str]) -> ImageFolder | ImageZip:
 
 @dataclass(frozen=True)
 class Work:
-    """`batches` of seeds that are to be made, the manifest to leave, and a `note` for people (or an empty string)."""
+    """What is to be done: `batches` of seeds to be made, the manifest to leave, a `note` for people (or '').
+
+    is_unfinished: there are parts of a zip, to be put together even if no image is missing.
+    """
 
     manifest: Manifest
     batches: list[list[int]]
+    is_unfinished: bool
     note: str = ""
 
 
@@ -283,7 +386,7 @@ def prepare(
     Without `skip_existing` everything is made afresh. With it, seeds of earlier runs keep the batches they had, and
     those whose images are all there are left out. Raises UserError where images of somebody else would get mixed in.
     """
-    theirs = output.previous()
+    theirs = output.previous(unfinished=skip_existing)
     difference = None if theirs is None else mine.difference(theirs)
     names = {seed: mine.name(seed) for seed in seeds}
     advice = "use another --outdir"
@@ -309,7 +412,7 @@ def prepare(
     missing = names.keys() - present
     batches = [batch for run in runs for batch in split_seeds(run.seeds, run.batches) if not missing.isdisjoint(batch)]
 
-    work = Work(replace(mine, runs=tuple(runs)), batches)
+    work = Work(replace(mine, runs=tuple(runs)), batches, output.is_unfinished)
     left = {*work.manifest.names()}
     if theirs is not None and isinstance(output, ImageFolder):  # a zip is made anew, of what the manifest speaks of
         left |= {*theirs.names()}
@@ -324,7 +427,7 @@ def prepare(
     others = output.foreign(set(names.values())) if theirs is None and isinstance(output, ImageFolder) else 0
     if others:
         work = replace(work, note=f"{output.path} also holds {others} other images, which fid.py would measure too")
-    if batches:
+    if batches or output.is_unfinished:
         output.begin(work.manifest, [names[seed] for seed in fresh])
     return work
 
@@ -367,5 +470,6 @@ class BackgroundWriter:
                 self._wait(0)
                 complete = True
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            # Who is interrupted keeps what was made; after an error (a full disk?) nothing more is tried.
+            self._pool.shutdown(cancel_futures=kind is None or not issubclass(kind, KeyboardInterrupt))
             self._output.close(complete)
