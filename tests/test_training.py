@@ -23,7 +23,7 @@ import torch
 import train
 from helpers import GOLDEN, golden, load_recipe, make_dataset, small_network
 from training import costs, state
-from training.config import TrainConfig, check_batch, differences, next_run_number
+from training.config import TrainConfig, check_batch, differences, next_run_number, told_as_options
 from training.dataset import Dataset, ImageFolderDataset
 from training.health import HISTORY, is_spike
 from training.loader import Batch, Loader, Order
@@ -934,6 +934,54 @@ def test_check_batch():
 def test_differences_ignore_tuples_and_lists():
     assert differences({"a": [1, 2], "b": 1}, {"a": (1, 2), "b": 1}) == []
     assert differences({"a": 1}, {"a": 2}) == ["a (was 1, now 2)"]
+
+
+def test_differences_are_told_as_options():
+    """In both directions: what is not there any more differs too. What follows from another difference is left out."""
+    stage = {"num_steps": 8, "ratio": 2, "self_teacher": False, "teacher_levels": [80.0, 1.0, 0.0]}
+    old = {
+        "data": ["a" * 64, True, False, 32, 100],
+        "network": {"model_channels": 4, "num_blocks": 2, "dropout": 0.1},
+        "loss": {"num_steps": 8, "ratio": 2, "weighting": "geomean"},
+        "augment": {"p": 0.12, "scale": 1, "xflip": 1e8},
+        "lr": [1e-3, [0.9, 0.999], 1e-8],
+        "warmup": 10000,
+        "lr-decay": "linear",
+        "duration": 30000,
+        "ema": [500, 0.05],
+        "teacher-precision": None,
+        "transfer": "b" * 64,
+        "distillation": stage,
+    }
+    assert told_as_options(old, old) == []
+    for name, value, words in (
+        ("data", ["d" * 64, True, True, 32, 100], "the content of --data (was aaaaaaaa..., now dddddddd...)"),
+        ("network", {"model_channels": 4, "dropout": 0.1}, "--blocks (was 2, now not given)"),
+        ("loss", {**old["loss"], "weighting": "edm"}, "--weighting (was geomean, now edm)"),
+        ("augment", None, "--augment (was 0.12, now not given)"),
+        ("augment", {**old["augment"], "p": 0.2}, "--augment (was 0.12, now 0.2)"),
+        ("lr", [1e-3, [0.9, 0.99], 1e-8], "betas (was 0.999, now 0.99)"),
+        ("warmup", 0, "--warmup (was 10.0, now 0.0)"),
+        ("lr-decay", "none", "--lr-decay (was linear, now none)"),
+        ("duration", 20000, "--duration (was 0.03, now 0.02)"),
+        ("ema", [200, 0.05], "--ema (was 0.5, now 0.2)"),
+        ("teacher-precision", "bf16", "--teacher-precision (was fp32, now bf16)"),
+        ("transfer", None, "the content of --transfer (was bbbbbbbb..., now not given)"),
+        ("distillation", {**stage, "self_teacher": True}, "--self-teacher (was False, now True)"),
+    ):
+        new = {**old, name: value}
+        if name == "lr-decay":
+            new["duration"] = None
+        told = told_as_options(old, new)
+        assert told == ([words, "--xflip (was False, now True)"] if name == "data" else [words])
+    more = {"num_steps": 16, "teacher_levels": [80.0, 2.0, 1.0, 0.0]}
+    new = {**old, "loss": {**old["loss"], "num_steps": 16}, "distillation": {**stage, **more}}
+    assert told_as_options(old, new) == ["--num_steps (was 8, now 16)"]
+    assert told_as_options(old, {**old, "ema": ["std", 0.1]}) == [
+        "--ema-std (was not given, now 0.1)",
+        "--ema (was 0.5, now not given)",
+        "EMA ramp-up ratio (was 0.05, now not given)",
+    ]
 
 
 def test_run_numbers(tmp_path):

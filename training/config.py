@@ -180,8 +180,7 @@ def as_options(identity: Kwargs) -> Kwargs:
             told |= {_PART_NAMES.get(f"{name}.{key}", f"{name}.{key}"): part for key, part in value.items()}
         else:
             told[_NAMES.get(name, f"--{name}" if name in _SAME_NAMES else name)] = value
-    if "--teacher-precision" in told:
-        told["--teacher-precision"] = told["--teacher-precision"] or "fp32"
+    told["--teacher-precision"] = told.get("--teacher-precision") or "fp32"
     for name, images in (("--duration", 1_000_000), ("--warmup", 1000), ("--ema", 1000)):
         if isinstance(told.get(name), (int, float)):
             told[name] /= images  # Mimg
@@ -200,11 +199,26 @@ _PART_NAMES = {  # where one option is part of several, they say the same
     **{
         f"{part}.{name}": f"--{name.replace('_', '-')}"
         for part in ("loss", "distillation")
-        for name in ("num_steps", "ratio", "teacher_solver", "self_teacher")
+        for name in ("ratio", "teacher_solver", "self_teacher")
     },
+    **{f"{part}.num_steps": "--num_steps" for part in ("loss", "distillation")},
 }
 _NAMES = {"transfer": "the content of --transfer"}
 _SAME_NAMES = ["seed", "batch", "warmup", "lr-decay", "duration", "ls", "clip", "precision", "teacher-precision"]
+
+
+def told_as_options(old: Kwargs, new: Kwargs) -> list[str]:
+    """`differences` of two identities, by the names of options; what follows from another difference is left out."""
+    before, now = as_options(old), as_options(new)
+    before, now = ({name: each.get(name) for name in [*now, *before]} for each in (before, now))
+    for cause, follows in (
+        ("--lr-decay", "--duration"),  # part of an identity only with a decay
+        ("--num_steps", "distillation."),
+        ("--augment", "augment."),
+    ):
+        if before.get(cause) != now.get(cause):
+            now = {name: value for name, value in now.items() if not name.startswith(follows)}
+    return differences(before, now)
 
 
 def differences(old: Kwargs, new: Kwargs) -> list[str]:

@@ -222,8 +222,7 @@ class ImageZip:
         check_folder(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         needed = {piece.path for piece in self._left.values()}
-        parts = self._parts()
-        for path in parts:  # of a run that was killed
+        for path in self._part_names():  # of a run that was killed; or links, through which nothing is to be written
             if path not in needed:
                 path.unlink()
         generation = 1 + max((_generation(path) for path in needed), default=-1)
@@ -247,7 +246,7 @@ class ImageZip:
             raise OSError(exc.errno, exc.strerror, str(self.path)) from exc
 
     def close(self, complete: bool) -> None:
-        """Completes this process's part, or leaves it as it is for a run that goes on."""
+        """Completes this process's part, or leaves it for a run that goes on, if there is anything in it."""
         if self._part is None or self._part_file is None:
             return
         with self._lock, nullcontext() if complete else suppress(OSError):  # a full disk has been reported already
@@ -255,6 +254,10 @@ class ImageZip:
                 self._part.close()
             finally:
                 self._part_file.close()
+        if not complete and not self._part.namelist():
+            Path(self._part_file.name).unlink(missing_ok=True)
+            if not self._parts():
+                self._journal().unlink(missing_ok=True)
 
     def finish(self, manifest: Manifest, world_size: int) -> None:
         """Puts the parts, and the images kept, together."""
@@ -291,12 +294,16 @@ class ImageZip:
     def _part_path(self, generation: int, rank: int) -> Path:
         return self.path.with_name(f".{self.path.name}.part{generation}-{rank}")
 
-    def _parts(self) -> list[Path]:
-        """The parts that there are, the oldest first."""
+    def _part_names(self) -> list[Path]:
+        """Whatever has the name of a part."""
         pattern = re.compile(rf"{re.escape(f'.{self.path.name}.part')}\d+-\d+")
         folder = self.path.parent
-        found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
-        return sorted((path for path in found if path.is_file() and not path.is_symlink()), key=_generation)
+        return [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
+
+    def _parts(self) -> list[Path]:
+        """The parts that there are, the oldest first."""
+        found = (path for path in self._part_names() if path.is_file() and not path.is_symlink())
+        return sorted(found, key=_generation)
 
 
 def _generation(part: Path) -> int:

@@ -52,14 +52,14 @@ class StopSignals:
 
 @contextmanager
 def stopping_at_once(advice: str) -> Iterator[None]:
-    """Within this the first signal raises Interrupted, saying `advice` on rank 0; further ones change nothing.
-
-    `StopSignals` within it has its own way.
-    """
+    """Within this the first signal raises Interrupted, saying `advice` on rank 0. Of further ones only a Ctrl-C does
+    anything: it ends what tidying up there is. `StopSignals` within it has its own way."""
     told = False
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal told
+        if told and number == signal.SIGINT:
+            raise KeyboardInterrupt
         if not told:
             told = True
             text = f"interrupted by {signal.Signals(number).name}"

@@ -34,7 +34,7 @@ from torch_utils import training_stats
 from . import loss as losses
 from . import networks, pictures, state
 from .augment import AugmentPipe
-from .config import TrainConfig, as_options, check_batch, differences
+from .config import TrainConfig, check_batch, differences, told_as_options
 from .dataset import ImageFolderDataset
 from .draws import StepDraws, key
 from .health import MOST, WINDOW, Health
@@ -662,10 +662,9 @@ def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig
 
 def other_options(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """The options that alter the result and differ from an earlier run's identity, with both values."""
-    old, new = as_options(saved), as_options(json.loads(json.dumps(config.identity())))
-    if old.get("--lr-decay") != new["--lr-decay"]:
-        del new["--duration"]  # part of the one identity and not of the other
-    return differences(old, new)
+    identity = json.loads(json.dumps(config.identity()))
+    exact = differences(saved, identity)
+    return told_as_options(saved, identity) or exact if exact else []
 
 
 def matching(source: torch.nn.Module, target: torch.nn.Module) -> dict[str, Tensor]:
