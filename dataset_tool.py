@@ -55,11 +55,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Source:
-    """`count` pictures, read one by one; `note` says where labels come from."""
+    """`count` pictures, read one by one; `note` says where labels come from, `folders` are the classes' if they do."""
 
     count: int
     pictures: Iterable[Picture]
     note: str = ""
+    folders: Sequence[str] = ()
 
 
 @dataclass
@@ -109,6 +110,7 @@ def read_packed(path: str) -> Source:
     if not names:
         raise UserError(f"{path}: no image files inside ({len(files.names)} files of other kinds)")
     labels: dict[str, Any] | None = None
+    classes: list[str] = []
     note = "no labels: there is neither a dataset.json nor a folder for each of several classes"
     if "dataset.json" in files.names:
         labels = files.labels()
@@ -122,15 +124,14 @@ def read_packed(path: str) -> Source:
             note = f"no labels: all images lie in one folder, {folders[0]}; several would be classes"
         if len(folders) > 1 and folders[0]:
             labels = {name: folders.index(name.partition("/")[0]) for name in names}
-            shown = ", ".join(f"{index} {folder}" for index, folder in enumerate(folders[:10]))
-            note = f"labels from top-level folders: {shown}{', ...' if len(folders) > 10 else ''}"
+            note, classes = "labels from top-level folders", folders
 
     def pictures() -> Iterator[Picture]:
         for name in names:
             pixels = decode_image(files.read(name), f"{name} in {path}")
             yield Picture(name, pixels, labels.get(name) if labels else None)
 
-    return Source(len(names), pictures(), note)
+    return Source(len(names), pictures(), note, classes)
 
 
 def read_digits() -> Source:
@@ -537,7 +538,7 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
             f"the first: {printable(result.unlabelled[0])}"
         )
         return False
-    print(printable(source.note))
+    print(printable(source.note) + _folders(result, source))
     if lost:
         return False
     try:
@@ -545,14 +546,21 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
         if labels.ndim == 1:
             here = len({*labels.tolist()})
             print(count(int(labels.max()) + 1, "class") + (f", images of {here}" if here <= labels.max() else ""))
-            if rest and here == 1:
-                print("warning: all images are of the first class; with a larger --max-images, or without, come others")
+            if rest and here < (len(source.folders) or here + (here == 1)):
+                print(f"warning: images of {count(here, 'class')} came along; without --max-images there may be more")
         else:
             print(f"{labels.shape[1]} numbers each")
     except UserError as exc:
         print(f"warning: the labels were copied, but can't be trained on: {printable(str(exc))}")
         return False
     return bool(labels.ndim > 1 or labels.max() > 0)
+
+
+def _folders(result: Outcome, source: Source) -> str:
+    """': 0 cat, 1 dog', the folders that images came from, by their classes."""
+    here = sorted({label for _, label in result.labels if isinstance(label, int)}) if source.folders else []
+    shown = ", ".join(f"{label} {printable(source.folders[label])}" for label in here[:10])
+    return f": {shown}{', ...' if len(here) > 10 else ''}" if here else ""
 
 
 def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:

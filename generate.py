@@ -164,6 +164,7 @@ def command(
 
     def find_work() -> Work:
         loaded, plan = load()
+        click.get_current_context().with_resource(output.held())
         look = {"class": class_idx, "subdirs": subdirs, "precision": precision, "compile": use_compile}
         manifest = Manifest(
             network={"source": str(loaded.source), "sha256": loaded.sha256},
@@ -239,7 +240,7 @@ def _make_images(
             writer.submit(seeds, to_uint8(batch.images.double()).permute(0, 2, 3, 1).cpu().numpy())
     dist.barrier()
     if dist.is_main():
-        output.finish(work.manifest, dist.get_world_size())
+        output.finish(work.manifest, [work.manifest.name(seed) for batch in work.batches for seed in batch])
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -124,6 +124,33 @@ def locked(folder: str | os.PathLike[str], patience: float = 5.0) -> Iterator[No
         os.close(fd)
 
 
+@contextlib.contextmanager
+def locked_file(path: str | os.PathLike[str], patience: float) -> Iterator[None]:
+    """The same for a file that is to be written, by a lock beside it that is gone afterwards."""
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    lock, end = place.with_name(f".{place.name}.lock"), time.monotonic() + patience
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        is_held = _try_lock(fd)
+        with contextlib.suppress(FileNotFoundError):
+            if is_held is not False and os.path.samestat(os.fstat(fd), os.stat(lock)):  # or its holder has removed it
+                break
+        os.close(fd)
+        if time.monotonic() > end:
+            raise UserError(f"{os.fspath(path)}: another process is at work on it; wait for it, or stop it")
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(fd)
+
+
 def _try_lock(fd: int) -> bool | None:
     """Whether the file is this process's now; None where there are no locks, in the system or on the file system."""
     if fcntl is None:

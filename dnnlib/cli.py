@@ -43,6 +43,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"{os.path.basename(sys.argv[0])}: error: {missing_package(missing)}")
 
+PARENT = os.getppid()  # whoever has started this process, as early as it can be known
 MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
 
 

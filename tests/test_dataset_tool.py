@@ -76,6 +76,16 @@ def pets(tmp_path: Path) -> Path:
     ("fact", "tag"),
     [("folder_resolution16", "fr16"), ("folder_centercrop16", "fc16"), ("folder_ccw16x8", "fw16")],
 )
+def test_the_first_images_of_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said of which classes they are."""
+    fill(tmp_path / "in", {f"{name}/{i}.png": noise(i) for name in ("ant", "cat", "dog") for i in range(2)})
+    for number, wanted in ((1, "0 ant"), (3, "0 ant, 1 cat"), (5, "0 ant, 1 cat, 2 dog"), (6, "0 ant, 1 cat, 2 dog")):
+        assert tool(tmp_path / "in", tmp_path / "out.zip", f"--max-images={number}") == 0
+        said = capsys.readouterr().out
+        assert f"labels from top-level folders: {wanted}\n" in said
+        assert ("warning: images of" in said) == (number < 5) and ("left out: " in said) == (number < 6)
+
+
 def test_a_result_within_its_source_and_a_picture_as_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "a.png")
     for dest in (tmp_path / "out", tmp_path / "x/../y/out"):

@@ -491,6 +491,41 @@ def test_what_a_killed_process_left_of_a_zip(
     assert (len(made) == 8) == (damage in (0, 0.1, "journal")) and {6, 7} <= set(made)
 
 
+def test_two_at_once_make_one_zip(
+    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is told that the first is at work; what can't be put together is not called done."""
+    out, real = tmp_path / "out.zip", sample_batch
+    monkeypatch.setattr("training.image_files.PATIENCE", 0.2)
+    seen = []
+
+    def twice(net: Any, seeds: Any, *rest: Any) -> Any:
+        if not seen:
+            seen.append(run(files.plain, out, "--seeds=50-59", "--steps=2"))
+        return real(net, seeds, *rest)
+
+    monkeypatch.setattr("training.sampling.sample_batch", twice)
+    assert run(files.plain, out, *SOME) == 0 and seen == [1]
+    assert "out.zip: another process is at work on it" in capsys.readouterr().err
+    with zipfile.ZipFile(out) as archive:
+        assert len(archive.namelist()) == 9
+    assert not list(tmp_path.glob(".*"))
+    write = ImageZip.write
+    monkeypatch.setattr(ImageZip, "write", lambda self, name, data: name == "000003.png" or write(self, name, data))
+    assert run(files.plain, out, *SOME) == 1
+    assert "1 images are missing in its parts; start again with --skip-existing" in capsys.readouterr().err
+    monkeypatch.setattr(ImageZip, "write", write)
+    assert run(files.plain, out, *SOME, "--skip-existing") == 0
+
+
+def test_seeds_that_a_zip_made_anew_loses_are_told(
+    files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seeds, note in (("0-3", False), ("0-4", False), ("3-8", True)):
+        assert run(files.plain, tmp_path / "out.zip", f"--seeds={seeds}", "--steps=2") == 0
+        assert ("is made anew, without its 3 images of other seeds" in capsys.readouterr().out) == note
+
+
 def test_a_zip_whose_images_are_all_there_is_put_together(
     files: SimpleNamespace, broken_off: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

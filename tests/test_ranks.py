@@ -198,6 +198,24 @@ def workers(job):
     return [p for p in psutil.Process(job.pid).children(recursive=True) if any("train.py" in w for w in p.cmdline())]
 
 
+@pytest.mark.parametrize("moment", [0, 0.7])
+def test_processes_of_a_launcher_that_is_killed_before_they_have_met(data, tmp_path, moment):
+    """There is nobody then who would tell them, for many minutes."""
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        args = [f"--data={data}", *SMALL, f"--outdir={tmp_path / 'run'}", "--duration=0.01"]
+        job = launch(2, *args, stdout=file, stderr=file)
+        wait_for(lambda: len(workers(job)) == 2, job)
+        time.sleep(moment)
+        left = workers(job)
+        job.kill()
+        job.wait()
+    _, alive = psutil.wait_procs(left, timeout=40)
+    for process in alive:
+        process.kill()
+    assert not alive and "the launcher has ended; so this process ends" in log.read_text()
+
+
 def test_torchrun_starts_again_from_the_newest_state(data, tmp_path):
     """--max-restarts: one process is killed, once; the job ends well, with the weights of one that nothing happened to."""
     finish(2, f"--data={data}", *ARGS, f"--outdir={tmp_path / 'whole'}", log=tmp_path / "whole.txt")

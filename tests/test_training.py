@@ -563,9 +563,12 @@ def test_resume_latest_finds_the_newest_run_of_the_same_options(data, tmp_path, 
     assert run(*args, "--resume=latest", "--lr=3e-3") == 1
     error = capsys.readouterr().err
     assert "no run of these options" in error and "; the newest with one, 00001-" in error
-    assert "has other options: --lr (was 0.001, now 0.003). Start without it" in error
-    assert run(*args, "--resume=latest", "--batch=24") == 1
-    assert "; the newest with one is 00001-" in capsys.readouterr().err
+    assert "has other options: --lr (was 0.001, now 0.003). Use those, or leave --resume out" in error
+    assert run(*args, "--resume=latest", "--batch=24", "--lr=1e-3") == 1
+    assert "has other options: --batch (was 12, now 24). Use those" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(*args[:-3], f"--outdir={tmp_path / 'empty'}", "--duration=0.001", "--resume=latest") == 1
+    assert "with a state. Name a state, or leave --resume out" in capsys.readouterr().err
 
 
 def test_resume_latest_finds_a_run_of_more_processes(data, tmp_path, capsys, monkeypatch):
@@ -958,7 +961,7 @@ def test_differences_are_told_as_options():
         ("data", ["d" * 64, True, True, 32, 100], "the content of --data (was aaaaaaaa..., now dddddddd...)"),
         ("network", {"model_channels": 4, "dropout": 0.1}, "--blocks (was 2, now not given)"),
         ("loss", {**old["loss"], "weighting": "edm"}, "--weighting (was geomean, now edm)"),
-        ("augment", None, "--augment (was 0.12, now not given)"),
+        ("augment", None, "--augment (was 0.12, now 0.0)"),
         ("augment", {**old["augment"], "p": 0.2}, "--augment (was 0.12, now 0.2)"),
         ("lr", [1e-3, [0.9, 0.99], 1e-8], "betas (was 0.999, now 0.99)"),
         ("warmup", 0, "--warmup (was 10.0, now 0.0)"),
@@ -977,6 +980,15 @@ def test_differences_are_told_as_options():
     more = {"num_steps": 16, "teacher_levels": [80.0, 2.0, 1.0, 0.0]}
     new = {**old, "loss": {**old["loss"], "num_steps": 16}, "distillation": {**stage, **more}}
     assert told_as_options(old, new) == ["--num_steps (was 8, now 16)"]
+    new = {**old, "network": {**old["network"], "augment_dim": 9, "channel_mult": [1, 1]}, "augment": None}
+    assert told_as_options(new, {**old, "network": {**old["network"], "channel_mult": [1, 2]}}) == [
+        "--cres (was 1,1, now 1,2)",
+        "--augment (was 0.0, now 0.12)",
+    ]
+    assert told_as_options(old, {**old, "lr-decay": "cosine", "duration": 5000}) == [
+        "--lr-decay (was linear, now cosine)",
+        "--duration (was 0.03, now 0.005)",
+    ]
     assert told_as_options(old, {**old, "ema": ["std", 0.1]}) == [
         "--ema-std (was not given, now 0.1)",
         "--ema (was 0.5, now not given)",

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from dnnlib import cli
 from dnnlib.cli import FailedElsewhere, UsageError, UserError
 
-from .peers import Peers, restarts
+from .peers import Peers, ending_with_launcher, restarts
 
 T = TypeVar("T")
 
@@ -67,17 +67,18 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
         limit = timedelta(seconds=_seconds("EDM_COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT))
         signs = _seconds("EDM_PEER_TIMEOUT", PEER_TIMEOUT)
         try:
-            store, rank, world_size = next(rendezvous("env://", timeout=limit))
-            # Processes that torchrun has started again meet in the store of those before, and must not find their
-            # addresses there: each start has keys of its own.
-            store = dist.PrefixStore(f"edm-distill/{restarts()}", store)
-            group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
-            if use_cuda:
-                dist.init_process_group("nccl", device_id=_device, **group)
-                _control_group = dist.new_group(backend="gloo", timeout=limit)
-            else:
-                dist.init_process_group("gloo", **group)
-            _peers = Peers(dist.get_rank(), dist.get_world_size(), signs)
+            with ending_with_launcher():
+                store, rank, world_size = next(rendezvous("env://", timeout=limit))
+                # Processes that torchrun has started again meet in the store of those before, and must not find their
+                # addresses there: each start has keys of its own.
+                store = dist.PrefixStore(f"edm-distill/{restarts()}", store)
+                group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
+                if use_cuda:
+                    dist.init_process_group("nccl", device_id=_device, **group)
+                    _control_group = dist.new_group(backend="gloo", timeout=limit)
+                else:
+                    dist.init_process_group("gloo", **group)
+                _peers = Peers(dist.get_rank(), dist.get_world_size(), signs)
         except (ValueError, RuntimeError) as exc:
             raise UserError(
                 f"the processes could not meet (check MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE): {exc}"

@@ -12,7 +12,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -25,6 +27,38 @@ def restarts() -> str:
     """How often the launcher has started this job again (torchrun's --max-restarts). Its store outlives the processes,
     so that what they say there must tell their starts apart."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+@contextlib.contextmanager
+def ending_with_launcher() -> Iterator[None]:
+    """While the processes meet, which they do with torchrun's help: should it be killed, this process ends too, for no
+    other sign would reach it for a long time."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            if _is_orphan() and not over.is_set():
+                cli.print_error(os.path.basename(sys.argv[0]), "the launcher has ended; so this process ends")
+                os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _is_orphan() -> bool:
+    """Whether the process that has started this one is gone, perhaps since before that was asked for."""
+    if os.getppid() != cli.PARENT:
+        return True
+    if cli.PARENT != 1:
+        return False
+    try:  # in a container the launcher may be the first process of all
+        return b"torch" not in Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 class Peers:

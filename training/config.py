@@ -178,8 +178,12 @@ def as_options(identity: Kwargs) -> Kwargs:
             told |= dict(zip(names, value, strict=False))
         elif isinstance(value, dict):
             told |= {_PART_NAMES.get(f"{name}.{key}", f"{name}.{key}"): part for key, part in value.items()}
+        elif name == "augment":
+            told["--augment"] = 0.0
         else:
             told[_NAMES.get(name, f"--{name}" if name in _SAME_NAMES else name)] = value
+    if isinstance(told.get("--cres"), list):
+        told["--cres"] = ",".join(map(str, told["--cres"]))
     told["--teacher-precision"] = told.get("--teacher-precision") or "fp32"
     for name, images in (("--duration", 1_000_000), ("--warmup", 1000), ("--ema", 1000)):
         if isinstance(told.get(name), (int, float)):
@@ -215,8 +219,9 @@ def told_as_options(old: Kwargs, new: Kwargs) -> list[str]:
         ("--lr-decay", "--duration"),  # part of an identity only with a decay
         ("--num_steps", "distillation."),
         ("--augment", "augment."),
+        ("--augment", "network.augment_dim"),
     ):
-        if before.get(cause) != now.get(cause):
+        if before.get(cause) != now.get(cause) and (follows != "--duration" or None in (before[follows], now[follows])):
             now = {name: value for name, value in now.items() if not name.startswith(follows)}
     return differences(before, now)
 

@@ -18,7 +18,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from dnnlib.atomic import atomic_write, check_folder, write_text
+from dnnlib.atomic import atomic_write, check_folder, locked_file, write_text
 from dnnlib.cli import UserError, parse_int_list
 
 from .dataset import image_formats
@@ -35,6 +35,7 @@ from .sampling import count_batches, split_seeds
 
 MANIFEST = "manifest.json"
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's file, without its name
+PATIENCE = 20.0  # seconds in which processes of a killed launcher have ended, which may hold a zip
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"  # a file that ends otherwise was cut off
 
 
@@ -120,7 +121,11 @@ class ImageFolder:
 
     is_unfinished = False
 
-    def previous(self, unfinished: bool) -> Manifest | None:
+    def held(self) -> AbstractContextManager[None]:
+        """Nothing to hold: whoever makes the same images writes the same files."""
+        return nullcontext()
+
+    def previous(self, mine: Manifest, unfinished: bool) -> Manifest | None:
         """What an earlier run left here, or None. Raises UserError for a path that is no folder."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a file; name a folder, or a .zip")
@@ -160,7 +165,7 @@ class ImageFolder:
     def close(self, complete: bool) -> None:
         """Nothing to do: every image is in its place."""
 
-    def finish(self, manifest: Manifest, world_size: int) -> None:
+    def finish(self, manifest: Manifest, needed: Iterable[str]) -> None:
         """Nothing to do either."""
 
 
@@ -180,13 +185,18 @@ class ImageZip:
         self._part_file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
-    def previous(self, unfinished: bool) -> Manifest | None:
-        """What an earlier run left here, or None; with `unfinished` also one that did not come to its end. Raises
-        UserError for a path that is no zip."""
+    def held(self) -> AbstractContextManager[None]:
+        """Keeps others from this zip and its parts: processes of a killed launcher may be at work for a while."""
+        return locked_file(self.path, PATIENCE)
+
+    def previous(self, mine: Manifest, unfinished: bool) -> Manifest | None:
+        """What an earlier run left here, or None; with `unfinished` also one that did not come to its end, unless only
+        the zip before it is like `mine`. Raises UserError for a path that is no zip."""
         if self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a folder; name a new .zip, or a folder without .zip")
         manifest = self._finished() if self.path.exists() else None
-        if unfinished and (journal := self._read_journal()) is not None:
+        journal = self._read_journal() if unfinished else None
+        if journal is not None and (manifest is None or mine.difference(journal.manifest) is None):
             self._kept &= journal.kept
             for path in self._parts():
                 self._left.update(_pieces(path))
@@ -259,11 +269,14 @@ class ImageZip:
             if not self._parts():
                 self._journal().unlink(missing_ok=True)
 
-    def finish(self, manifest: Manifest, world_size: int) -> None:
-        """Puts the parts, and the images kept, together."""
+    def finish(self, manifest: Manifest, needed: Iterable[str]) -> None:
+        """Puts the parts, and the images kept, together. Raises UserError where a needed one is missing."""
         parts = self._parts()
         for path in parts:
             self._left.update(_pieces(path))
+        missing = sum(not self.has(name) for name in needed)
+        if missing:
+            raise UserError(f"{self.path}: {missing} images are missing in its parts; start again with --skip-existing")
         with ExitStack() as stack, atomic_write(self.path) as file:
             files = {path: stack.enter_context(open(path, "rb")) for path in parts}
             old = stack.enter_context(zipfile.ZipFile(self.path)) if self._kept else None
@@ -393,14 +406,14 @@ def prepare(
     Without `skip_existing` everything is made afresh. With it, seeds of earlier runs keep the batches they had, and
     those whose images are all there are left out. Raises UserError where images of somebody else would get mixed in.
     """
-    theirs = output.previous(unfinished=skip_existing)
+    theirs = output.previous(mine, unfinished=skip_existing)
     difference = None if theirs is None else mine.difference(theirs)
     names = {seed: mine.name(seed) for seed in seeds}
     advice = "use another --outdir"
     if theirs is None or isinstance(output, ImageZip) or {*theirs.names()} <= {*names.values()}:
         advice += ", or leave --skip-existing out to make all of them anew"
     if skip_existing and difference is not None:
-        raise UserError(f"{output.path} holds images that {difference}; {advice}")
+        raise UserError(f"{output.path}, or what is there of it, holds images that {difference}; {advice}")
     if skip_existing and theirs is None and any(map(output.has, names.values())):
         raise UserError(f"{output.path} holds images, but no {MANIFEST} that says who made them; {advice}")
 
@@ -429,6 +442,10 @@ def prepare(
             f"{output.path} holds {strays} more images, that {difference}: fid.py would measure them together with "
             "these; use another --outdir, or remove them"
         )
+    if isinstance(output, ImageZip) and theirs is not None and not skip_existing:
+        gone = len({*theirs.names()} - {*names.values()})
+        if gone:
+            work = replace(work, note=f"{output.path} is made anew, without its {gone} images of other seeds")
     if strays:
         work = replace(work, note=f"{output.path} also holds {strays} images of other seeds, measured by fid.py too")
     others = output.foreign(set(names.values())) if theirs is None and isinstance(output, ImageFolder) else 0

@@ -145,6 +145,8 @@ def check_options(options: Options, world_size: int) -> None:
         raise UsageError("--num_steps, --teacher-solver and --targets belong to --precond=edm_distillation")
     elif options.self_teacher or options.intervals is not None or options.teacher_precision != "fp32":
         raise UsageError("--self-teacher, --intervals and --teacher-precision belong to --precond=edm_distillation")
+    elif options.ratio != Options.ratio or options.weighting != Options.weighting:
+        raise UsageError("--ratio and --weighting belong to --precond=edm_distillation")
     elif options.precond != "edm" and (options.p_mean is not None or options.p_std is not None or options.sigma_data):
         raise UsageError("--p-mean, --p-std and --sigma-data belong to --precond=edm")
 

@@ -455,13 +455,22 @@ def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
             return found
         config.seed = seed
         nearest = nearest or f"; the newest with one, {path.name}, has other options: {'; '.join(wrong)}"
-    others = [path.name for path in runs if state.list_states(path)]
-    if others and not nearest:
-        nearest = f"; the newest with one is {others[0]}"
+    newest = next((path for path in runs if state.list_states(path)), None)
+    if newest is not None and not nearest:
+        wrong = other_options(_identity_of(newest), config)
+        nearest = f"; the newest with one, {newest.name}, has other options: {'; '.join(wrong) or '--desc or the like'}"
     raise UserError(
-        f"--resume=latest: {options.outdir} has no run of these options with a state{nearest}. Start without it, or "
-        "name the state to go on from, --resume=FILE"
+        f"--resume=latest: {options.outdir} has no run of these options with a state{nearest}. "
+        f"{'Use those' if nearest else 'Name a state'}, or leave --resume out, which begins another run"
     )
+
+
+def _identity_of(run_dir: Path) -> Kwargs:
+    """What an earlier run says of itself; empty where it can't be read."""
+    try:
+        return dict(json.loads((run_dir / "training_options.json").read_text(encoding="utf-8"))["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _without_processes(run_dir: str | Path) -> str:
