@@ -213,7 +213,8 @@ def test_processes_of_a_launcher_that_is_killed_before_they_have_met(data, tmp_p
     _, alive = psutil.wait_procs(left, timeout=40)
     for process in alive:
         process.kill()
-    assert not alive and "the launcher has ended; so this process ends" in log.read_text()
+    assert not alive
+    assert moment or "the launcher has ended; so this process ends" in log.read_text()
 
 
 def test_torchrun_starts_again_from_the_newest_state(data, tmp_path):
