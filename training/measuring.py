@@ -138,12 +138,23 @@ class Measuring:
         if self.options.detector == "inception":
             problem = dist.broadcast_object(try_inception() if dist.is_main() else None)
             if problem is not None:
+                self.check_nothing_is_lost()
                 self.say(
                     f"No Fréchet distances (fd will be null), the end-point error alone judges: {problem}. With "
                     "--detector=FILE (fid.py detector makes one) the same command adds them later, without training"
                 )
                 return None
         return detectors.load_detector(self.options.detector, dist.device())
+
+    def check_nothing_is_lost(self) -> None:
+        """Raises UserError where a ladder that was measured with a detector would be measured again without one."""
+        known = load_set(set_path(self.folder, self.steps, 0)) if dist.is_main() else None
+        before = dist.broadcast_object(known.key["detector"] if known is not None else None)
+        if before not in (None, detectors.INCEPTION):
+            raise UserError(
+                f"{self.folder.parent} was measured with a --detector ({before}), and would lose its distances: give "
+                f"it again, or remove {self.folder} first"
+            )
 
     def open(self) -> None:
         """Reads or computes what comes from the data set, where no --ref was given."""
