@@ -76,28 +76,6 @@ def pets(tmp_path: Path) -> Path:
     ("fact", "tag"),
     [("folder_resolution16", "fr16"), ("folder_centercrop16", "fc16"), ("folder_ccw16x8", "fw16")],
 )
-def test_the_first_images_of_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is said of which classes they are."""
-    fill(tmp_path / "in", {f"{name}/{i}.png": noise(i) for name in ("ant", "cat", "dog") for i in range(2)})
-    for number, wanted in ((1, "0 ant"), (3, "0 ant, 1 cat"), (5, "0 ant, 1 cat, 2 dog"), (6, "0 ant, 1 cat, 2 dog")):
-        assert tool(tmp_path / "in", tmp_path / "out.zip", f"--max-images={number}") == 0
-        said = capsys.readouterr().out
-        assert f"labels from top-level folders: {wanted}\n" in said
-        assert ("warning: images of" in said) == (number < 5) and ("left out: " in said) == (number < 6)
-
-
-def test_a_result_within_its_source_and_a_picture_as_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "a.png")
-    for dest in (tmp_path / "out", tmp_path / "x/../y/out"):
-        assert tool(tmp_path, dest) == 2
-        assert "would be part of it next time" in capsys.readouterr().err
-    assert tool(tmp_path / "a.png", tmp_path / "out.zip") == 1
-    assert "a.png is an image; name the folder that it is in" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    assert tool(tmp_path, tmp_path / "out.zip") == 0 and tool(tmp_path, tmp_path / "out.zip") == 0
-    assert capsys.readouterr().out.count("1 image, 8x8 RGB") == 2, "a zip is no part of it"
-
-
 def test_golden_folders(fact, tag, pets, tmp_path, capsys):
     dest = tmp_path / "out.zip"
     assert tool(pets, dest, *FACTS[fact]["args"][4:]) == 0
@@ -509,3 +487,25 @@ def test_grey_among_colour_becomes_rgb(first, tmp_path, capsys):
         wanted = pixels[name]
         assert np.array_equal(made, wanted if wanted.ndim == 3 else np.repeat(wanted[:, :, None], 3, axis=2))
     assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 0, 1, 1]
+
+
+def test_the_first_images_of_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said of which classes they are."""
+    fill(tmp_path / "in", {f"{name}/{i}.png": noise(i) for name in ("ant", "cat", "dog") for i in range(2)})
+    for number, wanted in ((1, "0 ant"), (3, "0 ant, 1 cat"), (5, "0 ant, 1 cat, 2 dog"), (6, "0 ant, 1 cat, 2 dog")):
+        assert tool(tmp_path / "in", tmp_path / "out.zip", f"--max-images={number}") == 0
+        said = capsys.readouterr().out
+        assert f"labels from top-level folders: {wanted}\n" in said
+        assert ("warning: images of" in said) == (number < 5) and ("left out: " in said) == (number < 6)
+
+
+def test_a_result_within_its_source_and_a_picture_as_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "a.png")
+    for dest in (tmp_path / "out", tmp_path / "x/../y/out"):
+        assert tool(tmp_path, dest) == 2
+        assert "would be part of it next time" in capsys.readouterr().err
+    assert tool(tmp_path / "a.png", tmp_path / "out.zip") == 1
+    assert "a.png is an image; name the folder that it is in" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert tool(tmp_path, tmp_path / "out.zip") == 0 and tool(tmp_path, tmp_path / "out.zip") == 0
+    assert capsys.readouterr().out.count("1 image, 8x8 RGB") == 2, "a zip is no part of it"
