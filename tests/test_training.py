@@ -571,6 +571,15 @@ def test_resume_latest_finds_the_newest_run_of_the_same_options(data, tmp_path, 
     assert "with a state. Name a state, or leave --resume out" in capsys.readouterr().err
 
 
+def test_a_default_that_is_spelt_out_is_no_difference(data, tmp_path, capsys):
+    args = [f"--data={data}", *SMALL, f"--outdir={tmp_path}", "--nosubdir", "--duration=0.001"]
+    assert run(*args) == 0
+    assert run(*args, "--sigma-data=0.5", "--p-mean=-1.2", "--p-std=1.2") == 0
+    assert "done already" in capsys.readouterr().out
+    assert run(*args, "--sigma-data=0.6", "--p-mean=-1.2") == 1
+    assert "other options: --sigma-data (was not given, now 0.6). Use" in capsys.readouterr().err
+
+
 def test_resume_latest_finds_a_run_of_more_processes(data, tmp_path, capsys, monkeypatch):
     args = [f"--data={data}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
     with monkeypatch.context() as patch:

@@ -211,6 +211,17 @@ _NAMES = {"transfer": "the content of --transfer"}
 _SAME_NAMES = ["seed", "batch", "warmup", "lr-decay", "duration", "ls", "clip", "precision", "teacher-precision"]
 
 
+def without_defaults(identity: Kwargs) -> Kwargs:
+    """An identity without what EDM's loss and preconditioning would have without being told."""
+    usual = {"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}
+    lean = dict(identity)
+    for part in ("loss", "network"):
+        named = lean.get(part)
+        if isinstance(named, dict) and str(named.get("class_name")).endswith((".EDMLoss", ".EDMPrecond")):
+            lean[part] = {name: value for name, value in named.items() if value != usual.get(name, ...)}
+    return lean
+
+
 def told_as_options(old: Kwargs, new: Kwargs) -> list[str]:
     """`differences` of two identities, by the names of options; what follows from another difference is left out."""
     before, now = as_options(old), as_options(new)

@@ -34,7 +34,7 @@ from torch_utils import training_stats
 from . import loss as losses
 from . import networks, pictures, state
 from .augment import AugmentPipe
-from .config import TrainConfig, check_batch, differences, told_as_options
+from .config import TrainConfig, check_batch, differences, told_as_options, without_defaults
 from .dataset import ImageFolderDataset
 from .draws import StepDraws, key
 from .health import MOST, WINDOW, Health
@@ -662,9 +662,9 @@ def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig
 
 def other_options(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """The options that alter the result and differ from an earlier run's identity, with both values."""
-    identity = json.loads(json.dumps(config.identity()))
-    exact = differences(saved, identity)
-    return told_as_options(saved, identity) or exact if exact else []
+    old, new = map(without_defaults, (saved, json.loads(json.dumps(config.identity()))))
+    exact = differences(old, new)
+    return told_as_options(old, new) or exact if exact else []
 
 
 def matching(source: torch.nn.Module, target: torch.nn.Module) -> dict[str, Tensor]:
