@@ -546,7 +546,7 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
         if labels.ndim == 1:
             here = len({*labels.tolist()})
             print(count(int(labels.max()) + 1, "class") + (f", images of {here}" if here <= labels.max() else ""))
-            if rest and here < (len(source.folders) or here + (here == 1)):
+            if rest and (here == 1 or here < len(source.folders)):
                 print(f"warning: images of {count(here, 'class')} came along; without --max-images there may be more")
         else:
             print(f"{labels.shape[1]} numbers each")

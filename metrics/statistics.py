@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UserError
-from dnnlib.util import open_url
+from dnnlib.util import count, open_url
 from torch_utils import distributed as dist
 from training.dataset import ImageFolderDataset
 from training.progress import show_progress
@@ -137,7 +137,7 @@ class FeatureStatistics:
         """(mean [dim], covariance [dim, dim] with divisor N - 1, N). Raises UserError for N < 2, NaN and infinities."""
         num = int(self.count)
         if num < 2:
-            raise UserError(f"found {num} image{'s' * (num != 1)}; a covariance needs at least 2")
+            raise UserError(f"found {count(num, 'image')}; a covariance needs at least 2")
         mu = self.total / num
         sigma = (self.products - torch.outer(mu, mu) * num) / (num - 1)
         if not (mu.isfinite().all() and sigma.isfinite().all()):

@@ -94,14 +94,20 @@ def test_training(kills, tmp_path):
             assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-@FEW_OR_MANY
-def test_generating(kills, tmp_path):
+def generating(tmp_path, kills):
+    """A command, but for its --outdir, and how many images it makes."""
     net = small_network()
     load_recipe(net, 3)
     save_network(tmp_path / "net.pkl", net)
     count = 40 if kills < 10 else 300
     words = [ROOT / "generate.py", f"--network={tmp_path / 'net.pkl'}", f"--seeds=0-{count - 1}", "--batch=5"]
-    words += ["--subdirs", "--skip-existing", "--device=cpu"]
+    return [*words, "--skip-existing", "--device=cpu"], count
+
+
+@FEW_OR_MANY
+def test_generating(kills, tmp_path):
+    words, count = generating(tmp_path, kills)
+    words.append("--subdirs")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     def check():
@@ -121,12 +127,7 @@ def test_generating(kills, tmp_path):
 @FEW_OR_MANY
 def test_generating_a_zip(kills, tmp_path):
     """It comes to be in parts; a killed process's has no table of contents, and may end amid an image."""
-    net = small_network()
-    load_recipe(net, 3)
-    save_network(tmp_path / "net.pkl", net)
-    count = 40 if kills < 10 else 300
-    words = [ROOT / "generate.py", f"--network={tmp_path / 'net.pkl'}", f"--seeds=0-{count - 1}", "--batch=5"]
-    words += ["--skip-existing", "--device=cpu"]
+    words, count = generating(tmp_path, kills)
 
     def whole_images():
         return len({name for part in tmp_path.glob(".broken.zip.part*-0") for name in image_files._pieces(part)})

@@ -566,6 +566,9 @@ def test_resume_latest_finds_the_newest_run_of_the_same_options(data, tmp_path, 
     assert "has other options: --lr (was 0.001, now 0.003). Use those, or leave --resume out" in error
     assert run(*args, "--resume=latest", "--batch=24", "--lr=1e-3") == 1
     assert "has other options: --batch (was 12, now 24). Use those" in capsys.readouterr().err
+    unseeded = [arg for arg in args if not arg.startswith("--seed")]
+    assert run(*unseeded, "--resume=latest", "--batch=24", "--lr=1e-3") == 1
+    assert "has other options: --batch (was 12, now 24). Use those" in capsys.readouterr().err, "a random seed is none"
     (tmp_path / "empty").mkdir()
     assert run(*args[:-3], f"--outdir={tmp_path / 'empty'}", "--duration=0.001", "--resume=latest") == 1
     assert "with a state. Name a state, or leave --resume out" in capsys.readouterr().err

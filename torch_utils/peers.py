@@ -55,8 +55,8 @@ def _is_orphan() -> bool:
         return True
     if cli.PARENT != 1:
         return False
-    try:  # in a container the launcher may be the first process of all
-        return b"torch" not in Path("/proc/1/cmdline").read_bytes()
+    try:  # in a container the launcher, a Python program by any name, may be the first process of all
+        return b"python" not in (first := Path("/proc/1/cmdline").read_bytes()) and b"torch" not in first
     except OSError:
         return False
 

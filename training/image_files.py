@@ -35,7 +35,7 @@ from .sampling import count_batches, split_seeds
 
 MANIFEST = "manifest.json"
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's file, without its name
-PATIENCE = 20.0  # seconds in which processes of a killed launcher have ended, which may hold a zip
+PATIENCE = 20.0  # seconds to wait for a zip: processes of a killed launcher, which may hold it, have ended by then
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"  # a file that ends otherwise was cut off
 
 
@@ -116,10 +116,10 @@ def encode_png(image: np.ndarray) -> bytes:
 class ImageFolder:
     """A folder of image files, each written in one piece."""
 
+    is_unfinished = False  # each image is in its place
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-
-    is_unfinished = False
 
     def held(self) -> AbstractContextManager[None]:
         """Nothing to hold: whoever makes the same images writes the same files."""
@@ -186,7 +186,9 @@ class ImageZip:
         self._lock = threading.Lock()
 
     def held(self) -> AbstractContextManager[None]:
-        """Keeps others from this zip and its parts: processes of a killed launcher may be at work for a while."""
+        """Keeps others from this zip and its parts. Raises UserError where one is at work, OSError where nothing can be
+        written."""
+        check_folder(self.path.parent)
         return locked_file(self.path, PATIENCE)
 
     def previous(self, mine: Manifest, unfinished: bool) -> Manifest | None:
@@ -229,7 +231,6 @@ class ImageZip:
         stay = frozenset(manifest.names()) - frozenset(fresh)
         self._kept &= stay
         self._left = {name: piece for name, piece in self._left.items() if name in stay}
-        check_folder(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         needed = {piece.path for piece in self._left.values()}
         for path in self._part_names():  # of a run that was killed; or links, through which nothing is to be written

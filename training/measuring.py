@@ -138,7 +138,7 @@ class Measuring:
         if self.options.detector == "inception":
             problem = dist.broadcast_object(try_inception() if dist.is_main() else None)
             if problem is not None:
-                self.check_nothing_is_lost()
+                dist.from_rank0(self.check_nothing_is_lost)
                 self.say(
                     f"No Fréchet distances (fd will be null), the end-point error alone judges: {problem}. With "
                     "--detector=FILE (fid.py detector makes one) the same command adds them later, without training"
@@ -148,8 +148,8 @@ class Measuring:
 
     def check_nothing_is_lost(self) -> None:
         """Raises UserError where a ladder that was measured with a detector would be measured again without one."""
-        known = load_set(set_path(self.folder, self.steps, 0)) if dist.is_main() else None
-        before = dist.broadcast_object(known.key["detector"] if known is not None else None)
+        known = load_set(set_path(self.folder, self.steps, 0))
+        before = known.key["detector"] if known is not None else None
         if before not in (None, detectors.INCEPTION):
             raise UserError(
                 f"{self.folder.parent} was measured with a --detector ({before}), and would lose its distances: give "
@@ -366,8 +366,8 @@ class Past:
     def sets(self, steps: int, sha256: str | None) -> int:
         """How many seed sets of a network have been measured; those are all, where there are no distances."""
         found = [load_set(set_path(self.folder, steps, number)) for number in range(self.options.eval_sets)]
-        count = sum(self.holds(each, sha256) for each in found)
-        return self.options.eval_sets if count and found[0] is not None and found[0].fd is None else count
+        held = sum(self.holds(each, sha256) for each in found)
+        return self.options.eval_sets if held and found[0] is not None and found[0].fd is None else held
 
     def curve(self, sha256: str, points: Sequence[tuple[Solver, int]]) -> list[tuple[Solver, int]]:
         """Those of the teacher's points that have not been measured."""

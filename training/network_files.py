@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 
 from dnnlib.atomic import atomic_write
 from dnnlib.cli import UserError
-from dnnlib.util import is_url, open_url
+from dnnlib.util import count, is_url, open_url
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.misc import load_tensors, save_tensors
@@ -133,7 +133,7 @@ class NetworkFile:
         shape = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
         labels = f"{net.label_dim} classes" if net.label_dim else "no classes"
         steps = self.sampling.grid.steps if self.sampling else 0
-        kind = f"student of {steps} step{'s' * (steps > 1)}" if steps else "undistilled"
+        kind = f"student of {count(steps, 'step')}" if steps else "undistilled"
         kept = f"{self.format}{' in half precision' * self.half}"
         found = [kept, what, f"{parameters / 1e6:.2f} M parameters", shape, labels, kind]
         foreign = [name for name in self.extra if name not in ENTRIES]

@@ -22,12 +22,13 @@ from PIL import Image
 
 from dnnlib.cli import UserError
 
+from .config import TrainConfig
+
 MAX_JSON = 1 << 26  # bytes of a file that is read whole
 MAX_LINE = 1 << 22  # of stats.jsonl
 SHOTS = 40  # pictures of a film
 LINES = 24  # jumps in a chart
 WIDEST, HEAVIEST = 2000, 1_500_000  # pixels, bytes: a picture beyond is shown smaller
-EMA_RAMPUP = 0.05  # of EDM's training from scratch, whose files don't say it
 STAGE = re.compile(r"stage-(\d+)-(\d+)to(\d+)")
 RUNG = ("steps", "nfe", "fd", "fd_std", "endpoint_rmse", "sec_per_kimg", "kimg", "network", "images", "detector")
 POINT = ("solver", "steps", "nfe", "fd", "endpoint_rmse")
@@ -202,7 +203,8 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
     loss, distillation = mapping(options.get("loss_kwargs")), mapping(options.get("distillation"))
     optimizer, augment = mapping(options.get("optimizer_kwargs")), mapping(options.get("augment_kwargs"))
     size = data.get("resolution")
-    ema, part = options.get("ema_halflife_kimg"), number(options.get("ema_rampup_ratio", EMA_RAMPUP))
+    usual = TrainConfig.ema_rampup_ratio  # which EDM's files of training from scratch don't say
+    ema, part = options.get("ema_halflife_kimg"), number(options.get("ema_rampup_ratio", usual))
     if options.get("ema_std") is not None:
         ema = None
     elif number(ema) is not None and part:

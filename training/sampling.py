@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.cli import UsageError, UserError
+from dnnlib.util import count
 from torch_utils import distributed as dist
 
 from .grids import Sampling, network_grid, ratios_that_work
@@ -126,8 +127,8 @@ def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
         steps=steps,
         nfe=calls,
         text=(
-            f"{'ablation' if is_ablation else 'EDM'} sampler{changed}: {_count(steps, 'step')} "
-            f"from noise level {levels[0]:g}, {_count(calls, 'network call')} (NFE) per image"
+            f"{'ablation' if is_ablation else 'EDM'} sampler{changed}: {count(steps, 'step')} "
+            f"from noise level {levels[0]:g}, {count(calls, 'network call')} (NFE) per image"
         ),
         options={
             "sampler": "ablation" if is_ablation else "edm",
@@ -147,8 +148,8 @@ def _student_plan(sampling: Sampling, is_own: bool) -> Plan:
         steps=grid.steps,
         nfe=calls,
         text=(
-            f"{whose} noise grid ({shown}): {_count(grid.steps, 'step')} of {solver}, "
-            f"distilled from {sampling.teacher_steps}, {_count(calls, 'network call')} (NFE) per image"
+            f"{whose} noise grid ({shown}): {count(grid.steps, 'step')} of {solver}, "
+            f"distilled from {sampling.teacher_steps}, {count(calls, 'network call')} (NFE) per image"
         ),
         options={"sampler": "grid", "num_steps": grid.steps, "solver": solver, "levels": list(grid.levels)},
     )
@@ -194,10 +195,6 @@ def _check_agrees(sampling: Sampling, steps: int | None, given: Mapping[str, Any
 def option_name(argument: str) -> str:
     """How an argument of a sampler is written on the command line."""
     return "--" + {"discretization": "disc", "num_steps": "steps"}.get(argument, argument)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -457,7 +457,10 @@ def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
         nearest = nearest or f"; the newest with one, {path.name}, has other options: {'; '.join(wrong)}"
     newest = next((path for path in runs if state.list_states(path)), None)
     if newest is not None and not nearest:
-        wrong = other_options(_identity_of(newest), config)
+        identity = _identity_of(newest)
+        if options.seed is None:
+            config.seed = identity.get("seed", config.seed)
+        wrong = other_options(identity, config) if identity else []
         nearest = f"; the newest with one, {newest.name}, has other options: {'; '.join(wrong) or '--desc or the like'}"
     raise UserError(
         f"--resume=latest: {options.outdir} has no run of these options with a state{nearest}. "
