@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import platform
 import re
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from .cli import UserError
+from .errors import UserError, printable
 
 try:
     import fcntl
@@ -24,6 +27,7 @@ except ImportError:  # not on Windows
 # Ends the names of unfinished files: this program's, on this machine; locks may not reach from machine to machine.
 SUFFIX = f".edm-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}.tmp"
 _UNFINISHED = re.compile(r"\..+\.edm-[0-9a-f]{8}\.tmp", re.DOTALL)
+NO_FILE = "not a file but a pipe or a device; remove it, or use another path"
 DAY = 24 * 3600.0
 _cleaned: set[str] = set()  # folders that this process has looked through
 
@@ -73,10 +77,15 @@ def _make_temporary(target: Path) -> tuple[int, str]:
         _cleaned.add(folder)
         remove_unfinished(folder)
     while True:
-        fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=SUFFIX)
+        fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{_short(target.name)}.", suffix=SUFFIX)
         if _try_lock(fd) is not False and os.fstat(fd).st_nlink:
             return fd, temporary
         os.close(fd)  # between its making and its locking another process took it for one left behind
+
+
+def _short(name: str) -> str:
+    """As much of a file's name as leaves room for a prefix and a suffix: 255 bytes are what file systems take."""
+    return os.fsencode(name)[:100].decode("utf-8", "ignore")
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:
@@ -132,7 +141,8 @@ def locked_file(path: str | os.PathLike[str], patience: float) -> Iterator[None]
     if fcntl is None:
         yield
         return
-    lock, end = place.with_name(f".{place.name}.lock"), time.monotonic() + patience
+    lock = place.with_name(f".{place.name if len(os.fsencode(place.name)) < 250 else _short(place.name)}.lock")
+    end = time.monotonic() + patience
     while True:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         is_held = _try_lock(fd)
@@ -186,15 +196,15 @@ def check_folder(path: str | os.PathLike[str]) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a small text file in one piece (UTF-8)."""
+    """Writes a small text file in one piece (UTF-8; halves of characters, which paths may hold, as escapes)."""
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
     """Adds `text` (UTF-8) to the end of a file: all of it, or nothing where the disk is full. Not flushed to disk."""
     data = memoryview(text.encode("utf-8", "backslashreplace"))
-    with open(path, "ab", buffering=0) as file:
+    with open_for_append(path) as file:
         start = file.seek(0, os.SEEK_END)
         try:
             while data:
@@ -202,6 +212,26 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
         except OSError as exc:
             file.truncate(start)
             raise OSError(exc.errno, exc.strerror, os.fspath(path)) from exc
+
+
+def open_for_append(path: str | os.PathLike[str]) -> io.FileIO:
+    """`open(path, "ab", buffering=0)` of a file proper. A link of that name is replaced by a file, never followed, and
+    what it led to stays as it is. Raises UserError for pipes, devices and sockets."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags |= sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
+    if os.path.islink(path):
+        print(f"{printable(path)} was a link; it is a file of its own from here on", file=sys.stderr)
+        os.unlink(path)
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as exc:
+        if exc.errno != errno.ENXIO:  # a pipe that nobody reads, a socket
+            raise
+        raise UserError(f"{os.fspath(path)}: {NO_FILE}") from exc
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{os.fspath(path)}: {NO_FILE}")
+    return io.FileIO(fd, "ab")
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

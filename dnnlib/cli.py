@@ -28,6 +28,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .errors import UsageError, UserError, printable
+
 
 def missing_package(exc: ImportError) -> str:
     """What to do about a package that isn't there: mostly, it is another Python that was called."""
@@ -45,14 +47,6 @@ except ModuleNotFoundError as missing:
 
 PARENT = os.getppid()  # whoever has started this process, as early as it can be known
 MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
-
-
-class UserError(Exception):
-    """A user's mistake or a bad file. Its text is one line: what is wrong, where, and what to do. Exit status 1."""
-
-
-class UsageError(UserError):
-    """A wrong option that is only noticed after parsing (it contradicts a file, say). Exit status 2."""
 
 
 class Stopped(UserError):
@@ -433,12 +427,6 @@ def print_error(prog: str, message: str) -> None:
     rank = f" [rank {os.environ.get('RANK', '?')}]" if _launched() else ""
     sys.stderr.write(f"{prog}{rank}: error: {printable(message)}\n")  # at once: print() would let others between
     sys.stderr.flush()
-
-
-def printable(text: str) -> str:
-    """`text` on one line, without what a terminal would obey: names in files and archives may hold anything."""
-    line = " ".join(text.split())
-    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def options_in_use() -> dict[str, Any]:

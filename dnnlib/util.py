@@ -14,10 +14,11 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .atomic import atomic_write
-from .cli import UserError
+from .errors import UserError
 
 if TYPE_CHECKING:
     import requests
@@ -27,6 +28,15 @@ MAX_REDIRECTS = 10
 MAX_SILENT = 3  # a host that does not answer at all is given up after so many attempts
 CONNECT_TIMEOUT = 5.0  # seconds until a host that does not even take the connection counts as silent
 MAX_PAUSE = 8.0  # seconds, the longest wait between two attempts
+LIMITS = {  # bytes that a file of a kind may have: many times what this program or EDM's writes
+    "a network": 8 << 30,
+    "a training state": 32 << 30,
+    "statistics": 1 << 30,
+    "a detector": 1 << 30,
+    "JSON": 1 << 26,
+    "a log": 1 << 30,
+    "a picture": 1 << 28,
+}
 
 
 class EasyDict(dict[str, Any]):
@@ -153,19 +163,56 @@ def open_url(
     return target if return_filename else open(target, "rb")
 
 
-def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    """`open(path, "rb")` of a file proper. Raises UserError for pipes, devices and sockets, which may never end."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+def open_file(
+    path: str | os.PathLike[str], kind: str | None = None, within: str | os.PathLike[str] | None = None
+) -> IO[bytes]:
+    """`open(path, "rb")` of a file proper: every file that this program has not just written itself is opened here.
+
+    kind: of `LIMITS`, whose size the file may not exceed; None for no limit.
+    within: the folder that the file must lie in, wherever links on the way lead.
+
+    Raises UserError for pipes, devices and sockets, which may never end, for what is too large, and for what lies
+    outside; OSError as `open` does.
+    """
+    name = os.fspath(path)
+    if within is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(within)):
+        raise UserError(f"{name}: is a link to something outside of {os.fspath(within)}; put the file itself there")
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-        if not stat.S_ISREG(mode):
-            raise UserError(f"{os.fspath(path)}: not a file but a pipe or a device; copy its content into a file")
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as exc:
+        if exc.errno != errno.ENXIO:  # a socket
+            raise
+        raise UserError(f"{name}: {_NO_FILE}") from exc
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{name}: {_NO_FILE}")
+        if kind is not None and found.st_size > LIMITS[kind]:
+            raise UserError(f"{name}: {_too_large(kind)}")
         return os.fdopen(fd, "rb")
     except BaseException:
         os.close(fd)
         raise
+
+
+def read_file(path: str | os.PathLike[str], kind: str, within: str | os.PathLike[str] | None = None) -> bytes:
+    """The content of a small file, opened by `open_file`. Raises UserError where it grows beyond its limit."""
+    with open_file(path, kind, within) as file:
+        data = file.read(LIMITS[kind] + 1)
+    if len(data) > LIMITS[kind]:
+        raise UserError(f"{os.fspath(path)}: {_too_large(kind)}")
+    return data
+
+
+_NO_FILE = "not a file but a pipe or a device; copy its content into a file"
+
+
+def _too_large(kind: str) -> str:
+    limit = LIMITS[kind]
+    size = f"{limit >> 30} GiB" if limit >= 1 << 30 else f"{limit >> 20} MiB"
+    return f"larger than {size}, the limit for {kind}; is it the file that was meant?"
 
 
 def local_path(name: str) -> str:

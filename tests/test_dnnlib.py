@@ -19,9 +19,10 @@ import pytest
 
 import dnnlib
 from dnnlib import EasyDict
-from dnnlib.atomic import locked
+from dnnlib.atomic import append_text, atomic_write, locked, locked_file, write_text
 from dnnlib.cli import UserError
-from dnnlib.util import CHUNK, format_time, is_url, make_cache_dir_path, open_url
+from dnnlib.errors import printable
+from dnnlib.util import CHUNK, LIMITS, format_time, is_url, make_cache_dir_path, open_file, open_url, read_file
 
 BODY = bytes(range(256)) * 4096  # 1 MiB, more than one chunk and more than a socket buffers in one go
 
@@ -115,6 +116,92 @@ def test_local_mistakes_are_one_line(tmp_path: Path, name: str, words: str) -> N
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         open_url(name.format(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+def test_what_is_no_file_is_neither_read_nor_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    path = Path("special")
+    make(path)
+    for action in (lambda: open_file(path), lambda: read_file(path, "JSON"), lambda: open_url(path)):
+        with pytest.raises(UserError, match="special: not a file but a pipe or a device"):
+            action()
+    if not path.is_symlink():
+        with pytest.raises(UserError, match="special: not a file but a pipe or a device"):
+            append_text(path, "text")
+
+
+def test_files_have_a_size_and_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LIMITS, "JSON", 1 << 20)
+    large, folder = tmp_path / "large.json", tmp_path / "run"
+    with large.open("wb") as file:
+        file.truncate((1 << 20) + 1)
+    folder.mkdir()
+    with pytest.raises(UserError, match="larger than 1 MiB, the limit for JSON"):
+        read_file(large, "JSON")
+    os.truncate(large, 1 << 20)
+    assert len(read_file(large, "JSON", within=tmp_path)) == 1 << 20
+    (folder / "link.json").symlink_to(large)
+    (folder / "loop.json").symlink_to(folder / "loop.json")
+    assert read_file(folder / "link.json", "JSON", within=tmp_path), "a link within the folder"
+    with pytest.raises(UserError, match="link to something outside of"):
+        read_file(folder / "link.json", "JSON", within=folder)
+    with pytest.raises(OSError):
+        read_file(folder / "loop.json", "JSON", within=folder)
+    with pytest.raises(FileNotFoundError):
+        read_file(folder / "none.json", "JSON", within=folder)
+
+
+def test_links_are_replaced_not_written_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outside, link = tmp_path / "outside.txt", tmp_path / "log.txt"
+    for content in ("precious", None):
+        outside.write_text(content) if content else outside.unlink()
+        link.unlink(missing_ok=True)
+        link.symlink_to(outside)
+        append_text(link, "a line\n")
+        append_text(link, "another \udcff\n")
+        assert link.read_text() == "a line\nanother \\udcff\n" and not link.is_symlink()
+        assert outside.read_text() == content if content else not outside.exists()
+        assert capsys.readouterr().err.count("was a link") == 1
+    write_text(link, "half a character: \ud800")
+    assert link.read_text() == "half a character: \\ud800"
+
+
+@pytest.mark.parametrize("name", ["人" * 80 + ".zip", "é" * 126 + ".a", "x" * 255, "\udcff" * 200])
+def test_every_legal_name_can_be_written(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with locked_file(path, 1), atomic_write(path) as file:
+        file.write(b"content")
+    assert path.read_bytes() == b"content" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 人 text", "plain é 人 text"),
+        ("two\nlines\tand  gaps\x00", "two lines and gaps\\x00"),
+        ("\x1b[2J\x9b\u202e\udcff", "\\x1b[2J\\x9b\\u202e\\udcff"),
+        (12, "12"),
+    ],
+)
+def test_text_from_files_is_made_printable(text: object, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_text_from_files_is_made_short() -> None:
+    assert printable("x" * 40, 40) == "x" * 40
+    assert printable("begin" + "x" * 10**7 + "end.pkl", 30) == "beginxxxxxxxxxx ... xxxend.pkl"
+    assert all(len(printable("\U000e0001" * n, limit)) <= limit for n in (3, 10, 5000) for limit in (9, 30, 1000))
+    assert all(999 <= len(printable(part * 10**6)) <= 1000 for part in ("long ", "\x1b"))
 
 
 def test_arguments_that_make_no_sense_are_refused() -> None:

@@ -1,0 +1,30 @@
+"""Errors that are a user's to mend, and text from files made fit to be shown. Imports nothing of this project."""
+
+from __future__ import annotations
+
+MAX_SHOWN = 1000  # characters of a message, an error or a log line that quote files
+
+
+class UserError(Exception):
+    """A user's mistake or a bad file. Its text is one line: what is wrong, where, and what to do. Exit status 1."""
+
+
+class UsageError(UserError):
+    """A wrong option that is only noticed after parsing (it contradicts a file, say). Exit status 2."""
+
+
+def printable(text: object, limit: int = MAX_SHOWN) -> str:
+    """`text` on one line of at most `limit` (>= 9) characters, its middle left out where it is longer, and without what
+    a terminal would obey: names in files and archives may hold anything.
+
+    Every string from a file passes through here on its way to a terminal, a log or an error.
+    """
+    line = " ".join(_shortened(str(text), limit).split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return _shortened(line, limit)
+
+
+def _shortened(text: str, limit: int) -> str:
+    end = limit // 3
+    return text if len(text) <= limit else f"{text[: limit - end - 5]} ... {text[-end:]}"
