@@ -257,30 +257,6 @@ def call_flops(setting: Setting) -> float:
     return float(network_cost(run.config, run.dataset).flops)
 
 
-def reading(setting: Setting) -> Pair:
-    """20,000 PNGs from a zip, each once."""
-    from bench import plain
-    from metrics.images import read_images
-    from training.dataset import ImageFolderDataset
-
-    count = 20000
-    path = setting.folder / "many.zip"
-    write_images(path, count, 32, 3)
-
-    def quickly() -> int:
-        dataset = ImageFolderDataset(str(path), cache=False)
-        batches = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-        total = sum(int(images.sum()) for images in read_images(dataset, batches))
-        dataset.close()
-        return total
-
-    def check(a: int, b: int) -> str:
-        assert a == b
-        return "equal"
-
-    return Pair(lambda: sum(int(i.sum()) for i in plain.read_images(path, 64)), quickly, check, count)
-
-
 def generating(name: str) -> Callable[[Setting], Pair]:
     """A case of images of a student of 4 steps, from its file to PNGs in a folder or zip."""
 
@@ -408,7 +384,6 @@ CASES: dict[str, Callable[[Setting], Pair]] = {
     "generate-folder": generating("folder"),
     "generate-zip": generating("images.zip"),
     "fid": measuring,
-    "read": reading,
     "frechet-full": distance(4000),
     "frechet-1000": distance(1000),
     "help": start_up(["train.py", "--help"]),

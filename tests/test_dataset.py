@@ -20,7 +20,6 @@ from dnnlib.cli import UserError
 from helpers import GOLDEN
 from training import dataset
 from training.dataset import ImageFolderDataset, PackedFiles, dataset_options, decode_image, image_formats
-from training.png import decode_plain
 
 FACTS = json.loads((GOLDEN / "dataset_facts.json").read_text())
 WITH_FILE = [tag for tag, fact in FACTS.items() if (GOLDEN / fact["file"]).exists() and "error" not in fact]
@@ -186,7 +185,7 @@ def test_cache_decodes_once(monkeypatch):
     data = ImageFolderDataset(GOLDEN / "ds_int.zip", cache=True, xflip=True)
     plain = ImageFolderDataset(GOLDEN / "ds_int.zip")
     decoded = []
-    monkeypatch.setattr(dataset, "decode_plain", lambda files: decoded.extend(files) or decode_plain(files))
+    monkeypatch.setattr(dataset, "decode_image", lambda *file: decoded.append(file) or decode_image(*file))
     for _ in range(2):
         for i in range(24):
             image = data[i][0]
@@ -364,67 +363,6 @@ def test_random_damage_is_always_named(tmp_path):
 
 
 # --- many at once
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(
-    width: int, height: int, rows: bytes, *, depth: int = 8, colour: int = 2, interlaced: int = 0, more=()
-) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced))
-    return b"".join([b"\x89PNG\r\n\x1a\n", header, *more, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [1, 7, 32])
-def test_many_plain_images_at_once_are_those_of_pillow(channels, size):
-    """Random rows under random filters: every filter refers to its neighbours, at the borders to zeros."""
-    rng = np.random.default_rng(size)
-    files = []
-    for _ in range(9):
-        rows = rng.integers(0, 256, [size, 1 + size * channels], dtype=np.uint8)
-        rows[:, 0] = rng.integers(0, 5, size)
-        rows[0, 0] = len(files) % 5
-        files.append(png(size, size, rows.tobytes(), colour=0 if channels == 1 else 2))
-    expected = np.stack([decode_image(file, "here") for file in files])
-    np.testing.assert_array_equal(decode_plain(files), expected)
-    split = zlib.compressobj()  # pixels in several chunks, and chunks that say nothing of them
-    stream = split.compress(rows.tobytes()) + split.flush()
-    parts = [chunk(b"tEXt", b"a\0b"), chunk(b"IDAT", stream[:3]), chunk(b"IDAT", b""), chunk(b"IDAT", stream[3:])]
-    pieces = files[-1][:33] + b"".join(parts) + chunk(b"IEND", b"")
-    np.testing.assert_array_equal(decode_plain([pieces])[0], expected[-1])
-
-
-def test_unusual_and_damaged_images_are_left_to_pillow():
-    good = png(4, 4, bytes(4 * 13))
-    assert decode_plain([good]) is not None
-    unusual = {
-        "16 bits": png(4, 4, bytes(4 * 25), depth=16),
-        "palette": png(4, 4, bytes(4 * 5), colour=3, more=[chunk(b"PLTE", bytes(9))]),
-        "transparent": png(4, 4, bytes(4 * 17), colour=6),
-        "interlaced": png(4, 4, bytes(4 * 13), interlaced=1),
-        "animated": png(4, 4, bytes(4 * 13), more=[chunk(b"acTL", struct.pack(">II", 1, 0))]),
-        "another size": png(4, 5, bytes(5 * 13)),
-        "too few rows": png(4, 4, bytes(3 * 13)),
-        "too many rows": png(4, 4, bytes(5 * 13)),
-        "no pixels": png(0, 4, b""),
-        "a bomb": png(4, 4, bytes(100_000_000)),
-        "a giant": png(100_000, 100_000, bytes(13)),
-        "filter 5": png(4, 4, b"\5" + bytes(4 * 13 - 1)),
-        "JPEG": encode(noise(0, 4), "jpeg"),
-        "nothing": b"",
-    }
-    for name, file in unusual.items():
-        assert decode_plain([good, file]) is None, name
-        assert name == "another size" or decode_plain([file]) is None, name
-    for cut in range(len(good)):
-        assert decode_plain([good[:cut]]) is None
-    for at in range(8, len(good)):
-        damaged = bytearray(good)
-        damaged[at] ^= 4
-        assert decode_plain([bytes(damaged)]) is None
 
 
 def test_one_bad_image_among_many_is_named(tmp_path):

@@ -29,8 +29,6 @@ from dnnlib import EasyDict
 from dnnlib.cli import UserError
 from dnnlib.util import open_file
 
-from .png import decode_plain
-
 MAX_FILE_BYTES = 1 << 28  # a larger file is no image and no list of labels
 MAX_PIXELS = 1 << 27  # of an image
 MAX_CLASSES = 1_000_000  # more than that are identifiers, not classes, and one-hot labels would fill the memory
@@ -252,12 +250,6 @@ class ImageFolderDataset(Dataset):
                 f"{_describe(tuple(self.image_shape))}; all must be alike, which dataset_tool.py sees to"
             )
         return image
-
-    def _load_raw_images(self, raw_indices: list[int]) -> np.ndarray:
-        pixels = decode_plain([self._files.read(self._image_fnames[index]) for index in raw_indices])
-        if pixels is None or list(pixels.shape[1:]) != [*self._raw_shape[2:], self._raw_shape[1]]:
-            return super()._load_raw_images(raw_indices)  # one by one, which finds the one at fault
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
     def _load_raw_labels(self) -> np.ndarray | None:
         labels = self._files.labels()
