@@ -79,7 +79,7 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 
         return statistics_of_dataset(images, detector, num=num, seed=seed, batch=batch, progress=True)
 
-    _compare(ref, spec, device, measure)
+    _compare(images, ref, spec, device, measure)
 
 
 @command.command()
@@ -120,7 +120,7 @@ def gen(
         batches = _generated(network, chosen, steps, class_idx, batch, trust_network_code, detector)
         return statistics_of_images(with_progress(batches, len(chosen)), detector)
 
-    _compare(ref, spec, device, measure)
+    _compare(network, ref, spec, device, measure)
 
 
 @command.command()
@@ -200,12 +200,18 @@ def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -
     _with_processes(device, work)
 
 
-def _compare(ref: str, spec: str, device: str, measure: Callable[[Detector], Stats]) -> None:
-    """Prints the Fréchet distance between the reference and what `measure` finds with the detector."""
+def _compare(source: str, ref: str, spec: str, device: str, measure: Callable[[Detector], Stats]) -> None:
+    """Prints the Fréchet distance between the reference and what `measure` finds with the detector in `source`."""
 
     def work(dist: Any) -> None:
         from metrics.detectors import INCEPTION, load_detector
-        from metrics.statistics import check_reference, check_same_detector, frechet_between, load_reference
+        from metrics.statistics import (
+            check_reference,
+            check_same_detector,
+            frechet_between,
+            load_reference,
+            note_if_collapsed,
+        )
 
         reference = load_reference(ref)
         if spec == "inception":
@@ -213,6 +219,7 @@ def _compare(ref: str, spec: str, device: str, measure: Callable[[Detector], Sta
         network = load_detector(spec, dist.device())
         check_reference(reference, network)  # hours of work come after this
         stats = measure(network)
+        note_if_collapsed(stats, reference, source)
         if dist.is_main():
             print(f"{frechet_between(stats, reference):g}", flush=True)
 

@@ -12,6 +12,7 @@ Array = NDArray[np.float64]
 
 _ASYMMETRY = 1e-5  # of the largest entry: what storing a covariance in float32 may do, with room to spare
 _NEGATIVITY = 1e-4  # of the largest eigenvalue, likewise
+_SUMMING = 1000  # times the rounding error of one product: what sums over a million images may add up to
 _ROOT_ERROR = 1e-9  # of the root's trace: the most that its faster computation may add if all roundings had one sign
 
 
@@ -30,10 +31,11 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     mu2, sigma2 = checked_moments(mu2, sigma2, "the second distribution")
     if mu1.shape != mu2.shape:
         raise UserError(f"statistics of {len(mu1)} and of {len(mu2)} features can't be compared: two detectors?")
-    a1, a2 = _factor(sigma1, "the first distribution"), _factor(sigma2, "the second distribution")
+    a1, a2 = _factor(mu1, sigma1, "the first distribution"), _factor(mu2, sigma2, "the second distribution")
     root_trace = _sum_of_singular_values(a1.T @ a2)
+    traces = sum(float(np.trace(sigma)) for sigma, a in ((sigma1, a1), (sigma2, a2)) if a.size)
     with np.errstate(over="ignore", invalid="ignore"):
-        distance = float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace)
+        distance = float(np.square(mu1 - mu2).sum() + traces - 2 * root_trace)
     if not np.isfinite(distance):
         raise UserError("the Fréchet distance is not a finite number: the features are too large for float64")
     return max(distance, 0.0)  # equal distributions may come out at -1e-14
@@ -69,18 +71,29 @@ def checked_moments(mu: ArrayLike, sigma: ArrayLike, where: str) -> tuple[Array,
         raise UserError(f"{where}: {shapes}; expected [D] and [D, D] with the same D")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{where}: mu or sigma holds NaN or infinite values; make these statistics again")
-    if np.abs(sigma - sigma.T).max() > _ASYMMETRY * np.abs(sigma).max():
+    if np.abs(sigma - sigma.T).max() > max(_ASYMMETRY * np.abs(sigma).max(), _SUMMING * _rounding(mu, sigma)):
         raise UserError(f"{where}: sigma is not symmetric, so it is no covariance; make these statistics again")
     return mu, (sigma + sigma.T) / 2
 
 
-def _factor(sigma: Array, where: str) -> Array:
+def _rounding(mu: Array, sigma: Array) -> float:
+    """Eigenvalues that can't be told from rounding errors: eps D times the scale of the second moments, of which a
+    covariance is a difference. That of images that are all equal consists of nothing else."""
+    with np.errstate(over="ignore"):
+        scale = max(np.diagonal(sigma).max(), mu @ mu)
+    return float(scale * len(sigma) * np.finfo(np.float64).eps)
+
+
+def _factor(mu: Array, sigma: Array, where: str) -> Array:
     """A [D, rank] with A A^T = sigma. Directions that can't be told from rounding errors are left out.
 
     By Cholesky, which is several times cheaper than eigenvectors: plain where all directions count, else with pivots,
     which stops where rounding errors begin. What neither can factor is left to the eigenvalues.
     """
-    rounding = np.diagonal(sigma).max() * len(sigma) * np.finfo(np.float64).eps
+    rounding = _rounding(mu, sigma)
+    with np.errstate(over="ignore"):
+        if np.linalg.norm(sigma) <= rounding:
+            return np.empty([len(sigma), 0])
     try:
         factor: Array = scipy.linalg.cholesky(sigma, lower=True, check_finite=False)
         if np.square(np.diagonal(factor)).min() > rounding:
@@ -92,17 +105,16 @@ def _factor(sigma: Array, where: str) -> Array:
     factor[pivots - 1] = np.tril(packed)[:, :rank]
     if np.abs(factor @ factor.T - sigma).max() <= 2 * rounding:
         return factor
-    return _eigen_factor(sigma, where)
+    return _eigen_factor(sigma, rounding, where)
 
 
-def _eigen_factor(sigma: Array, where: str) -> Array:
+def _eigen_factor(sigma: Array, rounding: float, where: str) -> Array:
     """The same by eigenvectors. Raises UserError for a matrix with negative eigenvalues that are no rounding errors."""
     try:
         values, vectors = np.linalg.eigh(sigma)
     except np.linalg.LinAlgError as exc:
         raise UserError(f"{where}: the eigenvalues of sigma can't be computed ({exc})") from exc
-    largest = np.abs(values).max()
-    if values[0] < -_NEGATIVITY * largest:
+    if values[0] < -max(_NEGATIVITY * np.abs(values).max(), _SUMMING * rounding):
         raise UserError(f"{where}: sigma has the negative eigenvalue {values[0]:.3g}, so it is no covariance")
-    kept = values > largest * len(values) * np.finfo(np.float64).eps
+    kept = values > rounding
     return vectors[:, kept] * np.sqrt(values[kept])

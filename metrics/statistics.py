@@ -26,6 +26,7 @@ from .detectors import INCEPTION, Detector
 from .frechet import Array, checked_moments, frechet_distance
 from .images import read_images
 
+COLLAPSED = 0.01  # of the reference's variance: images with less are all alike
 MAX_ARRAY_BYTES = 1 << 28  # Inception's covariance has 32 MB
 
 
@@ -92,6 +93,16 @@ def frechet_between(a: Stats, b: Stats) -> float:
     """The Fréchet distance between two sets of images. Raises UserError if they come from two detectors."""
     check_same_detector(a.detector_id, b.detector_id)
     return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+
+
+def note_if_collapsed(images: Stats, reference: Stats, source: object) -> None:
+    """One line on rank 0's standard error where the images are all alike; their distance is a number all the same."""
+    if np.trace(images.sigma) < COLLAPSED * np.trace(reference.sigma):
+        dist.print0(
+            f"warning: {source} has collapsed: its images are all alike, with less than {COLLAPSED:.0%} of the "
+            "reference's variance",
+            file=sys.stderr,
+        )
 
 
 def check_same_detector(images: str, reference: str) -> None:

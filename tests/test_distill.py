@@ -777,6 +777,24 @@ def test_curve_points_that_make_no_sense_are_left_out(place, climbed, tmp_path, 
     assert curve == json.loads((climbed / "teacher-curve.json").read_text())[1:] and len(curve) == 1
 
 
+def test_a_collapsed_student_has_a_distance(place, tmp_path, capsys, monkeypatch):
+    """All its images are equal: the ladder records how far away they are, prints that, and is finished."""
+    real = measuring.iterate_images
+
+    def equal(network, *rest, **named):
+        for batch in real(network, *rest, **named):
+            collapsed = network.sampling.grid.steps == 2
+            yield Batch(batch.seeds, torch.full_like(batch.images, 0.5) if collapsed else batch.images, batch.labels)
+
+    monkeypatch.setattr(measuring, "iterate_images", equal)
+    args = ["--num_steps=4", "--until=2", "--duration=0.001", "--eval-sets=1", "--eval-num=500", "--curve=0"]
+    assert distill.main([*options(place, *args), f"--outdir={tmp_path / 'out'}"]) == 0
+    teacher, student = rungs(tmp_path / "out")
+    assert student["fd"] > 0 and student["network"] != teacher["network"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "has collapsed" in line]
+    assert len(lines) == 1 and student["network"] in lines[0] and teacher["network"] not in lines[0]
+
+
 def test_a_student_that_is_worse_ends_the_ladder(place, tmp_path, capsys, monkeypatch):
     """The second student at the earliest; all files are whole; without the option the rest is done."""
     stages = ["--num_steps=8", "--duration=0.001", "--lr=5e-4", "--eval-sets=1"]

@@ -84,6 +84,41 @@ def test_no_spread_at_all():
     assert frechet_distance(np.ones(3), zero, np.zeros(3), np.eye(3)) == pytest.approx(6)
 
 
+def alike(dim: int, spread: float = 0.0, num: int = 1000, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Moments, summed up as those of images, of features that are all equal, or lie `spread` to either side of that."""
+    rng = torch.Generator().manual_seed(dim)
+    mean, direction = torch.rand([2, dim], generator=rng, dtype=torch.float64)
+    sums = FeatureStatistics(dim)
+    for start in range(0, num, batch):
+        signs = 1 - 2 * (torch.arange(start, min(start + batch, num)) % 2)
+        sums.append(mean + spread * signs[:, None] * direction / direction.norm())
+    return sums.mean_cov()[:2]
+
+
+@pytest.mark.parametrize(("dim", "batch"), [(8, 64), (128, 64), (128, 1), (512, 100), (2048, 500)])
+def test_images_that_are_all_alike_have_a_distance(dim, batch):
+    """|difference of means|^2 and the reference's variance are left; two such sets are as far apart as their means."""
+    mu, sigma = alike(dim, batch=batch)
+    variances = np.random.default_rng(dim).uniform(1e-3, 0.1, dim)
+    expected = np.square(mu - 0.5).sum() + variances.sum()
+    assert frechet_distance(mu, sigma, np.full(dim, 0.5), np.diag(variances)) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(mu, sigma, mu, sigma) < 1e-10
+    assert frechet_distance(mu, sigma, mu - 1, alike(dim, num=300)[1]) == pytest.approx(dim, rel=1e-10)
+
+
+@pytest.mark.parametrize("dim", [128, 512])
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-5])
+def test_images_that_are_nearly_alike_have_a_distance(dim, spread):
+    """Two kinds of image, s^2 v v^T: the root's trace is s (v^T sigma v)^(1/2). Cut off by rounding: s below 1e-6."""
+    mu, sigma = alike(dim, spread)
+    variances = np.random.default_rng(dim).uniform(1e-3, 0.1, dim)
+    direction = torch.rand([2, dim], generator=torch.Generator().manual_seed(dim), dtype=torch.float64)[1].numpy()
+    root = spread * np.sqrt(np.square(direction) @ variances) / np.linalg.norm(direction)
+    expected = np.square(mu - 0.5).sum() + variances.sum() + spread**2 * 1000 / 999 - 2 * root * np.sqrt(1000 / 999)
+    assert frechet_distance(mu, sigma, np.full(dim, 0.5), np.diag(variances)) == pytest.approx(expected, rel=1e-7)
+    assert frechet_distance(mu, sigma, mu, sigma) < 1e-10
+
+
 @pytest.mark.parametrize("rank", [1, 40, 119, 120, 300])
 @pytest.mark.parametrize("stored", [np.float64, np.float32])
 def test_every_way_to_factor_gives_the_same_distance(rank, stored):
@@ -94,7 +129,7 @@ def test_every_way_to_factor_gives_the_same_distance(rank, stored):
         features = rng.standard_normal([rank + 1, 120]) * np.geomspace(1, 0.01, 120) + shift
         moments.append((features.mean(axis=0), np.cov(features, rowvar=False).astype(stored).astype(np.float64)))
     (mu1, sigma1), (mu2, sigma2) = moments
-    a1, a2 = (frechet._eigen_factor(sigma, "here") for sigma in (sigma1, sigma2))
+    a1, a2 = (frechet._eigen_factor(sigma, 0.0, "here") for sigma in (sigma1, sigma2))
     root_trace = np.linalg.svd(a1.T @ a2, compute_uv=False).sum()
     expected = np.square(mu1 - mu2).sum() + np.trace(sigma1 + sigma2) - 2 * root_trace
     assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-9)

@@ -34,6 +34,7 @@ from metrics.statistics import (
     dataset_against_itself,
     frechet_between,
     load_reference,
+    note_if_collapsed,
     statistics_of_images,
 )
 from torch_utils import distributed as dist
@@ -316,6 +317,8 @@ class Measuring:
             try:
                 stats = statistics_of_images(images, self.detector, warn=not self.warned)
                 fd = frechet_between(stats, self.reference)
+                if not is_curve and number == 0:
+                    note_if_collapsed(stats, self.reference, who)
             except UserError as exc:
                 if not is_curve:
                     raise
