@@ -11,7 +11,7 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 # isort: split
 import click
 
-from training.config import INTERVALS, WEIGHTINGS
+from training.config import INTERVALS
 from training.options import (
     WANDB_PROJECT,
     Options,
@@ -21,6 +21,8 @@ from training.options import (
     recompute_option,
     teacher_precision_option,
 )
+from training.steps import plan_ladder
+from training.weighting import WEIGHTINGS
 
 NAMES = cli.Choice
 POSITIVE = cli.Number(min=0, min_open=True)
@@ -58,7 +60,7 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @click.option(
     "--weighting",
     help="Weight of noise levels in the loss; the default measured best",
-    type=NAMES(WEIGHTINGS),
+    type=NAMES(list(WEIGHTINGS)),
     default="geomean",
 )
 @click.option(
@@ -194,8 +196,6 @@ def command(
     stages = Options(precond="edm_distillation", **values)
     check_options(stages, cli.world_size())  # this and the next are answered at once, before anything heavy is loaded
     if num_steps is not None:
-        from training.stage import plan_ladder
-
         plan_ladder(num_steps, until, ratio)
 
     from torch_utils import distributed as dist

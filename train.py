@@ -13,7 +13,7 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 # isort: split
 import click
 
-from training.config import ARCHITECTURES, INTERVALS, WEIGHTINGS
+from training.config import ARCHITECTURES, INTERVALS
 from training.options import (
     WANDB_PROJECT,
     Options,
@@ -23,6 +23,7 @@ from training.options import (
     recompute_option,
     teacher_precision_option,
 )
+from training.weighting import WEIGHTINGS
 
 NAMES = cli.Choice
 
@@ -54,7 +55,7 @@ NAMES = cli.Choice
 @click.option(
     "--weighting",
     help="Weight of noise levels in the loss; the default measured best",
-    type=NAMES(WEIGHTINGS),
+    type=NAMES(list(WEIGHTINGS)),
     default="geomean",
 )
 @click.option(

@@ -29,10 +29,10 @@ from torch import Tensor
 from dnnlib import cli
 from torch_utils import distributed as dist
 from training import setup
+from training.distillation import EDMDistillationLoss
 from training.grids import Solver, network_grid
 from training.ladder import Ladder, LadderOptions
 from training.ladder_report import format_table
-from training.loss import EDMDistillationLoss
 from training.network_files import NetworkFile
 from training.setup import Options, Run
 from training.training_loop import Trainer

@@ -24,8 +24,8 @@ from torch import Tensor
 from training import networks
 from training.draws import StepDraws
 from training.grids import NoiseGrid
-from training.loss import WEIGHTINGS, edm_weight
 from training.network_files import load_network
+from training.weighting import WEIGHTINGS
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ class PlainTraining:
     def denoising(self, clean: Tensor, source: Any) -> Tensor:
         sigma = (source.randn(len(clean), 1, 1, 1) * 1.2 - 1.2).exp()
         noisy = clean + source.randn(*clean.shape) * sigma
-        return edm_weight(sigma, 0.5) * (self.net(noisy, sigma) - clean) ** 2
+        return WEIGHTINGS["edm"](sigma, sigma, 0.5) * (self.net(noisy, sigma) - clean) ** 2
 
     def distillation(self, clean: Tensor, source: Any) -> Tensor:
         assert self.grid is not None

@@ -26,7 +26,7 @@ from typing import Any
 import click
 
 from dnnlib import cli
-from training.config import WEIGHTINGS
+from training.weighting import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -38,9 +38,9 @@ from dnnlib import atomic, cli, util
 from helpers import make_dataset, small_network
 from torch_utils.misc import load_tensors
 from training import state
+from training.distillation import plan_stage
 from training.loader import Loader
 from training.network_files import load_network, save_network
-from training.stage import plan_stage
 from training.training_loop import Trainer
 
 ROOT = Path(__file__).parent.parent

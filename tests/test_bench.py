@@ -37,7 +37,7 @@ def test_every_variant_is_a_command_that_distill_takes(task):
     words = ["--outdir=x", "--data=x", "--transfer=x", *task.options]
     values = distill.command.make_context("distill.py", words).params
     assert values["seed"] == 3 and values["batch"] in (32, 64, 128)
-    from training.stage import plan_ladder
+    from training.steps import plan_ladder
 
     stages = plan_ladder(values["num_steps"], values["until"], values["ratio"])
     assert len(values["duration"]) in (1, len(stages))
@@ -45,7 +45,7 @@ def test_every_variant_is_a_command_that_distill_takes(task):
 
 def test_ladders_see_equally_many_images():
     """So that variants of `ladders` can be compared; 'equal time' says that it sees fewer."""
-    from training.stage import plan_ladder
+    from training.steps import plan_ladder
 
     for task in recipe.plan(["ladders"], [0], "", Path("out")):
         values = distill.command.make_context("x", ["--outdir=x", "--data=x", "--transfer=x", *task.options]).params

@@ -13,11 +13,11 @@ import torch
 from helpers import GaussianDenoiser, gaussian
 from training.grids import NoiseGrid, karras_levels, network_grid
 from training.intervals import UNIFORM_PART, Intervals
-from training.loss import WEIGHTINGS
 from training.networks import EDMPrecond
 from training.samplers import grid_sampler, nfe
 from training.solvers import euler_jump, heun_step, jump_target, teacher_landing
 from training.training_loop import ema_exponent
+from training.weighting import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "derivation.md").read_text(encoding="utf-8")

@@ -40,13 +40,13 @@ from metrics.statistics import (
 from training import ladder as ladder_module
 from training import measuring, pictures, progress, setup
 from training.dataset import ImageFolderDataset
+from training.distillation import plan_stage
 from training.ladder_report import CurvePoint, Floor, Rung, format_table, ladder_figure, plot_ladder, plus_minus
 from training.measuring import Checked, FirstImages, Measuring, Timing
 from training.network_files import load_network, save_network
 from training.progress import show_progress
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler
 from training.sampling import Batch
-from training.stage import plan_stage
 from training.training_loop import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -5,13 +5,13 @@ import torch
 
 from helpers import gaussian
 from torch_utils import training_stats
-from training import config
+from training.distillation import EDMDistillationLoss, SelfTeacherLoss
 from training.draws import StepDraws
 from training.grids import NoiseGrid, network_grid
 from training.intervals import Intervals
-from training.loss import WEIGHTINGS, EDMDistillationLoss, edm_weight
 from training.samplers import edm_sampler, grid_sampler
 from training.solvers import euler_jump, jump_target
+from training.weighting import WEIGHTINGS
 
 
 def exact_landing(teacher, x, levels, solver):
@@ -105,8 +105,7 @@ def test_weightings():
     assert close("landing", [0.25, 1.0])
     assert close("geomean", [104**0.5 * 0.25, 4.25**0.5])
     assert close("endpoint", [0.25 / (1 + 0.025**2), 1.0])
-    assert tuple(WEIGHTINGS) == config.WEIGHTINGS, "what the command lines offer"
-    assert torch.allclose(edm_weight(t, None), torch.tensor([100.0, 0.25]))
+    assert torch.allclose(WEIGHTINGS["edm"](t, s, None), torch.tensor([100.0, 0.25]))
 
 
 def test_edm_weighting_is_a_plain_loss_in_the_networks_own_output():
@@ -178,7 +177,7 @@ def test_teacher_and_student_are_told_the_same(monkeypatch):
 def test_self_teachers_target_is_the_exact_solution_for_every_start(solver, steps, ratio):
     """One step of the teacher, then one jump of another network to the end of the segment, and no more."""
     teacher, other = gaussian(), gaussian(seed=7)
-    loss = EDMDistillationLoss(teacher, network_grid(teacher, steps), ratio, solver, self_teacher=other)
+    loss = SelfTeacherLoss(teacher, other, network_grid(teacher, steps), ratio, solver)
     assert loss.starts == loss.grid.levels[:-1]
     clean = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.5
     noise = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -216,7 +215,7 @@ def test_a_self_teacher_that_has_learnt_it_gives_the_targets_of_all_the_teachers
     teacher = gaussian()
     grid = network_grid(teacher, steps)
     perfect = PerfectSelf(teacher, grid, ratio, "heun")
-    mine = EDMDistillationLoss(teacher, grid, ratio, "heun", self_teacher=perfect)
+    mine = SelfTeacherLoss(teacher, perfect, grid, ratio, "heun")
     plain = EDMDistillationLoss(teacher, grid, ratio, "heun")
     clean, noise = torch.rand(2, 2, 4, 4).double(), torch.randn(2, 2, 4, 4).double()
     for i in range(steps // ratio):
@@ -225,7 +224,7 @@ def test_a_self_teacher_that_has_learnt_it_gives_the_targets_of_all_the_teachers
 
 
 def test_mixed_starts_in_one_batch_equal_single_ones():
-    loss = EDMDistillationLoss(gaussian(), network_grid(gaussian(), 8), 4, "heun", self_teacher=gaussian(seed=2))
+    loss = SelfTeacherLoss(gaussian(), gaussian(seed=2), network_grid(gaussian(), 8), 4, "heun")
     clean, noise = torch.zeros(8, 2, 4, 4), torch.randn(8, 2, 4, 4)
     together = loss.jumps(clean, torch.arange(8), noise).target
     assert together.isfinite().all()
@@ -235,7 +234,7 @@ def test_mixed_starts_in_one_batch_equal_single_ones():
 
 
 def test_self_teaching_starts_from_every_level():
-    loss = EDMDistillationLoss(gaussian(), network_grid(gaussian(), 8), 4, "heun", self_teacher=gaussian(seed=2))
+    loss = SelfTeacherLoss(gaussian(), gaussian(seed=2), network_grid(gaussian(), 8), 4, "heun")
     seen = []
     original = loss.jumps
     loss.jumps = lambda clean, interval, *rest: seen.append(interval) or original(clean, interval, *rest)

@@ -8,9 +8,11 @@ import pytest
 
 from dnnlib.cli import UsageError, UserError
 from helpers import small_network
+from training.distillation import Stage, plan_stage
 from training.grids import NoiseGrid, Sampling, karras_levels, network_grid
 from training.network_files import NetworkFile
-from training.stage import Stage, check_compatible, check_steps, plan_ladder, plan_stage
+from training.setup import check_compatible
+from training.steps import check_steps, plan_ladder
 
 
 @pytest.fixture(scope="module")

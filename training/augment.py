@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -339,3 +341,28 @@ def _turn_hue(angle: Tensor) -> Tensor:
     same, other = (1 + 2 * cos) / 3, (1 - cos) / 3
     back, forth = other - sin, other + sin
     return _matrix([[same, back, forth], [forth, same, back], [back, forth, same]], angle)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How losses use it
+
+
+def augment_batch(
+    net: Any, images: Tensor, pipe: Callable[..., tuple[Tensor, Tensor]] | None, draws: RandomSource
+) -> tuple[Tensor, Tensor | None]:
+    """Augmented images [N, C, H, W] and their labels [N, augment_dim]; None for a network that reads no such labels.
+
+    Without a pipe, a network that reads augmentation labels gets zeros: the same function as none at all, and the
+    weights that read them stay part of the graph.
+    """
+    if pipe is not None:
+        return pipe(images, draws)
+    reader = getattr(getattr(net, "model", None), "map_augment", None)
+    return images, images.new_zeros([len(images), reader.weight.shape[1]]) if reader is not None else None
+
+
+def call_network(net: Any, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    """D(x; sigma), with augmentation labels for a network that reads them."""
+    extra = {} if augment_labels is None else {"augment_labels": augment_labels}
+    denoised: Tensor = net(x, sigma, labels, **extra)
+    return denoised

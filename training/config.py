@@ -39,7 +39,6 @@ ARCHITECTURES: dict[str, Kwargs] = {
     "adm": {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
 }
 PRECONDS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
-WEIGHTINGS = ("edm", "snr-trunc", "snr+1", "jump", "geomean", "landing", "endpoint")  # of training.loss
 INTERVALS = ("uniform", "loss")  # of training.intervals
 AUGMENTATION: Kwargs = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1, "translate_frac": 1}
 

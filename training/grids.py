@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .steps import MAX_STEPS
+
 Solver = Literal["heun", "euler"]
-MAX_STEPS = 100_000  # of a sampler; more than that is a slip of the hand, and would fill the memory
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,6 @@ def rounded(round_sigma: Callable[[Any], Any], levels: np.ndarray) -> list[float
     import torch
 
     return [float(level) for level in round_sigma(torch.as_tensor(levels, dtype=torch.float64)).double().cpu()]
-
-
-def ratios_that_work(steps: int) -> list[int]:
-    """Every ratio > 1 that divides `steps`."""
-    return [ratio for ratio in range(2, steps + 1) if steps % ratio == 0]
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ from .next_steps import FID_IMAGES, has_classes, inception_fits, launched, train
 from .options import COMMAND_LINE, Options
 from .samplers import nfe
 from .setup import Run, load_everywhere, prepare, train
-from .stage import plan_ladder
 from .state import images_seen, list_states
+from .steps import plan_ladder
 
 LONGEST = 1e6  # Mimg, as in train.py
 

@@ -15,9 +15,9 @@ from torch_utils import distributed as dist
 
 from .config import STAGE_MIMG
 from .dataset import ImageFolderDataset
-from .grids import ratios_that_work
 from .options import Options, given
 from .setup import Run
+from .steps import ratios_that_work
 
 FID_IMAGES, FEW_IMAGES = 50000, 2000  # fid.py's default; on a CPU
 INCEPTION_FITS = 32  # pixels of a side; it was made for photographs

@@ -14,6 +14,7 @@ from dnnlib import cli
 from dnnlib.cli import UsageError, UserError
 
 from .config import ARCHITECTURES, PRECONDS, Kwargs, check_batch
+from .steps import check_steps
 
 WANDB_PROJECT = "edm-distill"
 LADDER_ALONE = frozenset(("until", "eval_num", "eval_sets", "eval_batch", "curve", "ref", "detector", "stop_if_worse"))
@@ -131,8 +132,6 @@ def check_options(options: Options, world_size: int) -> None:
     if options.fp16 and options.precision not in (None, "fp16"):
         raise UsageError(f"--fp16=1 contradicts --precision={options.precision}")
     if options.distils:
-        from .stage import check_steps  # brings numpy, which --help can do without
-
         if options.transfer is None:
             raise UsageError("--precond=edm_distillation needs a teacher: --transfer=FILE or URL of a network .pkl")
         check_steps(options.num_steps, options.ratio)

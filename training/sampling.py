@@ -26,7 +26,7 @@ from dnnlib.cli import UsageError, UserError
 from dnnlib.util import count
 from torch_utils import distributed as dist
 
-from .grids import Sampling, network_grid, ratios_that_work
+from .grids import Sampling, network_grid
 from .network_files import NetworkFile
 from .network_files import load_network as load_network  # for notebooks: one import for all they need
 from .pictures import to_uint8
@@ -39,6 +39,7 @@ from .samplers import (
     nfe,
     noise_levels,
 )
+from .steps import ratios_that_work
 
 __all__ = ["Batch", "Plan", "iterate_images", "load_network", "plan_sampling", "sample", "sample_batch"]
 

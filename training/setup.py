@@ -45,9 +45,9 @@ from .costs import (
     training_calls,
 )
 from .dataset import ImageFolderDataset
+from .distillation import Stage, plan_stage
 from .network_files import NetworkFile, load_network
 from .options import Options, check_options, given
-from .stage import Stage, check_compatible, plan_stage
 from .training_loop import Trainer, check_same_options, matching, other_options
 
 STRANGE_KIMG = 5_000_000  # twice EDM's longest run
@@ -275,6 +275,21 @@ def _config(
         trust_network_code=options.trust_network_code,
         extras={"data_fingerprint": fingerprint(options.data), "command_line": given(options)},
     )
+
+
+def check_compatible(net: Any, resolution: int, channels: int, label_dim: int, source: str) -> None:
+    """Refuses a data set that a teacher was not made for. Raises UserError."""
+    if net.img_resolution != resolution or net.img_channels != channels:
+        raise UserError(
+            f"{source} makes images of {net.img_resolution}x{net.img_resolution} with {net.img_channels} channels, the "
+            f"data set has {resolution}x{resolution} with {channels}; use the teacher's own data set"
+        )
+    if net.label_dim != label_dim:
+        if net.label_dim == 0:
+            raise UserError(f"{source} knows no classes; use --cond=0")
+        if label_dim == 0:
+            raise UserError(f"{source} has {net.label_dim} classes, and the data set has no labels for them")
+        raise UserError(f"{source} has {net.label_dim} classes, the data set has {label_dim}; use the teacher's own")
 
 
 def describe_distillation(stage: Stage) -> Kwargs:

@@ -1,5 +1,5 @@
 """The training loop, for training from scratch and for distillation alike. `Trainer.step` is a step
-on one screen; what a student is asked for is in training.loss.
+on one screen; what a student is asked for is in training.distillation.
 
 data set -> batch on device -> (teacher -> target) -> loss -> gradient -> optimiser -> EMA
 every tick: statistics, pictures, files
@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,21 +31,20 @@ from dnnlib.util import format_time
 from torch_utils import distributed as dist
 from torch_utils import training_stats
 
+from . import distillation, networks, pictures, state
 from . import loss as losses
-from . import networks, pictures, state
 from .augment import AugmentPipe
 from .config import TrainConfig, check_batch, differences, told_as_options, without_defaults
 from .dataset import ImageFolderDataset
+from .distillation import Stage
 from .draws import StepDraws, key
 from .health import MOST, WINDOW, Health
-from .intervals import Intervals
 from .loader import Batch, Loader
 from .loggers import open_loggers
 from .network_files import save_network
 from .progress import print_above_bars, training_bar
 from .samplers import edm_sampler, grid_sampler
 from .speed import compute_dtype, maybe_compile, recompute_blocks, set_precision, use_cpu_kernels
-from .stage import Stage
 from .stopping import StopSignals
 
 MAX_ROWS = 64  # of a sheet of targets
@@ -185,10 +184,14 @@ class Trainer:
     transfer: network to take matching weights from at the start (training from data alone).
     """
 
-    distillation_loss = losses.EDMDistillationLoss
+    distillation_loss = distillation.EDMDistillationLoss
 
     def __init__(
-        self, config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None, transfer: Any = None
+        self,
+        config: TrainConfig,
+        dataset: ImageFolderDataset,
+        stage: Stage | None = None,
+        transfer: Any = None,
     ) -> None:
         self.config, self.dataset, self.stage = config, dataset, stage
         self.device = dist.device()
@@ -214,7 +217,6 @@ class Trainer:
         if config.recompute:
             recompute_blocks(self.net)
         self.loss_fn = self._make_loss()
-        self.intervals: Intervals | None = getattr(self.loss_fn, "intervals", None)
         self.forward = maybe_compile(self.net, config.compile, self.say)
         self.augment_pipe = AugmentPipe(**config.augment_kwargs) if config.augment_kwargs is not None else None
 
@@ -233,31 +235,23 @@ class Trainer:
         self.bar: Any = tqdm(disable=True)  # until `run`
         self.loggers = open_loggers(config, self.say)
 
-    def _make_loss(self) -> Callable[..., Tensor]:
+    def _make_loss(self) -> Any:
         kwargs = dict(self.config.loss_kwargs)
         name = kwargs.pop("class_name").rpartition(".")[2]
         if self.stage is None:
-            loss: Callable[..., Tensor] = LOSSES[name](**kwargs)
-            return loss
+            return LOSSES[name](**kwargs)
         teacher = self.stage.teacher.net.eval().requires_grad_(False).to(self.device)
-        # Its rounding comes into the target as it is; what is amplified there, the states, is float64 (training.loss).
+        # The teacher's rounding enters the target as it is. What a target amplifies, the states, is float64.
         teacher_dtype = compute_dtype(self.config.teacher_precision, self.device)
         teacher.compute_dtype = teacher_dtype
         teacher = maybe_compile(teacher, self.config.compile, self.say)
-        self_teacher = None
-        if self.stage.self_teacher:
-            self.ema.compute_dtype = teacher_dtype
-            self_teacher = maybe_compile(self.ema, self.config.compile, self.say)
-        return self.distillation_loss(
-            teacher,
-            self.stage.grid,
-            self.stage.ratio,
-            self.stage.solver,
-            weighting=kwargs["weighting"],
-            intervals=kwargs["intervals"],
-            self_teacher=self_teacher,
-            device=self.device,
-        )
+        stage = (self.stage.grid, self.stage.ratio, self.stage.solver)
+        settings = {"weighting": kwargs["weighting"], "intervals": kwargs["intervals"], "device": self.device}
+        if not self.stage.self_teacher:
+            return self.distillation_loss(teacher, *stage, **settings)
+        self.ema.compute_dtype = teacher_dtype
+        self_teacher = maybe_compile(self.ema, self.config.compile, self.say)
+        return distillation.SelfTeacherLoss(teacher, self_teacher, *stage, **settings)
 
     # -- the method ------------------------------------------------------------------------------------------------
 
@@ -274,8 +268,9 @@ class Trainer:
         self.gradients.sum_over_processes()
         skipped = self.apply_gradients()
         self.update_ema()
-        if self.intervals is not None:
-            training_stats.report_moments("Loss/interval", self.intervals.end_step())
+        by_interval = self.loss_fn.end_step()
+        if by_interval is not None:
+            training_stats.report_moments("Loss/interval", by_interval)
         self.collector.update()
         self.health.add(self.step_count, self.collector.latest["Loss/loss"], skipped)
         self.nimg += self.config.batch_size
@@ -525,7 +520,6 @@ class Trainer:
         """`targets-KKKKKK.png`: noisy input, the teacher's target and the student's answer, for each student step."""
         if not dist.is_main():
             return
-        assert isinstance(self.loss_fn, losses.EDMDistillationLoss)
         items = [self.dataset[i] for i in spread(len(self.dataset), TARGET_IMAGES)]  # classes lie one after another
         count = len(items)
         clean = torch.from_numpy(np.stack([image for image, _ in items])).to(self.device).float() / 127.5 - 1
@@ -543,8 +537,7 @@ class Trainer:
             shown = jump.x / (1 + jump.t**2).sqrt()  # the noisy image at a scale that can be looked at
             rows.append(torch.cat([pictures.to_uint8(x) for x in (shown, jump.target, answer)]))
             names.append(f"{t:.4g} -> {s:.4g}")
-        target = "target" if self.loss_fn.self_teacher is not None else "teacher's target"
-        headings = ["noisy input (scaled)", target, "student's answer"]
+        headings = ["noisy input (scaled)", self.loss_fn.target_name, "student's answer"]
         title = f"Every jump of the student after {self.nimg / 1000:g} kimg, by its noise levels"
         sheet = pictures.labelled_rows(rows, names, title, headings)
         pictures.save_png(self.run_dir / f"targets-{self.nimg // 1000:06d}.png", sheet)
@@ -593,7 +586,7 @@ class Trainer:
             },
             "scaler": self.scale.state_dict(),
             "stats": self.collector.state_dict(),
-            "intervals": self.intervals.state_dict() if self.intervals else {},
+            "intervals": self.loss_fn.state_dict(),
             "losses": list(self.health.losses),
             "options": json.loads(json.dumps(self.config.identity())),
             "batch_gpu": self.batch_gpu,
@@ -619,8 +612,7 @@ class Trainer:
             position = saved["position"]
             self.scale.load_state_dict(saved["scaler"])
             self.collector.load_state_dict(saved["stats"])
-            if self.intervals is not None:
-                self.intervals.load_state_dict(saved["intervals"])
+            self.loss_fn.load_state_dict(saved["intervals"])
             self.nimg, self.step_count, self.tick = position["nimg"], position["step"], position["tick"]
             self.tick_start_nimg, self.tick_start_step = position["tick_start_nimg"], position["tick_start_step"]
             self.timed_from = self.nimg

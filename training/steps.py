@@ -1,0 +1,68 @@
+"""Numbers of sampling steps: which ratios divide them, and which ladders arrive. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dnnlib.cli import UsageError
+
+MAX_STEPS = 100_000  # of a sampler; more than that is a slip of the hand, and would fill the memory
+
+
+def ratios_that_work(steps: int) -> list[int]:
+    """Every ratio > 1 that divides `steps`."""
+    return [ratio for ratio in range(2, steps + 1) if steps % ratio == 0]
+
+
+def check_steps(num_steps: int | None, ratio: int) -> None:
+    """Refuses step counts that no teacher could make good. Raises UsageError."""
+    if ratio < 2:
+        raise UsageError(f"--ratio={ratio}: a student takes at least 2 steps of its teacher at once")
+    if num_steps is None:
+        return
+    if num_steps < 1:
+        raise UsageError(f"--num_steps={num_steps}: the teacher takes at least {ratio} steps")
+    if num_steps > MAX_STEPS:
+        raise UsageError(f"--num_steps={num_steps}: a teacher takes {MAX_STEPS} steps at most")
+    if num_steps % ratio:
+        works = ratios_that_work(num_steps)
+        hint = f"ratios that work: {', '.join(map(str, works))}" if works else "a single step is the end"
+        raise UsageError(f"--num_steps={num_steps} is not divisible by --ratio={ratio}; {hint}")
+
+
+def plan_ladder(num_steps: int, until: int, ratios: Sequence[int]) -> list[int]:
+    """The ratios of every stage from `num_steps` down to `until`; one given ratio is used throughout.
+
+    Raises UsageError for a chain that does not arrive, with one that does.
+    """
+    if until < 1 or num_steps <= until:
+        raise UsageError(f"a ladder from {num_steps} to {until} steps has no stages; --until must be below --num_steps")
+    chain: list[int] = []
+    steps = num_steps
+    while steps > until:
+        ratio = ratios[0] if len(ratios) == 1 else ratios[len(chain)] if len(chain) < len(ratios) else 0
+        if ratio < 2 or steps % ratio or steps // ratio < until:
+            raise UsageError(_no_chain(num_steps, until, ratios))
+        chain.append(ratio)
+        steps //= ratio
+    if len(ratios) > 1 and len(chain) != len(ratios):
+        raise UsageError(_no_chain(num_steps, until, ratios))
+    return chain
+
+
+def _no_chain(num_steps: int, until: int, ratios: Sequence[int]) -> str:
+    text = f"--ratio={','.join(map(str, ratios))} does not lead from {num_steps} steps to {until}"
+    if num_steps % until:
+        ratio = max([*ratios[:1], 2])
+        fits = [until * ratio**k for k in range(1, 12)]
+        near = min(fits, key=lambda n: abs(n - num_steps))
+        return f"{text}: {num_steps} is no multiple of {until}; --num_steps={near} with --ratio={ratio} does"
+    factors, rest, prime = [], num_steps // until, 2
+    while prime * prime <= rest:
+        while rest % prime == 0:
+            factors.append(prime)
+            rest //= prime
+        prime += 1
+    if rest > 1:
+        factors.append(rest)
+    return f"{text}; --ratio={','.join(map(str, factors))} does"
