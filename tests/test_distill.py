@@ -1005,6 +1005,7 @@ def test_a_ladder_may_be_moved_and_grow_downwards(place, climbed, tmp_path, monk
         (["--seed=6"], "--seed (was 5, now 6)"),
         (["--ema=0.1", "--xflip=1"], "--ema (was 0.5, now 0.1), --xflip (was False, now True)"),
         (["--teacher-solver=euler"], "--teacher-solver (was heun, now euler)"),
+        (["--teacher-precision=bf16"], "--teacher-precision (was fp32, now bf16)"),
         (["--data={other}"], "--data (was"),
         (["--transfer={teacher}"], "--transfer (was"),
     ],
@@ -1023,6 +1024,25 @@ def test_an_option_that_a_finished_stage_contradicts_is_named(
     before = (climbed / "ladder.json").read_bytes()
     refused(capsys, 1, named, *options(place, *STAGES), f"--outdir={climbed}", *changed)
     assert (climbed / "ladder.json").read_bytes() == before
+
+
+def test_a_stage_whose_record_lacks_an_option_is_known_by_its_own_file(place, climbed, tmp_path, capsys, monkeypatch):
+    """As an earlier version left them: without the teacher's precision."""
+    forbid_work(monkeypatch)
+    folder = shutil.copytree(climbed, tmp_path / "ladder")
+    for path in folder.glob("stage-*/stage.json"):
+        record = json.loads(path.read_text())
+        for name in ("--teacher-precision", "--ls", "--precond"):
+            del record["options"][name]
+        path.write_text(json.dumps(record))
+    args = [*options(place, *STAGES), f"--outdir={folder}"]
+    assert distill.main(args) == 0
+    refused(capsys, 1, "--teacher-precision (was fp32, now bf16)", *args, "--teacher-precision=bf16")
+    told = folder / "stage-1-4to2" / "training_options.json"
+    content = json.loads(told.read_text())
+    content["command_line"]["teacher_precision"] = "bf16"
+    told.write_text(json.dumps(content))
+    refused(capsys, 1, "--teacher-precision (was bf16, now fp32)", *args)
 
 
 @pytest.mark.parametrize("how", ["another network", "cut off"])

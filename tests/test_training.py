@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,11 +24,13 @@ import torch
 import train
 from helpers import GOLDEN, golden, load_recipe, make_dataset, small_network
 from training import costs, state
-from training.config import TrainConfig, check_batch, differences, next_run_number, told_as_options
+from training.config import TrainConfig, check_batch, differences, next_run_number
 from training.dataset import Dataset, ImageFolderDataset
 from training.health import HISTORY, is_spike
 from training.loader import Batch, Loader, Order
 from training.network_files import load_network, save_network
+from training.options import ALTERING, DISTILLATION, Options, flag, named_differences, told_as_options
+from training.setup import prepare
 from training.training_loop import Gradients, LossScale, Trainer, cut_lines, ema_factor, learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -1007,6 +1010,47 @@ def test_differences_are_told_as_options():
         "--ema (was 0.5, now not given)",
         "EMA ramp-up ratio (was 0.05, now not given)",
     ]
+
+
+OTHER_VALUES = {  # of every option, another than in the test below
+    **{"outdir": "b", "data": "other.zip", "precond": "vp", "cond": True, "arch": "ncsnpp", "cbase": 8, "cres": [1, 1]},
+    **{"blocks": 2, "sigma_data": 0.4, "p_mean": -1.0, "p_std": 1.1, "num_steps": 8, "ratio": 4},
+    **{"teacher_solver": "euler", "weighting": "edm", "intervals": "uniform", "self_teacher": True, "duration": 0.002},
+    **{"batch": 16, "batch_gpu": 4, "lr": 1e-4, "lr_decay": "cosine", "warmup": 0.1, "ema": 0.1, "ema_std": 0.1},
+    **{"clip": 1.0, "dropout": 0.5, "augment": 0.5, "xflip": True, "precision": "bf16", "teacher_precision": "bf16"},
+    **{"recompute": True, "fp16": True, "compile": True, "ls": 2.0, "bench": False, "cache": False, "workers": 2},
+    **{"deterministic": True, "desc": "x", "nosubdir": True, "tick": 1, "snap": 1, "dump": 1, "targets": 1},
+    **{"save_every": 1, "seed": 1, "transfer": "other.pkl", "resume": "latest", "tensorboard": True},
+    **{"wandb": "x", "trust_network_code": True},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Options of a training from scratch and of a distillation, each with its run's identity."""
+    folder = tmp_path_factory.mktemp("bases")
+    for seed, name in enumerate(("data", "other")):
+        make_dataset(folder / f"{name}.zip", count=20, seed=seed)
+        net = small_network(model_channels=4, channel_mult=[1], augment_dim=9)
+        load_recipe(net, seed)
+        save_network(folder / f"{name}.pkl", net)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(sys.modules, "wandb", SimpleNamespace(__spec__=True))
+        plain = Options("a", "data.zip", cond=False, seed=0, batch=8, duration=0.001, lr_decay="linear")
+        distils = replace(plain, precond="edm_distillation", num_steps=16, transfer="data.pkl")
+        plain = replace(plain, cbase=4, cres=[1])
+        yield [(each, prepare(each).config.identity()) for each in (plain, distils)]
+
+
+@pytest.mark.parametrize("each", fields(Options), ids=lambda each: each.name)
+def test_every_option_either_alters_the_result_or_does_not(each, bases):
+    """The table says which; resuming (the identity) and a ladder's recipe follow it."""
+    options, identity = bases[each.name in (*DISTILLATION, "transfer", "trust_network_code")]
+    other = prepare(replace(options, **{each.name: OTHER_VALUES[each.name]})).config.identity()
+    assert bool(differences(identity, other)) == bool(each.metadata["alters"]) == (each.name in ALTERING)
+    if each.name in ALTERING and each.name not in ("arch", "precond"):
+        assert flag(each.name if each.name != "fp16" else "precision") in " ".join(named_differences(identity, other))
 
 
 def test_run_numbers(tmp_path):

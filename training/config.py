@@ -166,79 +166,9 @@ class TrainConfig:
         }
 
 
-def as_options(identity: Kwargs) -> Kwargs:
-    """An identity as people know it: by the options of `train.py`, in their units, and what has no option by name."""
-    told: Kwargs = {}
-    for name, value in _plain(identity).items():
-        if name in ("data", "lr", "ema") and isinstance(value, list):
-            names = {"data": _DATA_NAMES, "lr": ["--lr", "betas", "eps"], "ema": ["--ema", "EMA ramp-up ratio"]}[name]
-            if name == "ema" and value[:1] == ["std"]:
-                names, value = ["--ema-std"], value[1:]
-            told |= dict(zip(names, value, strict=False))
-        elif isinstance(value, dict):
-            told |= {_PART_NAMES.get(f"{name}.{key}", f"{name}.{key}"): part for key, part in value.items()}
-        elif name == "augment":
-            told["--augment"] = 0.0
-        else:
-            told[_NAMES.get(name, f"--{name}" if name in _SAME_NAMES else name)] = value
-    if isinstance(told.get("--cres"), list):
-        told["--cres"] = ",".join(map(str, told["--cres"]))
-    told["--teacher-precision"] = told.get("--teacher-precision") or "fp32"
-    for name, images in (("--duration", 1_000_000), ("--warmup", 1000), ("--ema", 1000)):
-        if isinstance(told.get(name), (int, float)):
-            told[name] /= images  # Mimg
-    return told
-
-
-_DATA_NAMES = ["the content of --data", "--cond", "--xflip", "resolution", "number of images"]
-_PART_NAMES = {  # where one option is part of several, they say the same
-    "network.model_channels": "--cbase",
-    "network.channel_mult": "--cres",
-    "network.num_blocks": "--blocks",
-    "augment.p": "--augment",
-    **{f"network.{name}": f"--{name.replace('_', '-')}" for name in ("dropout", "sigma_data")},
-    **{f"loss.{name}": f"--{name.replace('_', '-').lower()}" for name in ("P_mean", "P_std", "sigma_data")},
-    **{f"loss.{name}": f"--{name}" for name in ("weighting", "intervals")},
-    **{
-        f"{part}.{name}": f"--{name.replace('_', '-')}"
-        for part in ("loss", "distillation")
-        for name in ("ratio", "teacher_solver", "self_teacher")
-    },
-    **{f"{part}.num_steps": "--num_steps" for part in ("loss", "distillation")},
-}
-_NAMES = {"transfer": "the content of --transfer"}
-_SAME_NAMES = ["seed", "batch", "warmup", "lr-decay", "duration", "ls", "clip", "precision", "teacher-precision"]
-
-
-def without_defaults(identity: Kwargs) -> Kwargs:
-    """An identity without what EDM's loss and preconditioning would have without being told."""
-    usual = {"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}
-    lean = dict(identity)
-    for part in ("loss", "network"):
-        named = lean.get(part)
-        if isinstance(named, dict) and str(named.get("class_name")).endswith((".EDMLoss", ".EDMPrecond")):
-            lean[part] = {name: value for name, value in named.items() if value != usual.get(name, ...)}
-    return lean
-
-
-def told_as_options(old: Kwargs, new: Kwargs) -> list[str]:
-    """`differences` of two identities, by the names of options; what follows from another difference is left out."""
-    before, now = as_options(old), as_options(new)
-    before, now = ({name: each.get(name) for name in [*now, *before]} for each in (before, now))
-    for cause, follows in (
-        ("--lr-decay", "--duration"),  # part of an identity only with a decay
-        ("--num_steps", "distillation."),
-        ("--augment", "augment."),
-        ("--augment", "network.augment_dim"),
-    ):
-        if before.get(cause) != now.get(cause) and (follows != "--duration" or None in (before[follows], now[follows])):
-            now = {name: value for name, value in now.items() if not name.startswith(follows)}
-    return differences(before, now)
-
-
 def differences(old: Kwargs, new: Kwargs) -> list[str]:
     """Names (with both values) of what differs between two identities, in words a user can act on."""
-    found = [told for name in new for told in _told(name, _plain(old.get(name)), _plain(new.get(name)))]
+    found = [told for name in new for told in _told(name, plain(old.get(name)), plain(new.get(name)))]
     twice = {told.removeprefix("distillation.") for told in found if told.startswith("distillation.")}
     return [told for told in found if told.removeprefix("loss.") not in twice or not told.startswith("loss.")]
 
@@ -255,10 +185,11 @@ def _told(name: str, old: Any, new: Any) -> list[str]:
     return [f"{name} (was {_short(old)}, now {_short(new)})"] if old != new else []
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON would give it back: lists for tuples."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _short(value: Any) -> str:

@@ -46,7 +46,7 @@ from .ladder_report import (
 from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, Past, curve_plan
 from .network_files import NetworkFile
 from .next_steps import FID_IMAGES, has_classes, inception_fits, launched, train_command
-from .options import COMMAND_LINE, Options
+from .options import ALTERING, COMMAND_LINE, Options, by_content, flag
 from .samplers import nfe
 from .setup import Run, load_everywhere, prepare, train
 from .state import images_seen, list_states
@@ -265,19 +265,18 @@ class Ladder:
     def recipe(self, index: int, first: Run) -> dict[str, Any]:
         """All options that alter the student of stage `index`, with defaults filled in and files told by content."""
         assert first.stage is not None
-        same = "weighting self_teacher lr_decay warmup batch ema ema_std clip dropout augment xflip precision"
-        return {
-            "--transfer": self.teacher.sha256,
-            "--data": first.config.extras["data_fingerprint"],
-            "--cond": first.config.dataset_kwargs["use_labels"],
-            "--teacher-solver": first.stage.solver,
-            "--intervals": first.config.loss_kwargs["intervals"],
-            "--num_steps": self.chain[0],
-            "--ratio": self.ratios[: index + 1],
-            "--duration": self.durations[index],
-            "--lr": self.lrs[index],
-            **{f"--{name.replace('_', '-')}": getattr(self.base, name) for name in [*same.split(), "seed"]},
+        known = {
+            "transfer": self.teacher.sha256,
+            "data": first.config.extras["data_fingerprint"],
+            "cond": first.config.dataset_kwargs["use_labels"],
+            "teacher_solver": first.stage.solver,
+            "intervals": first.config.loss_kwargs["intervals"],
+            "num_steps": self.chain[0],
+            "ratio": self.ratios[: index + 1],
+            "duration": self.durations[index],
+            "lr": self.lrs[index],
         }
+        return {flag(name): known.get(name, getattr(self.base, name)) for name in ALTERING}
 
     def check_stages(self, first: Run) -> None:
         """Raises UserError, naming them, for options that differ from those of a stage that has come to something."""
@@ -435,12 +434,6 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
     return [(title, shlex.join(words)) for title, words in commands]
 
 
-def by_content(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe whose hashes say what they are."""
-    files = {name: f"the content of {name}" for name in ("--transfer", "--data")}
-    return {files.get(name, name): value for name, value in recipe.items()}
-
-
 def to_json(rows: Sequence[Any]) -> bytes:
     """Dataclass values as a JSON list."""
     return (json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n").encode()
@@ -450,6 +443,12 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """What `write_record` wrote, or None where there is no such file or it can't be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record if {"options", "teacher", "kimg", "student", "sha256"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
+        if not {"options", "teacher", "kimg", "student", "sha256"} <= record.keys():
+            return None
+        if not record["options"].keys() >= set(map(flag, ALTERING)):  # of a version that left some out
+            run = json.loads(path.with_name("training_options.json").read_text(encoding="utf-8"))
+            values = {**asdict(Options("", "")), **run[COMMAND_LINE]}
+            record["options"] = {**{flag(name): values[name] for name in ALTERING}, **record["options"]}
+        return record
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None

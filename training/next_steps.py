@@ -15,7 +15,7 @@ from torch_utils import distributed as dist
 
 from .config import STAGE_MIMG
 from .dataset import ImageFolderDataset
-from .options import Options, given
+from .options import Options, flag, given
 from .setup import Run
 from .steps import ratios_that_work
 
@@ -132,7 +132,7 @@ def train_command(options: Options, device: str | None = None) -> str:
     """
     words = launched("train.py")
     for name, value in given(options).items():
-        option = "--" + (name if name == "num_steps" else name.replace("_", "-"))
+        option = flag(name)
         if isinstance(value, bool) and name in FLAGS:
             words.append(option)
         elif isinstance(value, list):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dnnlib import cli
 from dnnlib.cli import UsageError, UserError
 
-from .config import ARCHITECTURES, PRECONDS, Kwargs, check_batch
+from .config import ARCHITECTURES, PRECONDS, Kwargs, check_batch, differences, plain
 from .steps import check_steps
 
 WANDB_PROJECT = "edm-distill"
@@ -38,66 +39,87 @@ recompute_option = click.option(
 )
 
 
+def option(default: Any, *alters: str) -> Any:
+    """A field of Options. alters: what the option decides of `TrainConfig.identity`; none: it alters no result."""
+    return field(default=default, metadata={"alters": alters})
+
+
 @dataclass
 class Options:
-    """The values of `train.py`'s options; None where the default depends on other options."""
+    """The values of `train.py`'s options; None where the default depends on other options.
 
-    outdir: str
-    data: str
-    precond: str = "edm"
-    cond: bool | None = None
-    arch: str | None = None
-    cbase: int | None = None
-    cres: list[int] | None = None
-    blocks: int | None = None
-    sigma_data: float | None = None
-    p_mean: float | None = None
-    p_std: float | None = None
-    num_steps: int | None = None
-    ratio: int = 2
-    teacher_solver: str | None = None
-    weighting: str = "geomean"
-    intervals: str | None = None  # loss
-    self_teacher: bool = False
-    duration: float | None = None  # Mimg
-    batch: int = 512
-    batch_gpu: int | str | None = None  # or AUTO
-    lr: float | None = None
-    lr_decay: str | None = None
-    warmup: float | None = None  # Mimg
-    ema: float = 0.5  # Mimg
-    ema_std: float | None = None
-    clip: float | None = None
-    dropout: float | None = None
-    augment: float | None = None
-    xflip: bool = False
-    precision: str | None = None
-    teacher_precision: str = "fp32"
-    recompute: bool = False
-    fp16: bool = False
-    compile: bool = False
-    ls: float = 1.0
-    bench: bool = True
-    cache: bool = True
-    workers: int = 1
-    deterministic: bool = False
-    desc: str | None = None
-    nosubdir: bool = False
-    tick: float = 50  # kimg
-    snap: int | None = 50
-    dump: int | None = 500
-    targets: int | None = None
-    save_every: float = 10  # minutes
-    seed: int | None = None
-    transfer: str | None = None
-    resume: str | None = None
-    tensorboard: bool = False
-    wandb: str | None = None  # project
-    trust_network_code: bool = False
+    The one place that lists which options alter the result: resuming (`named_differences`) and a ladder's recipe follow
+    it.
+    """
+
+    outdir: str = option(MISSING)
+    data: str = option(MISSING, "data.0")
+    precond: str = option("edm", "network", "loss")
+    cond: bool | None = option(None, "data.1")
+    arch: str | None = option(None, "network")
+    cbase: int | None = option(None, "network.model_channels")
+    cres: list[int] | None = option(None, "network.channel_mult")  # noqa: RUF009  # it makes a field
+    blocks: int | None = option(None, "network.num_blocks")
+    sigma_data: float | None = option(None, "network.sigma_data", "loss.sigma_data")
+    p_mean: float | None = option(None, "loss.P_mean")
+    p_std: float | None = option(None, "loss.P_std")
+    num_steps: int | None = option(None, "loss.num_steps", "distillation.num_steps")
+    ratio: int = option(2, "loss.ratio", "distillation.ratio")
+    teacher_solver: str | None = option(None, "loss.teacher_solver", "distillation.teacher_solver")
+    weighting: str = option("geomean", "loss.weighting")
+    intervals: str | None = option(None, "loss.intervals")  # loss
+    self_teacher: bool = option(False, "distillation.self_teacher")
+    duration: float | None = option(None, "duration")  # Mimg
+    batch: int = option(512, "batch")
+    batch_gpu: int | str | None = option(None)  # or AUTO
+    lr: float | None = option(None, "lr.0")
+    lr_decay: str | None = option(None, "lr-decay")
+    warmup: float | None = option(None, "warmup")  # Mimg
+    ema: float = option(0.5, "ema.0")  # Mimg
+    ema_std: float | None = option(None, "ema.std")
+    clip: float | None = option(None, "clip")
+    dropout: float | None = option(None, "network.dropout")
+    augment: float | None = option(None, "augment.p")
+    xflip: bool = option(False, "data.2")
+    precision: str | None = option(None, "precision")
+    teacher_precision: str = option("fp32", "teacher-precision")
+    recompute: bool = option(False)
+    fp16: bool = option(False, "precision")
+    compile: bool = option(False)
+    ls: float = option(1.0, "ls")
+    bench: bool = option(True)
+    cache: bool = option(True)
+    workers: int = option(1)
+    deterministic: bool = option(False)
+    desc: str | None = option(None)
+    nosubdir: bool = option(False)
+    tick: float = option(50)  # kimg
+    snap: int | None = option(50)
+    dump: int | None = option(500)
+    targets: int | None = option(None)
+    save_every: float = option(10)  # minutes
+    seed: int | None = option(None, "seed")
+    transfer: str | None = option(None, "transfer")
+    resume: str | None = option(None)
+    tensorboard: bool = option(False)
+    wandb: str | None = option(None)  # project
+    trust_network_code: bool = option(False)
 
     @property
     def distils(self) -> bool:
         return self.precond == "edm_distillation"
+
+
+ALTERING = tuple(each.name for each in fields(Options) if each.metadata["alters"])
+DISTILLATION = (
+    *("num_steps", "ratio", "teacher_solver", "weighting", "intervals", "self_teacher", "teacher_precision", "targets"),
+)
+FILES = ("--data", "--transfer")  # compared by their content
+
+
+def flag(name: str) -> str:
+    """How an option is typed."""
+    return "--" + (name if name == "num_steps" else name.replace("_", "-"))
 
 
 def _no_state(name: str) -> str:
@@ -135,19 +157,24 @@ def check_options(options: Options, world_size: int) -> None:
         if options.transfer is None:
             raise UsageError("--precond=edm_distillation needs a teacher: --transfer=FILE or URL of a network .pkl")
         check_steps(options.num_steps, options.ratio)
-        for name in ("p_mean", "p_std", "sigma_data"):
-            if getattr(options, name) is not None:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} has no meaning in distillation, whose noise levels are the teacher's"
-                )
-    elif options.num_steps is not None or options.teacher_solver is not None or options.targets is not None:
-        raise UsageError("--num_steps, --teacher-solver and --targets belong to --precond=edm_distillation")
-    elif options.self_teacher or options.intervals is not None or options.teacher_precision != "fp32":
-        raise UsageError("--self-teacher, --intervals and --teacher-precision belong to --precond=edm_distillation")
-    elif options.ratio != Options.ratio or options.weighting != Options.weighting:
-        raise UsageError("--ratio and --weighting belong to --precond=edm_distillation")
-    elif options.precond != "edm" and (options.p_mean is not None or options.p_std is not None or options.sigma_data):
-        raise UsageError("--p-mean, --p-std and --sigma-data belong to --precond=edm")
+        for name in _changed(options, "p_mean", "p_std", "sigma_data"):
+            raise UsageError(f"{name} has no meaning in distillation, whose noise levels are the teacher's")
+        return
+    others = {
+        "edm_distillation": DISTILLATION,
+        "edm": () if options.precond == "edm" else ("p_mean", "p_std", "sigma_data"),
+    }
+    for precond, names in others.items():
+        if wrong := _changed(options, *names):
+            verb = "belongs" if len(wrong) == 1 else "belong"
+            raise UsageError(
+                f"{', '.join(wrong[:-1])}{' and ' * (len(wrong) > 1)}{wrong[-1]} {verb} to --precond={precond}"
+            )
+
+
+def _changed(options: Options, *names: str) -> list[str]:
+    """Those options, as they are typed, that have another value than their default."""
+    return [flag(name) for name in names if getattr(options, name) != getattr(Options, name)]
 
 
 def given(options: Options) -> Kwargs:
@@ -155,6 +182,79 @@ def given(options: Options) -> Kwargs:
     values = {each.name: getattr(options, each.name) for each in fields(Options) if each.name != "resume"}
     defaults = {each.name: each.default for each in fields(Options) if each.default is not MISSING}
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identities of runs (config.TrainConfig.identity) in terms of options
+
+_WITHOUT_OPTION = {
+    **{"data.3": "resolution", "data.4": "number of images"},
+    **{"lr.1": "betas", "lr.2": "eps", "ema.1": "EMA ramp-up ratio"},
+}
+
+
+def named_differences(saved: Kwargs, identity: Kwargs) -> list[str]:
+    """The options that alter the result and differ between two identities, with both values; what has no option is
+    named as `training_options.json` has it."""
+    old, new = without_defaults(saved), without_defaults(identity)
+    exact = differences(old, new)
+    return told_as_options(old, new) or exact if exact else []
+
+
+def by_content(options: Kwargs) -> Kwargs:
+    """Values by the names of options, with those named that are compared by what a file holds."""
+    return {f"the content of {name}" if name in FILES else name: value for name, value in options.items()}
+
+
+def as_options(identity: Kwargs) -> Kwargs:
+    """An identity as people know it: by the options of `train.py`, in their units, and what has no option by name."""
+    parts: Kwargs = {}
+    for name, value in plain(identity).items():
+        if name == "ema" and value[:1] == ["std"]:
+            parts["ema.std"] = value[1]
+        elif isinstance(value, list):
+            parts |= {f"{name}.{index}": part for index, part in enumerate(value)}
+        elif isinstance(value, dict):
+            parts |= {f"{name}.{key}": part for key, part in value.items()}
+        elif name == "augment":
+            parts["augment.p"] = 0.0
+        else:
+            parts[name] = value
+    names = {part: flag(each.name) for each in reversed(fields(Options)) for part in each.metadata["alters"]}
+    told = by_content({names.get(part, _WITHOUT_OPTION.get(part, part)): value for part, value in parts.items()})
+    if isinstance(told.get("--cres"), list):
+        told["--cres"] = ",".join(map(str, told["--cres"]))
+    told["--teacher-precision"] = told.get("--teacher-precision") or "fp32"
+    for name, images in (("--duration", 1_000_000), ("--warmup", 1000), ("--ema", 1000)):
+        if isinstance(told.get(name), (int, float)):
+            told[name] /= images  # Mimg
+    return told
+
+
+def without_defaults(identity: Kwargs) -> Kwargs:
+    """An identity without what EDM's loss and preconditioning would have without being told."""
+    usual = {"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}
+    lean = dict(identity)
+    for part in ("loss", "network"):
+        named = lean.get(part)
+        if isinstance(named, dict) and str(named.get("class_name")).endswith((".EDMLoss", ".EDMPrecond")):
+            lean[part] = {name: value for name, value in named.items() if value != usual.get(name, ...)}
+    return lean
+
+
+def told_as_options(old: Kwargs, new: Kwargs) -> list[str]:
+    """`differences` of two identities, by the names of options; what follows from another difference is left out."""
+    before, now = as_options(old), as_options(new)
+    before, now = ({name: each.get(name) for name in [*now, *before]} for each in (before, now))
+    for cause, follows in (
+        ("--lr-decay", "--duration"),  # part of an identity only with a decay
+        ("--num_steps", "distillation."),
+        ("--augment", "augment."),
+        ("--augment", "network.augment_dim"),
+    ):
+        if before.get(cause) != now.get(cause) and (follows != "--duration" or None in (before[follows], now[follows])):
+            now = {name: value for name, value in now.items() if not name.startswith(follows)}
+    return differences(before, now)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

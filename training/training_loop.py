@@ -34,7 +34,7 @@ from torch_utils import training_stats
 from . import distillation, networks, pictures, state
 from . import loss as losses
 from .augment import AugmentPipe
-from .config import TrainConfig, check_batch, differences, told_as_options, without_defaults
+from .config import TrainConfig, check_batch
 from .dataset import ImageFolderDataset
 from .distillation import Stage
 from .draws import StepDraws, key
@@ -42,6 +42,7 @@ from .health import MOST, WINDOW, Health
 from .loader import Batch, Loader
 from .loggers import open_loggers
 from .network_files import save_network
+from .options import named_differences
 from .progress import print_above_bars, training_bar
 from .samplers import edm_sampler, grid_sampler
 from .speed import compute_dtype, maybe_compile, recompute_blocks, set_precision, use_cpu_kernels
@@ -654,9 +655,7 @@ def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig
 
 def other_options(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """The options that alter the result and differ from an earlier run's identity, with both values."""
-    old, new = map(without_defaults, (saved, json.loads(json.dumps(config.identity()))))
-    exact = differences(old, new)
-    return told_as_options(old, new) or exact if exact else []
+    return named_differences(saved, json.loads(json.dumps(config.identity())))
 
 
 def matching(source: torch.nn.Module, target: torch.nn.Module) -> dict[str, Tensor]:
