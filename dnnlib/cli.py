@@ -45,7 +45,6 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"{os.path.basename(sys.argv[0])}: error: {missing_package(missing)}")
 
-PARENT = os.getppid()  # whoever has started this process, as early as it can be known
 MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
 
 
@@ -275,7 +274,6 @@ def program(name: str) -> str:
 
 
 leaving_by_exit = False  # this process ends with `run`: nothing needs to be taken down
-at_end: Callable[[str | None], None] | None = None  # told of this process's end, with its error or None for a good one
 
 
 def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
@@ -290,8 +288,6 @@ def run(cmd: click.Command, args: Sequence[str] | None = None) -> int:
     if leaving_by_exit and not _debugging():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ shows its stack when a connection breaks
     status = _run(cmd, args)
-    if at_end is not None:
-        at_end(None)
     if leaving_by_exit:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -406,9 +402,6 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 
 
 def _fail(prog: str, message: str, status: int, exc: BaseException) -> int:
-    failed = not isinstance(exc, (FailedElsewhere, Stopped))
-    if at_end is not None and failed:
-        at_end(printable(message))
     if isinstance(exc, FailedElsewhere):
         time.sleep(3)  # a launcher kills all processes when the first one ends: let that be the one with the message
         return status

@@ -28,41 +28,36 @@ from dnnlib import cli
 
 @cli.command(name="job")
 @cli.click.argument("trouble")
-@cli.click.option("--number", type=int)
-def command(trouble, number):
+def command(trouble):
     import torch
     from torch_utils import distributed as dist
 
-    if os.environ["RANK"] == "1" and trouble == "other-code":
-        dist.code_hash = lambda: "ffff"
     if os.environ["RANK"] == "1" and trouble == "late":
         torch.__version__ = "1.0"
     dist.init("cpu", cli.options_in_use())
-    print("met", flush=True)
     second = dist.get_rank() == (0 if trouble == "first-killed" else 1)
     if trouble == "late":
         time.sleep(9 * second)
-        dist.barrier()
     elif trouble == "stuck" and not second:
         dist.all_reduce_sum([torch.zeros(1)])
-    elif not second or trouble == "stuck":
-        time.sleep(100)
-    elif trouble == "raises":
+    elif trouble == "stuck":
+        time.sleep(30)
+    elif second and trouble == "raises":
         1 / 0
-    else:
-        os.kill(os.getpid(), signal.SIGSTOP if trouble == "stopped" else signal.SIGKILL)
+    elif second:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
 
 sys.argv[0] = "job.py"
 sys.exit(cli.run(command))
 """
+GONE = "another process has ended, or can't be reached"
 TROUBLES = {  # -> status and words of the rank that is left
-    "killed": (1, ["rank 1 has given no sign of life for", "what was saved is intact"]),
-    "stopped": (1, ["rank 1 has given no sign of life for"]),
-    "raises": (1, ["rank 1 has failed: unexpected ZeroDivisionError"]),
-    "first-killed": (1, ["the process that the others meet at (rank 0, or the launcher) has ended"]),
-    "stuck": (1, ["another process has ended, or can't be reached"]),
+    "killed": (1, [GONE]),
+    "raises": (1, [GONE]),
+    "first-killed": (1, [GONE]),
+    "stuck": (1, [GONE]),
     "late": (0, ["warning: the processes have different versions of torch", "1.0"]),
-    "other-code": (1, ["do not agree: the program's code is", 'rank 0, "ffff" on rank 1']),
 }
 
 
@@ -99,10 +94,10 @@ def end(process, seconds=90):
     return process.returncode, said.splitlines()
 
 
-def test_whoever_dies_or_stands_still_ends_the_job(tmp_path):
+def test_whoever_dies_ends_the_job(tmp_path):
     """Without a launcher. All cases at once, for each consists of waiting. Only `stuck` has to wait for a collective's
     timeout; `late` shows that waiting at a barrier has none."""
-    limits = {"EDM_PEER_TIMEOUT": "5", "EDM_COLLECTIVE_TIMEOUT": "8"}
+    limits = {"EDM_COLLECTIVE_TIMEOUT": "8"}
     jobs = {name: start_plainly([["-c", TROUBLE, name]] * 2, **limits) for name in TROUBLES}
     for name, (status, words) in TROUBLES.items():
         left, other = jobs[name][:: -1 if name == "first-killed" else 1]
@@ -112,28 +107,10 @@ def test_whoever_dies_or_stands_still_ends_the_job(tmp_path):
         assert all(word in line for word in words for line in lines), (name, lines)
         if status:
             assert lines[0].startswith(f"job.py [rank {name == 'first-killed':d}]: error: "), lines
-        other.send_signal(signal.SIGCONT)
         found, lines = end(other)
         if name == "raises":
             assert lines[0].startswith("job.py [rank 1]: error: unexpected ZeroDivisionError"), lines
         assert len(lines) <= 1 and (name != "late" or found == 0), (name, found, lines)
-
-
-def test_a_training_process_that_stands_still_ends_the_run(data, tmp_path):
-    """Without a launcher; the run goes on from its newest state afterwards."""
-    command = [ROOT / "train.py", f"--data={data}", *ARGS, f"--outdir={tmp_path}", "--save-every=0"]
-    first, second = start_plainly([command] * 2, EDM_PEER_TIMEOUT="5")
-    wait_for(lambda: newest_nimg(tmp_path) >= 100, first)
-    second.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    try:
-        status, lines = end(first)
-    finally:
-        second.kill()
-    assert status == 1 and time.monotonic() - began < 60
-    assert len(lines) == 1 and "[rank 0]: error: rank 1 has given no sign of life" in lines[0], lines
-    assert 100 <= newest_nimg(tmp_path) < 1000
-    second.communicate()
 
 
 def test_processes_that_disagree_do_not_begin(data, tmp_path):
@@ -162,7 +139,6 @@ def test_processes_that_disagree_do_not_begin(data, tmp_path):
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "must be whole numbers"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "must be whole numbers"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "EDM_PEER_TIMEOUT": "soon"}, "EDM_PEER_TIMEOUT=soon"),
         ({"RANK": "0", "WORLD_SIZE": "2", "EDM_COLLECTIVE_TIMEOUT": "nan"}, "EDM_COLLECTIVE_TIMEOUT=nan"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "check MASTER_ADDR"),
     ],
@@ -196,25 +172,6 @@ def test_weights_that_are_swapped_are_noticed(monkeypatch):
 def workers(job):
     """The processes of train.py below torchrun."""
     return [p for p in psutil.Process(job.pid).children(recursive=True) if any("train.py" in w for w in p.cmdline())]
-
-
-@pytest.mark.parametrize("moment", [0, 0.7])
-def test_processes_of_a_launcher_that_is_killed_before_they_have_met(data, tmp_path, moment):
-    """There is nobody then who would tell them, for many minutes."""
-    log = tmp_path / "log.txt"
-    with log.open("w") as file:
-        args = [f"--data={data}", *SMALL, f"--outdir={tmp_path / 'run'}", "--duration=0.01"]
-        job = launch(2, *args, stdout=file, stderr=file)
-        wait_for(lambda: len(workers(job)) == 2, job)
-        time.sleep(moment)
-        left = workers(job)
-        job.kill()
-        job.wait()
-    _, alive = psutil.wait_procs(left, timeout=40)
-    for process in alive:
-        process.kill()
-    assert not alive
-    assert moment or "the launcher has ended; so this process ends" in log.read_text()
 
 
 def test_torchrun_starts_again_from_the_newest_state(data, tmp_path):

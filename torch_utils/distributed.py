@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,18 +21,13 @@ from torch.distributed.rendezvous import rendezvous
 from dnnlib import cli
 from dnnlib.cli import FailedElsewhere, UsageError, UserError
 
-from .peers import Peers, ending_with_launcher, restarts
-
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = 600.0  # seconds of a training step's exchange; EDM_COLLECTIVE_TIMEOUT sets another
-PEER_TIMEOUT = 45.0  # seconds without a sign of life after which a process is given up; EDM_PEER_TIMEOUT
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("training", "torch_utils", "metrics", "dnnlib")
+PATIENCE = timedelta(days=30)  # of a barrier: shares of work may end hours apart, and a lost process breaks it at once
 
 _device = torch.device("cpu")
-_control_group: dist.ProcessGroup | None = None  # Gloo beside NCCL: decisions among hosts never wait for a GPU
-_peers: Peers | None = None
+_control_group: dist.ProcessGroup | None = None  # Gloo, also beside NCCL: decisions among hosts never wait for a GPU
 
 
 def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torch.device:
@@ -41,10 +35,10 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
 
     device: 'auto' (CUDA where present), 'cuda' or 'cpu'. Under a launcher (WORLD_SIZE > 1) joins the process group:
     NCCL on CUDA with one GPU a process, Gloo on the CPU. Raises UsageError for a device that isn't there, UserError for
-    more processes than GPUs, for a rendezvous that doesn't come about, and for processes that run other code or have
-    other `options` (by name, as the user knows them).
+    more processes than GPUs, for a rendezvous that doesn't come about, and for processes that have other `options`
+    (by name, as the user knows them).
     """
-    global _device, _control_group, _peers
+    global _device, _control_group
     if device not in ("auto", "cuda", "cpu"):
         raise UsageError(f"--device={device} is unknown; use auto, cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -65,27 +59,23 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
         _device = torch.device("cpu")
     if _launched_world() > 1 and not dist.is_initialized():
         limit = timedelta(seconds=_seconds("EDM_COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT))
-        signs = _seconds("EDM_PEER_TIMEOUT", PEER_TIMEOUT)
         try:
-            with ending_with_launcher():
-                store, rank, world_size = next(rendezvous("env://", timeout=limit))
-                # Processes that torchrun has started again meet in the store of those before, and must not find their
-                # addresses there: each start has keys of its own.
-                store = dist.PrefixStore(f"edm-distill/{restarts()}", store)
-                group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
-                if use_cuda:
-                    dist.init_process_group("nccl", device_id=_device, **group)
-                    _control_group = dist.new_group(backend="gloo", timeout=limit)
-                else:
-                    dist.init_process_group("gloo", **group)
-                _peers = Peers(dist.get_rank(), dist.get_world_size(), signs)
+            store, rank, world_size = next(rendezvous("env://", timeout=limit))
+            # Processes that torchrun has restarted meet in the store of those before, and must not find their
+            # addresses there: each start has keys of its own.
+            store = dist.PrefixStore(f"edm-distill/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
+            if use_cuda:
+                dist.init_process_group("nccl", device_id=_device, **group)
+            else:
+                dist.init_process_group("gloo", **group)
+            _control_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as exc:
             raise UserError(
                 f"the processes could not meet (check MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE): {exc}"
             ) from exc
-        cli.at_end = _at_end
         atexit.register(shutdown)  # for programs of others: our own scripts end by os._exit (dnnlib.cli.run)
-        check_agreement({"the program's code": code_hash(), **{f"--{k}": v for k, v in (options or {}).items()}})
+        check_agreement({f"--{name}": value for name, value in (options or {}).items()})
         versions = gather_objects(torch.__version__)
         if len(set(versions)) > 1:
             print0(f"warning: the processes have different versions of torch: {', '.join(versions)}", file=sys.stderr)
@@ -120,21 +110,14 @@ def _local_rank() -> int:
     return 0
 
 
-def _at_end(failure: str | None) -> None:
-    """What this process's end means for the others: nothing, or that they are to end too."""
-    if _peers is not None:
-        _peers.leave() if failure is None else _peers.fail(failure)
-
-
 def shutdown() -> None:
     """Leaves the process group, if there is one (unless the whole process is about to end, which does)."""
-    global _control_group, _peers
+    global _control_group
     if cli.leaving_by_exit:
         return
-    _at_end(None)
     if dist.is_initialized():
         dist.destroy_process_group()
-    _control_group = _peers = None
+    _control_group = None
 
 
 def device() -> torch.device:
@@ -164,10 +147,8 @@ def print0(*args: Any, **kwargs: Any) -> None:
 
 
 def barrier() -> None:
-    """Waits until every process is here, for hours if need be: as long as all of them are alive."""
-    if _peers is not None:
-        _peers.meet()
-    elif dist.is_initialized():
+    """Waits until every process is here, for hours if need be."""
+    if dist.is_initialized():
         dist.barrier(group=_control_group)
 
 
@@ -175,7 +156,6 @@ def broadcast_object(value: Any) -> Any:
     """Rank 0's `value` (a plain picklable object), on every rank. Waits as `barrier` does."""
     if not dist.is_initialized():
         return value
-    barrier()
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0, group=_control_group)
     return box[0]
@@ -185,7 +165,6 @@ def gather_objects(value: Any) -> list[Any]:
     """Every rank's `value`, on every rank, in the order of ranks. Waits as `barrier` does."""
     if not dist.is_initialized():
         return [value]
-    barrier()
     values: list[Any] = [None] * get_world_size()
     dist.all_gather_object(values, value, group=_control_group)
     return values
@@ -243,15 +222,6 @@ def _comparable(value: Any) -> str:
     """A short text that tells values apart: JSON, of a long one the beginning and a hash."""
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 80 else f"{text[:60]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
-
-
-def code_hash() -> str:
-    """SHA-256 (its beginning) over this program's own source files: the packages, and the script that was started."""
-    digest = hashlib.sha256()
-    for path in [*sorted(path for name in PACKAGES for path in (ROOT / name).glob("*.py")), Path(sys.argv[0])]:
-        if path.is_file():
-            digest.update(f"{path.name} ".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def agree_on_largest(value: int) -> int:
