@@ -238,12 +238,3 @@ def all_reduce_sum(tensors: Sequence[torch.Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
-
-
-def should_stop() -> bool:
-    """Kept for programs written against EDM: nothing here asks a run to stop this way."""
-    return False
-
-
-def update_progress(cur: int, total: int) -> None:
-    """Kept for programs written against EDM: progress is printed by the tasks themselves."""
