@@ -603,7 +603,7 @@ def test_a_small_file_cannot_make_a_giant(tmp_path: Path, change: dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "Mystery"}, "refers to 'Mystery'"),
+        ({"model_type": "Mystery"}, "a part of class 'Mystery', unknown here"),
         ({"model_type": "DhariwalUNet"}, "can't be made.*embedding_type"),
         ({"channel_mult": [1, 2, 2]}, "does not fit the network it describes, part by part"),
         ({"model_channels": 32}, r"does not fit.*tensor by tensor: .*weight: \[16, 10\], not \[32, 10\].*and 141 more"),
@@ -698,7 +698,7 @@ def test_unknown_networks_run_only_when_trusted(tmp_path: Path, capsys: pytest.C
     state["_parameters"]["scale"] = nn.Parameter(torch.tensor(3.0))
     source = FOREIGN + f"\nopen({str(tmp_path / 'RAN')!r}, 'a').write('x')\n"
     path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", state, source), "notes": 5}))
-    refused(path, "'Wonder'.*--trust-network-code")
+    refused(path, "holds a network of class 'Wonder', unknown here; .*--trust-network-code")
     with pytest.raises(ForeignNetworkError):
         load_network(path)
     assert not (tmp_path / "RAN").exists()
@@ -717,6 +717,30 @@ def test_unknown_networks_run_only_when_trusted(tmp_path: Path, capsys: pytest.C
     save_network(tmp_path / "again.pkl", file.net)
     assert load_network(tmp_path / "again.pkl", trust_network_code=True).net.scale == 3
     assert (tmp_path / "RAN").read_text() == "x"  # the same text runs once
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_refusal_names_the_foreign_class_first(tmp_path: Path, known: bool) -> None:
+    """Not the first function that its attributes happen to use."""
+    path, odd = tmp_path / "net.pkl", Persistent("Odd", module_state({"act": Call(getattr, "x", "upper")}), "")
+    ema = Persistent("EDMPrecond", module_state({"_modules": {"model": odd}}), "") if known else odd
+    path.write_bytes(pickle.dumps({"dataset_kwargs": {}, "ema": ema}))
+    what = "part" if known else "network"
+    refused(
+        path, rf"net\.pkl: holds a {what} of class 'Odd', unknown here \(it refers to 'builtins.getattr'\); only if"
+    )
+    path.write_bytes(pickle.dumps({"ema": Persistent("Odd", {}, ""), "loss_fn": Call(getattr, "x", "upper")}))
+    refused(path, "holds a network of class 'Odd', unknown here")
+
+
+def test_an_announcement_keeps_its_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the length of the names beside it, and with nothing that a terminal would obey."""
+    name, source = "Wonder\x1b[2J" * 60, FOREIGN + "\n# a long name\n"
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": Persistent(name, module_state({}), source)}))
+    with pytest.raises(UserError):
+        load_network(tmp_path / "net.pkl", trust_network_code=True)
+    said = capsys.readouterr().err
+    assert hashlib.sha256(source.encode()).hexdigest() in said and said.count("\n") == 1 and said[:-1].isprintable()
 
 
 def test_a_fork_under_a_known_name(tmp_path: Path) -> None:
@@ -1055,7 +1079,7 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
     path.write_bytes(save(tensors, {"edm_network": "[" * 100_000}))
     refused(path, "damaged safetensors")
     write(tensors, class_name="Mystery")
-    refused(path, "refers to 'Mystery'")
+    refused(path, "a network of class 'Mystery', unknown here")
     write(tensors, init_kwargs=[])
     refused(path, "not as this program writes it")
     write(tensors, init_kwargs={**meta["init_kwargs"], "model_channels": 1 << 40})

@@ -60,6 +60,8 @@ class Stage:
             "steps": self.grid.steps,
             "solver": self.solver,
         }
+        if self.teacher.variants:
+            entry["unknown_variants"] = list(self.teacher.variants)
         if self.self_teacher:
             entry["self_teacher"] = True
         return Sampling(self.grid.every(self.ratio), "euler", self.ratio, (*before, entry))

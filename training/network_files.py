@@ -2,7 +2,8 @@
 
 Reading runs nothing that a file brings along: `pickle_reader` turns a pickle into data, the class names in it stand for
 this project's own classes, and everything stored must fit the network that its constructor arguments make: every part,
-every tensor, every shape. `trust_network_code=True` is the one way to run a file's code.
+every tensor, every shape. `trust_network_code=True` is the one way to run a file's code. Where the text stored with a
+known class is no known version of it (`known_code`), the network is read all the same, with a warning.
 
 A pickle written here opens in EDM's own code: `ema` is a persistent object with its source text, everything else plain
 dicts, lists, strings and numbers. The same network gives the same bytes.
@@ -24,7 +25,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -38,13 +39,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dnnlib.atomic import atomic_write
-from dnnlib.cli import UserError
+from dnnlib.errors import UserError, printable
 from dnnlib.util import count, is_url, open_url
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.misc import load_tensors, save_tensors
 
-from . import networks
+from . import known_code, networks
 from .grids import Sampling, network_grid
 from .pickle_reader import (
     GLOBALS,
@@ -61,7 +62,7 @@ from .pickle_reader import (
 )
 from .pickle_writer import NetworkPickler, stored_tensor
 
-KNOWN_CLASSES = {name for name, value in vars(networks).items() if persistence.is_persistent(value)} | {"ModuleDict"}
+KNOWN_CLASSES = known_code.CLASSES | {"ModuleDict"}
 PRECONDS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
 FORMATS = ("EDM pickle", "safetensors", "pickle, its own code run")
 ENTRIES = (
@@ -79,6 +80,7 @@ MAX_LIST = 64  # numbers in a list among the constructor arguments of a network
 MAX_PARTS = 5000  # modules of a network; the largest published ones have 320,
 MAX_MEMBERS = 100_000  # and tensors, attributes and modules together 20 thousand
 MAX_NAME = 200  # characters of a tensor's full name
+MAX_TEXTS = 8  # source texts of a network's classes; EDM's have one
 MAX_HEADER = 1 << 22  # bytes before the tensors of a safetensors file
 MAX_IGNORED = 100  # names of entries that are left aside
 LISTS = ("channel_mult", "attn_resolutions", "resample_filter")  # constructor arguments that are lists of numbers,
@@ -105,6 +107,8 @@ class NetworkFile:
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
     format          what kind of file it was found to be: FORMATS
     half            whether its parameters were stored in float16
+    variants        classes (and what they use) of which the file's text has a version unknown here; this project's own
+                    stand in for them
     ignored         names of entries that are not plain data (a teacher, an optimiser, ...) and were not kept
     """
 
@@ -117,6 +121,7 @@ class NetworkFile:
     format: str = FORMATS[0]
     ignored: tuple[str, ...] = ()
     half: bool = False
+    variants: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -127,9 +132,9 @@ class NetworkFile:
         """One line for people: kind of file, kind of network, its size, its grid if it is a student's."""
         net = self.net
         parameters = sum(p.numel() for p in net.parameters())
-        what = type(net).__name__
+        what = type(net).__name__[:100]
         if getattr(net, "model", None) is not None:
-            what += f" of {type(net.model).__name__}"
+            what += f" of {type(net.model).__name__[:100]}"
         shape = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
         labels = f"{net.label_dim} classes" if net.label_dim else "no classes"
         steps = self.sampling.grid.steps if self.sampling else 0
@@ -139,7 +144,8 @@ class NetworkFile:
         foreign = [name for name in self.extra if name not in ENTRIES]
         found += [f"also holds {', '.join(foreign)[:200]}"] if foreign else []
         found += [f"left aside: {', '.join(self.ignored)[:200]}"] if self.ignored else []
-        return _printable(", ".join(found))
+        found += [f"an unknown variant of {', '.join(self.variants)[:200]}"] if self.variants else []
+        return printable(", ".join(found))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +159,8 @@ class ForeignNetworkError(UserError):
 def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: bool = False) -> NetworkFile:
     """Reads the network (`ema`) of an EDM pickle or a safetensors file, told apart by content.
 
-    Nothing in the file is executed, unless `trust_network_code` is set and the network is of a kind unknown here.
+    Nothing in the file is executed, unless `trust_network_code` is set and the network, or the version of a class that
+    it was written with, is unknown here.
     Raises UserError, naming the file, for anything that is no such file or doesn't fit together.
     """
     source = os.fspath(path_or_url)
@@ -247,6 +254,8 @@ def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_
                 "all your rights"
             ) from exc
         content = _run_pickle(data, source)
+    if content.variants and trust_network_code:
+        content = _run_pickle(data, source)
     net, entries = content.net, content.entries
     try:
         sampling = _sampling(net, content)
@@ -256,6 +265,13 @@ def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_
     lost = ["dataset_kwargs"] if dataset_kwargs is not None and not isinstance(dataset_kwargs, dict) else []
     if isinstance(digest, _Digest):
         digest.start()
+    if content.variants:
+        names = printable(", ".join(content.variants), 200)
+        _warn(
+            f"Warning: {printable(source, 300)}: its text of {names} is no version known here (a "
+            "fork's?). This program's own is used instead, whose numbers may differ; --trust-network-code runs the "
+            "code that the file brings"
+        )
     return NetworkFile(
         net=net.eval().requires_grad_(False),
         sampling=sampling,
@@ -270,6 +286,7 @@ def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_
         format=content.format,
         ignored=(*content.ignored, *lost),
         half=content.half,
+        variants=content.variants,
     )
 
 
@@ -282,6 +299,7 @@ class _Content:
     ignored: Sequence[str]
     format: str
     half: bool = False
+    variants: tuple[str, ...] = ()
 
 
 def _sampling(net: Any, content: _Content) -> Sampling | None:
@@ -325,7 +343,13 @@ def _check_start(start: bytes) -> None:
 
 
 def _read_edm_pickle(data: Buffer) -> _Content:
-    content = read_pickle(memoryview(data))
+    try:
+        content = read_pickle(memoryview(data))
+    except UnknownNameError as exc:
+        unknown = next((index for index, name in enumerate(exc.classes) if name not in KNOWN_CLASSES), None)
+        if unknown is None:
+            raise
+        raise _foreign_class(exc.classes[unknown], unknown > 0, f" (it refers to '{exc.name}')") from exc
     if not isinstance(content, dict) or not isinstance(content.get("ema"), StoredObject):
         raise ContentError(f"has no network under 'ema', where EDM's network files have theirs; {_instead(content)}")
     parts = dict(_walk(content["ema"]))
@@ -360,7 +384,24 @@ def _read_edm_pickle(data: Buffer) -> _Content:
         _fill(net, shapes, lambda name: copies.pop(name).result())
     parameters = {name for name, _ in net.named_parameters()}
     half = all(tensor.storage.dtype == "float16" for name, tensor in tensors.items() if name in parameters)
-    return _Content(net, *_other_entries(content), "EDM pickle", half)
+    return _Content(net, *_other_entries(content), "EDM pickle", half, _variants(parts.values()))
+
+
+def _variants(parts: Iterable[StoredObject]) -> tuple[str, ...]:
+    """What the source texts of a network's parts define in an unknown version. Of texts beyond MAX_TEXTS, the classes
+    that are stored with them."""
+    texts: dict[str, str] = {}
+    for part in parts:
+        if part.source:
+            texts.setdefault(part.source, part.class_name)
+    found: list[str] = []
+    for index, (text, class_name) in enumerate(texts.items()):
+        found += known_code.unknown_definitions(text) if index < MAX_TEXTS else [class_name]
+    return tuple(dict.fromkeys(found))[: known_code.MAX_NAMES]
+
+
+def _foreign_class(name: str, is_part: bool, detail: str = "") -> ForeignError:
+    return ForeignError(f"holds a {'part' if is_part else 'network'} of class '{name[:100]}', unknown here{detail}")
 
 
 def _instead(content: Any) -> str:
@@ -385,7 +426,7 @@ def _walk(root: StoredObject) -> Iterator[tuple[str, StoredObject]]:
         if not isinstance(part, StoredObject):
             raise ContentError(f"is damaged: part '{path}' is not a module")
         if part.class_name not in KNOWN_CLASSES:
-            raise UnknownNameError(part.class_name)
+            raise _foreign_class(part.class_name, bool(path))
         parts += 1
         members += len(part.state) + sum(len(table) for table in part.state.values() if isinstance(table, dict))
         if depth > MAX_DEPTH or parts > MAX_PARTS or members > MAX_MEMBERS:
@@ -639,7 +680,7 @@ def _read_safetensors(data: Buffer) -> _Content:
         case _:
             raise ContentError(f"is a safetensors file whose '{METADATA}' is not as this program writes it")
     if class_name not in PRECONDS:
-        raise UnknownNameError(class_name)
+        raise _foreign_class(class_name, False)
     try:
         args, kwargs, entries = plain(args), plain(kwargs), plain(entries)
     except TypeError as exc:
@@ -794,7 +835,7 @@ def _run_pickle(data: Buffer, source: str) -> _Content:
         content = _CodeUnpickler(io.BytesIO(data)).load()
     except (Exception, SystemExit) as exc:  # foreign code can raise anything
         reason = " ".join(str(exc).split())[:300]
-        raise UserError(f"{source}: running its code failed: {type(exc).__name__}: {reason}") from exc
+        raise UserError(f"{source}: running its code failed: {type(exc).__name__[:100]}: {reason}") from exc
     net = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(net, nn.Module):
         raise UserError(f"{source}: has no network under 'ema', where EDM's network files have theirs")
@@ -811,7 +852,7 @@ class _CodeUnpickler(pickle.Unpickler):
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _load_storage  # torch's own would unpickle whatever the bytes hold
         if (module, name) not in GLOBALS:
-            _warn(f"--trust-network-code: the file uses {module}.{name} of this machine's Python")
+            _warn(f"--trust-network-code: the file uses {printable(f'{module}.{name}', 400)} of this machine's Python")
         return super().find_class(module, name)
 
 
@@ -821,12 +862,7 @@ def _load_storage(data: bytes) -> Any:
 
 def _warn(text: str) -> None:
     """For people, beside the results: on standard error, by rank 0."""
-    dist.print0(_printable(text[:500]), file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """Without what a terminal would obey: it may quote a file."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    dist.print0(printable(text), file=sys.stderr)
 
 
 def _run_and_reconstruct(meta: State) -> Any:
@@ -834,9 +870,10 @@ def _run_and_reconstruct(meta: State) -> Any:
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     name = f"_network_code_{digest[:16]}"
     if name not in sys.modules:
+        class_name = printable(meta["class_name"], 100)
         _warn(
-            f"--trust-network-code: running the source text that the file brings for its {meta['class_name']} and "
-            f"others, as module {name}: {len(text.encode('utf-8'))} bytes, SHA-256 {digest}"
+            f"--trust-network-code: running the source text that the file brings for its {class_name} and others, as "
+            f"module {name}: {len(text.encode('utf-8'))} bytes, SHA-256 {digest}"
         )
         module = ModuleType(name)
         module.__dict__["__source__"] = text  # by this `persistence` knows its classes

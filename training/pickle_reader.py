@@ -4,7 +4,7 @@ A pickle is a program for a stack machine. Python's own machine imports any name
 one knows the few dozen instructions that picklers write for plain data (protocols 2 to 5), and a fixed list of names,
 `GLOBALS`, each of which stands for a function *of this module* that makes an inert value of its arguments:
 
-    torch_utils.persistence._reconstruct_persistent_obj  -> StoredObject: class name and attributes; its text is dropped
+    torch_utils.persistence._reconstruct_persistent_obj  -> StoredObject: class name, attributes, source text
     torch.nn.modules.container.ModuleDict                -> StoredObject
     torch._utils._rebuild_tensor_v2, _rebuild_parameter  -> StoredTensor: a window on the buffer
     torch.storage._load_from_bytes                       -> StoredStorage
@@ -24,6 +24,7 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,19 +66,25 @@ class ForeignError(ContentError):
 
 
 class UnknownNameError(ForeignError):
-    """The file refers to a class or function that is not on the list."""
+    """The file refers to a class or function that is not on the list.
 
-    def __init__(self, name: str) -> None:
+    classes: of the network and its parts that were being read then, the outermost first.
+    """
+
+    def __init__(self, name: str, classes: tuple[str, ...] = ()) -> None:
         super().__init__(f"refers to '{name[:200]}', which has no place in a network of a known kind")
+        self.name, self.classes = name[:200], classes
 
 
 @dataclass
 class StoredObject:
-    """An object of the class with this bare name, and its attributes. persistent: of EDM's kind, with source text."""
+    """An object of the class with this bare name, and its attributes. persistent: of EDM's kind, with the text of the
+    module that defines the class in `source`."""
 
     class_name: str
     state: dict[Any, Any] = field(default_factory=dict)
     persistent: bool = True
+    source: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -337,8 +344,15 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ContentError("is damaged: a name is not text")
         if (module, name) not in self.names:
-            raise UnknownNameError(f"{module[:200]}.{name[:200]}")
+            raise UnknownNameError(f"{module[:200]}.{name[:200]}", self.classes_in_progress())
         self.push(_Name(module, name))
+
+    def classes_in_progress(self) -> tuple[str, ...]:
+        """Class names of the network under 'ema' whose values are on the stack, its parts' behind it."""
+        above = self.stack[self.stack.index("ema") + 1 :] if "ema" in self.stack else []
+        if above and isinstance(above[0], StoredObject):
+            return (above[0].class_name,)
+        return tuple(name for key, name in pairwise(above) if key == "class_name" and isinstance(name, str))
 
     def call(self) -> None:
         """A call of a global: this module's stand-in for it builds an inert value."""
@@ -479,13 +493,14 @@ class _Dtype:
 
 def _persistent_object(m: _Machine, arguments: tuple[Any, ...]) -> StoredObject:
     match arguments:
-        case ({"type": kind, "version": version, "class_name": str(name), "state": dict(state)},):
+        case ({"type": kind, "version": version, "class_name": str(name), "state": dict(state), **others},):
             if kind != "class":
                 raise _UnexpectedArguments
             if version != 6:
                 shown = version if isinstance(version, int) else type(version).__name__  # its text may be endless
                 raise ContentError(f"holds a persistent object of format version {shown}; only version 6 is known")
-            return StoredObject(name, state)
+            source = others.get("module_src")
+            return StoredObject(name, state, source=source if isinstance(source, str) else "")
     raise _UnexpectedArguments
 
 

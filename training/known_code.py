@@ -1,0 +1,98 @@
+"""Which definitions of a pickle's source text are known. The text is read as text, and never run.
+
+A pickle stores the text of the module that defines its classes. A network is read as one of this project's own classes,
+by name, so a fork's changed class under a known name would give other numbers than its own code does. Here the text's
+definitions are compared by SHA-256 with those of training.networks as it is now, and with the table `known_code.json`:
+EDM's (all versions, with EDM2's, ECT's and SiD's that compute the same), and those of this project's past.
+
+What is hashed: a definition from `class` or `def` to its last line, decorators left out, without comments and without
+any white space, in UTF-8. tests/test_known_code.py walks the history of training/networks.py and prints what the table
+lacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from torch_utils import persistence
+
+from . import networks
+
+CLASSES = frozenset(name for name, value in vars(networks).items() if persistence.is_persistent(value))
+TABLE: dict[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+MAX_SOURCE = 1 << 18  # characters of a text; EDM's has 34 thousand
+MAX_NAMES = 20
+
+_LITERALS = re.compile(  # comments and strings; the quantifiers are possessive: linear time, whatever the text
+    r"""\#[^\n]*+
+    | \"{3}(?:[^"\\]++|\\.|"(?!""))*+(?:\"{3})?  |  '{3}(?:[^'\\]++|\\.|'(?!''))*+(?:'{3})?
+    | "(?:[^"\\\n]++|\\.)*+"?                    |  '(?:[^'\\\n]++|\\.)*+'?""",
+    re.DOTALL | re.VERBOSE,
+)
+_STATEMENT = re.compile(r"\n(?=[^\s)\]}])")
+_DEFINITION = re.compile(r"(?:async\s+)?(?:class|def)\s+(\w+)")
+_CLASS = re.compile(r"^class\s+(\w+)", re.MULTILINE)
+_INNER_CLASS = re.compile(r"^[ \t]+class\s+(\w+)", re.MULTILINE)
+_NAME = re.compile(r"(?<![\w.])[^\W\d]\w*")
+
+
+@lru_cache(maxsize=8)
+def unknown_definitions(text: str) -> tuple[str, ...]:
+    """Names of the definitions in `text` that are in no known version, and on which a network of it may stand.
+
+    Compared are the classes of known names and whatever they refer to: a changed helper counts, a class that a fork
+    has added does not. Of a text above MAX_SOURCE, every class of a known name counts as unknown.
+    """
+    if text == _own_text():
+        return ()
+    if len(text) > MAX_SOURCE:
+        return tuple(dict.fromkeys(name for name in _CLASS.findall(text) if name in CLASSES))
+    plain = _without_comments(text)
+    found = _definitions(plain)
+    names = {name: set(_NAME.findall(" ".join(bodies))) for name, bodies in found.items()}
+    used: set[str] = set()
+    waiting = set(CLASSES & found.keys())
+    while waiting:
+        used |= waiting
+        waiting = (set[str]().union(*(names[name] for name in waiting)) & found.keys()) - used
+    known = _known()
+    unknown = [name for name in found if name in used and not {*map(_hash, found[name])} <= known.get(name, set())]
+    unknown += [name for name in _INNER_CLASS.findall(plain) if name in CLASSES]
+    return tuple(dict.fromkeys(name[:100] for name in unknown))[:MAX_NAMES]
+
+
+def hashes(text: str) -> dict[str, set[str]]:
+    """SHA-256 of every top-level definition of a source text, by name."""
+    return {name: set(map(_hash, bodies)) for name, bodies in _definitions(_without_comments(text)).items()}
+
+
+@lru_cache(maxsize=1)
+def _known() -> dict[str, set[str]]:
+    own = hashes(_own_text())
+    return {name: {*TABLE.get(name, ()), *own.get(name, ())} for name in {*TABLE, *own}}
+
+
+def _own_text() -> str:
+    return str(networks.EDMPrecond._orig_module_src)  # type: ignore[attr-defined]
+
+
+def _without_comments(text: str) -> str:
+    """Without white space in strings either: a line that begins at column 0 then begins a statement."""
+    return _LITERALS.sub(lambda m: "" if m[0].startswith("#") else "".join(m[0].split()), text)
+
+
+def _definitions(plain: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for statement in _STATEMENT.split(plain):
+        match = _DEFINITION.match(statement)
+        if match:
+            found.setdefault(match[1], []).append(statement)
+    return found
+
+
+def _hash(definition: str) -> str:
+    return hashlib.sha256("".join(definition.split()).encode("utf-8", "surrogatepass")).hexdigest()
