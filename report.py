@@ -16,6 +16,8 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 import click
 
 from dnnlib.atomic import check_target, write_text
+from dnnlib.errors import printable
+from dnnlib.util import open_file
 
 
 @cli.command(name="report")
@@ -52,15 +54,15 @@ def command(run_dir: str, out: str | None, max_mb: float, overwrite: bool) -> No
     for problem in subject.problems:
         print(f"Note: {problem}")
     write_text(target, run_report.render(subject))
-    print(f"Wrote {target}, {os.path.getsize(target) / 1e6:.2f} MB: open it in a browser")
+    print(f"Wrote {printable(target)}, {os.path.getsize(target) / 1e6:.2f} MB: open it in a browser")
 
 
 def is_report(path: str, mark: str) -> bool:
     """Whether this program has made the file."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return mark in file.read(len(mark) + 200)
-    except OSError:
+        with open_file(path) as file:
+            return mark.encode() in file.read(len(mark) + 200)
+    except (OSError, cli.UserError):
         return False
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from dnnlib.util import count
 
+from .charts import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, scale_y, style
+
 FARTHEST = 2.0  # end-point error of images in [-1, 1]: what is greater has left them, and stands at the edge
-LOG_FROM = 8  # a y axis whose values span more than this factor is logarithmic
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,14 @@ def to_csv(kind: type, rows: Sequence[Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; marker and line style differ as well.
-STUDENTS = {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 1.8, "markersize": 5, "zorder": 4}
+# Colours that the colour-blind can tell apart; marker and line style differ as well.
+STUDENTS = {"color": BLUE, "marker": "o", "linestyle": "-", "linewidth": 1.8, "markersize": 5, "zorder": 4}
 QUIET = {"linewidth": 1.0, "markersize": 5, "markerfacecolor": "white", "zorder": 3}
-HEUN = {"color": "#009E73", "marker": "^", "linestyle": "-.", **QUIET}
-EULER = {"color": "#CC79A7", "marker": "s", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5)), **QUIET}
-TEACHER = {"color": "#D55E00", "linestyle": "--", "linewidth": 1.2, "zorder": 2}
-FLOOR = {"color": "#555555", "linestyle": ":", "linewidth": 1.4, "zorder": 2}
-BAND = {"color": "#555555", "alpha": 0.15, "linewidth": 0, "zorder": 1}  # one deviation up and down
+HEUN = {"color": GREEN, "marker": "^", "linestyle": "-.", **QUIET}
+EULER = {"color": PINK, "marker": "s", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5)), **QUIET}
+TEACHER = {"color": ORANGE, "linestyle": "--", "linewidth": 1.2, "zorder": 2}
+FLOOR = {"color": GREY, "linestyle": ":", "linewidth": 1.4, "zorder": 2}
+BAND = {"color": GREY, "alpha": 0.15, "linewidth": 0, "zorder": 1}  # one deviation up and down
 
 
 def plot_ladder(rungs: Sequence[Rung], file: Any, curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> None:
@@ -149,27 +150,19 @@ def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor
 
     rungs: the teacher first. curve: the teacher itself with fewer steps. floor: how far the data are from themselves.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     panels: list[Callable[..., list[int]]] = []
     if any(rung.fd is not None for rung in rungs):
         panels.append(_plot_distances)
     if len(rungs) > 1 or not panels:
         panels.append(_plot_errors)
     # Tried out: the legend, two columns of small print at most, leaves the panels nearly square.
-    figure = Figure(figsize=(3.9 * max(len(panels), 1.2), 3.8), dpi=200)
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04))
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    figure, axes = new_figure(3.9 * max(len(panels), 1.2), 3.8, len(panels))
     known: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=True):
         drawn = panel(axis, rungs, curve, floor)
         _scale_x(axis, drawn, [rung.nfe for rung in rungs])
-        _scale_y(axis)
-        axis.tick_params(labelsize=8)
-        axis.set_xlabel("network calls per image (NFE)", fontsize=9)
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+        scale_y(axis)
+        style(axis, "network calls per image (NFE)")
         known |= dict(reversed(pair) for pair in zip(*axis.get_legend_handles_labels(), strict=True))
     ranks = ("students", "teacher,", "the data", "")
     order = sorted(known, key=lambda label: next(i for i, start in enumerate(ranks) if label.startswith(start)))
@@ -205,7 +198,7 @@ def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint
     return [rung.nfe for rung in rungs if rung.fd is not None] + [p.nfe for p in curve if p.fd is not None]
 
 
-def _plot_spread(axis: Any, rungs: Sequence[Rung], label: str, style: dict[str, Any]) -> None:
+def _plot_spread(axis: Any, rungs: Sequence[Rung], label: str, look: dict[str, Any]) -> None:
     """Distances with error bars, where there are several seed sets."""
     spreads = None if any(rung.fd_std is None for rung in rungs) else [rung.fd_std for rung in rungs]
     axis.errorbar(
@@ -215,7 +208,7 @@ def _plot_spread(axis: Any, rungs: Sequence[Rung], label: str, style: dict[str, 
         capsize=2.5,
         elinewidth=1,
         label=label,
-        **style,
+        **look,
     )
 
 
@@ -226,10 +219,10 @@ def _plot_errors(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], 
     _plot_curve(axis, [(point.solver, point.nfe, min(point.endpoint_rmse, FARTHEST)) for point in curve])
     for point in curve:
         if point.endpoint_rmse > FARTHEST:
-            style = HEUN if point.solver == "heun" else EULER
+            colour = (HEUN if point.solver == "heun" else EULER)["color"]
             text = f"↑ {point.endpoint_rmse:.3g}"
             place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-            axis.annotate(text, (point.nfe, FARTHEST), color=style["color"], **place)
+            axis.annotate(text, (point.nfe, FARTHEST), color=colour, **place)
     if students:
         label = _name_students(rungs) if all(rung.fd is None for rung in students) else None
         axis.plot([r.nfe for r in students], [r.endpoint_rmse for r in students], label=label, **STUDENTS)
@@ -241,11 +234,11 @@ def _plot_errors(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], 
 
 
 def _plot_curve(axis: Any, points: Sequence[tuple[str, int, float]]) -> None:
-    for solver, style in (("heun", HEUN), ("euler", EULER)):
+    for solver, look in (("heun", HEUN), ("euler", EULER)):
         chosen = [(nfe, value) for name, nfe, value in points if name == solver]
         if chosen:
             label = f"teacher itself with fewer {solver.capitalize()} steps"
-            axis.plot(*zip(*sorted(chosen), strict=True), label=label, **style)
+            axis.plot(*zip(*sorted(chosen), strict=True), label=label, **look)
 
 
 def _scale_x(axis: Any, drawn: Sequence[int], ticks: Sequence[int]) -> None:
@@ -257,29 +250,8 @@ def _scale_x(axis: Any, drawn: Sequence[int], ticks: Sequence[int]) -> None:
     axis.set_xlim(low / margin, high * margin)
     axis.minorticks_off()
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.set_xticks(sorted({*drawn} - {*ticks}), minor=True)  # of the teacher itself: 3, 7, 15; no room for numbers
-
-
-def _scale_y(axis: Any) -> None:
-    """From 0 where values are alike, logarithmic with plain numbers where they span more than `LOG_FROM`."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float).ravel() for line in axis.get_lines()])
-    values = values[np.isfinite(values)]
-    positive = values[values > 0]
-    if len(positive) == 0:
-        axis.set_ylim(0, 1)
-        return
-    low, high = float(positive.min()), float(positive.max())
-    if high <= LOG_FROM * low:
-        axis.set_ylim(0, 1.12 * high)
-        return
-    decades = math.log10(high / low)
-    axis.set_yscale("log")
-    axis.set_ylim(low / 10 ** (0.06 * decades), high * 10 ** (0.06 * decades))
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    others = sorted({*drawn} - {*ticks})  # of the teacher itself: 3, 7, 15; no room for numbers
+    axis.set_xticks(others, [""] * len(others), minor=True)
 
 
 def _name_teacher(rung: Rung) -> str:

@@ -10,28 +10,35 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dnnlib.cli import UserError
+from dnnlib.errors import UserError, printable
+from dnnlib.util import count, read_file
 
 from .config import TrainConfig
+from .ladder_report import CurvePoint, Floor, Rung
 
-MAX_JSON = 1 << 26  # bytes of a file that is read whole
-MAX_LINE = 1 << 22  # of stats.jsonl
-SHOTS = 40  # pictures of a film
+MAX_LINE = 1 << 22  # bytes of a line of stats.jsonl
+MAX_TICKS = 1_000_000
+MAX_ROWS = 64  # stages, rungs and others of a list
+MAX_PROBLEMS = 40
+MAX_DEPTH = 32  # of JSON: options are five deep
+MAX_PIXELS = 1 << 26
+LARGEST, SMALLEST = 1e15, 1e-30  # no figure of a run is greater, or nearer to 0: what is, is left out, or is 0
+SHOTS = 40  # pictures of a kind
 LINES = 24  # jumps in a chart
 WIDEST, HEAVIEST = 2000, 1_500_000  # pixels, bytes: a picture beyond is shown smaller
 STAGE = re.compile(r"stage-(\d+)-(\d+)to(\d+)")
-RUNG = ("steps", "nfe", "fd", "fd_std", "endpoint_rmse", "sec_per_kimg", "kimg", "network", "images", "detector")
-POINT = ("solver", "steps", "nfe", "fd", "endpoint_rmse")
+RUNG, POINT = ([each.name for each in fields(kind)] for kind in (Rung, CurvePoint))
 SERIES = {
     "loss": "Loss/loss",
     "sec_per_kimg": "Timing/sec_per_kimg",
@@ -137,13 +144,13 @@ class Run:
 
     @property
     def environment(self) -> list[tuple[str, str]]:
-        told = mapping(self.options.get("environment"))
-        return [(name.replace("_", " "), str(value)) for name, value in told.items() if value is not None]
+        known = list(mapping(self.options.get("environment")).items())[:MAX_ROWS]
+        return [(printable(name.replace("_", " "), 60), printable(value)) for name, value in known if value is not None]
 
     @property
     def lineage(self) -> list[dict[str, Any]]:
         entries = mapping(self.options.get("distillation")).get("lineage")
-        return [mapping(entry) for entry in entries] if isinstance(entries, list) else []
+        return [mapping(entry) for entry in entries[:MAX_ROWS]] if isinstance(entries, list) else []
 
 
 @dataclass
@@ -155,7 +162,7 @@ class Ladder:
     stages: list[Run]
     rungs: list[dict[str, Any]]
     curve: list[dict[str, Any]]
-    floor: tuple[float, float, int] | None  # distance of images drawn from the data to all of it: mean, std, images
+    floor: Floor | None
     plan: list[int]  # steps of all networks that there are to be; empty where nothing says so
     samples: Shot | None
     problems: list[str] = field(default_factory=list)
@@ -179,17 +186,10 @@ class Ladder:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else that JSON can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A number of a size that occurs, or None for anything else that JSON can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+    return float(value) if abs(value) >= SMALLEST else 0.0
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -240,39 +240,62 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
         ("activations", "recomputed" if options.get("recompute") else None),
         ("seed", options.get("seed")),
     ]
-    return [(name, f"{value:g}" if is_number(value) else str(value)) for name, value in rows if value not in (None, "")]
+    return [
+        (name, f"{value:g}" if number(value) is not None and abs(value) < 1e6 else printable(value))
+        for name, value in rows
+        if value not in (None, "")
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_json(path: Path, kind: type, problems: list[str]) -> Any:
-    """The content if it is of this kind (dict or list); otherwise an empty one, with a word in `problems`."""
+def read_bytes(path: Path, kind: str, root: Path, problems: list[str]) -> bytes | None:
+    """The content of a file that lies in `root`; None, and a line in `problems`, where it can't be read."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError("too large to be what a run writes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, kind):
-            return content
-        problems.append(f"{path.name} is not what a run writes")
+        return read_file(path, kind, within=root)
     except FileNotFoundError:
         problems.append(f"{path.name} is not there")
-    except (ValueError, RecursionError):
-        problems.append(f"{path.name} is damaged or cut short")
+    except UserError as exc:
+        problems.append(str(exc).replace(str(path), path.name, 1))
     except OSError as exc:
         problems.append(f"{path.name} can't be read ({exc.strerror})")
+    return None
+
+
+def read_json(path: Path, kind: type, root: Path, problems: list[str]) -> Any:
+    """The content if it is of this kind (dict or list); otherwise an empty one, with a line in `problems`."""
+    data = read_bytes(path, "a run's JSON", root, problems)
+    if data is not None:
+        try:
+            content = json.loads(data)
+            if isinstance(content, kind) and depth(content) <= MAX_DEPTH:
+                return content
+            problems.append(f"{path.name} is not what a run writes")
+        except (ValueError, RecursionError):
+            problems.append(f"{path.name} is damaged or cut short")
     return kind()
 
 
-def read_stats(path: Path, problems: list[str]) -> Stats:
+def depth(value: Any) -> int:
+    """How many lists and dicts lie within each other, at most one more than `MAX_DEPTH`."""
+    level, found = [value], 0
+    while found <= MAX_DEPTH and (inner := [each for each in level if isinstance(each, (list, dict))]):
+        level = [item for each in inner for item in (each.values() if isinstance(each, dict) else each)]
+        found += 1
+    return found
+
+
+def read_stats(path: Path, root: Path, problems: list[str]) -> Stats:
     """Line by line; lines that are no statistics are counted. The last one may be half written."""
     kimg = array("d")
     series = {name: array("d") for name in SERIES}
     jumps: dict[int, array[float]] = {}
     last_jumps: dict[int, tuple[int, float]] = {}
     written, bad, cut, before = None, 0, False, len(problems)
-    for line in lines_of(path, problems):
+    file = io.BytesIO(read_bytes(path, "a log", root, problems) or b"")
+    while (line := file.readline(MAX_LINE)) and len(kimg) < MAX_TICKS:
         cut = False
         try:
             values = json.loads(line)
@@ -288,20 +311,19 @@ def read_stats(path: Path, problems: list[str]) -> Stats:
         written = number(values.get("timestamp")) or written
         found = {index: name for name in values if (index := jump_number(name)) is not None}
         if found and not jumps:
-            chosen = sorted(found)
-            if len(chosen) > LINES:
-                chosen = [chosen[round(i * (len(chosen) - 1) / (LINES - 1))] for i in range(LINES)]
-            jumps = {index: array("d", [math.nan] * (len(kimg) - 1)) for index in chosen}
+            jumps = {index: array("d", [math.nan] * (len(kimg) - 1)) for index in spread(sorted(found), LINES)}
         for index, name in found.items():
-            count = number(mapping(values[name]).get("num"))
-            if count and math.isfinite(mean_of(values, name)):
-                last_jumps[index] = (int(count), mean_of(values, name))
+            images = number(mapping(values[name]).get("num"))
+            if images and images >= 1 and math.isfinite(mean_of(values, name)):
+                last_jumps[index] = (int(images), mean_of(values, name))
         for index, column in jumps.items():
             column.append(mean_of(values, found[index]) if index in found else math.nan)
+    if line:
+        problems.append(f"{path.name} has more than {MAX_TICKS} ticks: the rest is left out")
     if cut:
         problems.append(f"the last line of {path.name} is cut short: left out")
     if bad - cut:
-        problems.append(f"{bad - cut} {'line' if bad - cut == 1 else 'lines'} of {path.name} can't be read: left out")
+        problems.append(f"{count(bad - cut, 'line')} of {path.name} can't be read: left out")
     if not len(kimg) and len(problems) == before:
         problems.append(f"{path.name} has no tick yet")
     return Stats(
@@ -313,17 +335,6 @@ def read_stats(path: Path, problems: list[str]) -> Stats:
     )
 
 
-def lines_of(path: Path, problems: list[str]) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            while line := file.readline(MAX_LINE):
-                yield line
-    except FileNotFoundError:
-        problems.append(f"{path.name} is not there: no curves yet")
-    except OSError as exc:
-        problems.append(f"{path.name} can't be read ({exc.strerror})")
-
-
 def mean_of(values: Any, name: str) -> float:
     """NaN where a line has no such number."""
     mean = number(mapping(mapping(values).get(name)).get("mean"))
@@ -332,7 +343,7 @@ def mean_of(values: Any, name: str) -> float:
 
 def jump_number(name: str) -> int | None:
     """3 of 'Loss/interval/03'."""
-    match = re.fullmatch(r"Loss/interval/(\d{1,6})", name, re.ASCII)
+    match = re.fullmatch(r"Loss/interval/(\d{1,3})", name, re.ASCII)
     return int(match[1]) if match else None
 
 
@@ -353,13 +364,17 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def read_picture(path: Path, kimg: int, problems: list[str]) -> Shot | None:
-    """A whole PNG as it is, a smaller one of what is too large for a page; None, and a word, where it is neither."""
+def read_picture(path: Path, kimg: int, root: Path, problems: list[str]) -> Shot | None:
+    """A whole PNG as it is, a smaller one of what is too large for a page; None, and a line, where it is neither."""
+    data = read_bytes(path, "a picture", root, problems)
+    if data is None:
+        return None
     try:
-        data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            picture.load()
             width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise ValueError("too large")
+            picture.load()
             if max(width, height) <= WIDEST and len(data) <= HEAVIEST:
                 return Shot(kimg, data_uri(data, "png"), width, height)
             small = picture.convert("RGB")
@@ -368,18 +383,17 @@ def read_picture(path: Path, kimg: int, problems: list[str]) -> Shot | None:
             small.save(buffer, format="WEBP", quality=85)
             note = f"; {width} x {height} pixels, shown smaller"
             return Shot(kimg, data_uri(buffer.getvalue(), "webp"), *small.size, note)
-    except FileNotFoundError:
-        problems.append(f"{path.name} is not there")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else "damaged or cut short"
-        problems.append(f"{path.name} can't be shown ({reason})")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        problems.append(
+            f"{path.name} can't be shown (damaged, cut short, or of more than {MAX_PIXELS >> 20} megapixels)"
+        )
     return None
 
 
-def read_film(folder: Path, kind: str, shots: int, problems: list[str]) -> Film:
+def read_film(folder: Path, kind: str, shots: int, root: Path, problems: list[str]) -> Film:
     """`shots` of the pictures of one kind, the newest among them."""
     found = list_pictures(folder, kind)
-    taken = [read_picture(path, kimg, problems) for kimg, path in spread(found, shots)]
+    taken = [read_picture(path, kimg, root, problems) for kimg, path in spread(found, shots)]
     return Film([shot for shot in taken if shot is not None], len(found))
 
 
@@ -387,12 +401,14 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def read_run(folder: Path, shots: int = SHOTS, name: str | None = None) -> Run:
-    """A run directory as it is now. shots: how many pictures of a kind."""
+def read_run(folder: Path, shots: int = SHOTS, name: str | None = None, root: Path | None = None) -> Run:
+    """A run directory as it is now. shots: how many pictures of a kind. root: the folder that all files lie in, links
+    followed; `folder` itself by default."""
     problems: list[str] = []
-    options = read_json(folder / "training_options.json", dict, problems)
-    samples, targets = (read_film(folder, kind, shots, problems) for kind in ("samples", "targets"))
-    stats = read_stats(folder / "stats.jsonl", problems)
+    root = root or folder
+    options = read_json(folder / "training_options.json", dict, root, problems)
+    samples, targets = (read_film(folder, kind, shots, root, problems) for kind in ("samples", "targets"))
+    stats = read_stats(folder / "stats.jsonl", root, problems)
     if not samples.found:
         problems.append("no samples-*.png yet (they come with snapshots, --snap)")
     distillation = mapping(options.get("distillation"))
@@ -401,14 +417,14 @@ def read_run(folder: Path, shots: int = SHOTS, name: str | None = None) -> Run:
     steps, ratio = number(distillation.get("num_steps")), number(distillation.get("ratio"))
     return Run(
         folder,
-        name or folder.resolve().name,
+        name or printable(folder.resolve().name),
         options,
         stats,
         samples,
         targets,
-        steps=(int(steps), int(steps // ratio)) if steps and ratio else None,
+        steps=(int(steps), int(steps // ratio)) if steps and ratio and steps >= ratio >= 1 else None,
         saved=newest_state(folder),
-        interrupted=last_line(folder / "log.txt").startswith("Interrupted by "),
+        interrupted=last_line(folder / "log.txt", root).startswith(b"Interrupted by "),
         problems=problems,
     )
 
@@ -420,71 +436,73 @@ def newest_state(folder: Path) -> float:
     return max((int(match[2]) / (1000 if match[1] else 1) for match in found if match), default=0.0)
 
 
-def last_line(path: Path) -> str:
+def last_line(path: Path, root: Path) -> bytes:
     """Of a text file; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(file.seek(0, io.SEEK_END) - 4096, 0))
-            return (file.read().splitlines() or [b""])[-1].decode(errors="replace")
-    except OSError:
-        return ""
+    return (read_bytes(path, "a log", root, []) or b"").rstrip(b"\n").rpartition(b"\n")[2]
 
 
 def read_ladder(folder: Path, shots: int = SHOTS) -> Ladder:
     """A ladder's folder as it is now."""
     problems: list[str] = []
-    stages = []
-    for index, path in sorted(stage_folders(folder)):
-        stages.append(read_run(path, shots, name=f"Stage {index}"))
-    rungs = read_rows(folder / "ladder.json", RUNG, problems)
-    has_curve = (folder / "teacher-curve.json").exists()  # a distilled teacher has none
-    curve = read_rows(folder / "teacher-curve.json", POINT, problems) if has_curve else []
-    samples = read_picture(folder / "samples.png", 0, problems)
+    stages = [read_run(path, shots, f"Stage {index}", folder) for index, path in stage_folders(folder, problems)]
+    rungs = read_rows(folder / "ladder.json", RUNG, folder, problems)
+    has_curve = os.path.lexists(folder / "teacher-curve.json")  # a distilled teacher has none
+    curve = read_rows(folder / "teacher-curve.json", POINT, folder, problems) if has_curve else []
+    samples = read_picture(folder / "samples.png", 0, folder, problems)
     if not stages:
         problems.append("no stage has begun yet")
     if rungs and all(rung["fd"] is None for rung in rungs):
         problems.append("no Fréchet distances: the same distill.py command with --detector=FILE adds them")
     problems += [f"{stage.folder.name}: {problem}" for stage in stages for problem in stage.problems]
     floor, plan = read_floor(folder, number(rungs[0].get("images")) if rungs else None), read_plan(folder)
-    return Ladder(folder, folder.resolve().name, stages, rungs, curve, floor, plan, samples, problems)
+    return Ladder(folder, printable(folder.resolve().name), stages, rungs, curve, floor, plan, samples, problems)
 
 
-def stage_folders(folder: Path) -> Iterator[tuple[int, Path]]:
-    for path in folder.glob("stage-*"):
-        match = STAGE.fullmatch(path.name)
-        if match and path.is_dir():
-            yield int(match[1]), path
+def stage_folders(folder: Path, problems: list[str]) -> list[tuple[int, Path]]:
+    """The stages in their order; one that is a link to elsewhere is left out."""
+    found = [(int(match[1]), path) for path in folder.glob("stage-*") if (match := STAGE.fullmatch(path.name))]
+    inside, root = [], folder.resolve()
+    for index, path in sorted(found):
+        if not Path(os.path.realpath(path)).is_relative_to(root):
+            problems.append(f"{path.name} is a link to another folder: left out")
+        elif path.is_dir():
+            inside.append((index, path))
+    if len(inside) > MAX_ROWS:
+        problems.append(f"more than {MAX_ROWS} stages: the others are left out")
+    return inside[:MAX_ROWS]
 
 
-def read_rows(path: Path, names: Sequence[str], problems: list[str]) -> list[dict[str, Any]]:
+def read_rows(path: Path, names: Sequence[str], root: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The values of these names of every row, None where it has none."""
-    content = read_json(path, list, problems)
-    rows = [{name: row.get(name) for name in names} for row in content if isinstance(row, dict)]
+    content = read_json(path, list, root, problems)
+    rows = [{name: row.get(name) for name in names} for row in content[:MAX_ROWS] if isinstance(row, dict)]
     if len(rows) < len(content):
-        problems.append(f"{path.name} holds something other than rows: left out")
+        problems.append(f"{path.name} holds something other than rows, or more than {MAX_ROWS}: left out")
     return rows
 
 
-def read_floor(folder: Path, measured: float | None) -> tuple[float, float, int] | None:
+def read_floor(folder: Path, measured: float | None) -> Floor | None:
     """How far as many images drawn from the data set as have `measured` the rungs are from all of it; the newest file
-    that says so counts."""
-    for path in sorted(folder.glob("rungs/floor-*.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-        told = read_json(path, dict, [])
-        given = told.get("distances")
-        distances = [value for each in given if (value := number(each)) is not None] if isinstance(given, list) else []
-        images = number(told.get("images"))
+    that holds it counts."""
+    for path in sorted(folder.glob("rungs/floor-*.json"), key=lambda p: p.lstat().st_mtime, reverse=True)[:MAX_ROWS]:
+        content = read_json(path, dict, folder, [])
+        images, distances = number(content.get("images")), numbers(content.get("distances"))
         if distances and images and measured in (None, images):
-            spread = float(np.std(distances, ddof=1)) if len(distances) > 1 else 0.0
-            return float(np.mean(distances)), spread, int(images)
+            return Floor(int(images), distances)
     return None
+
+
+def numbers(value: Any) -> list[float]:
+    """Those of a list; none of anything else."""
+    found = map(number, value[:MAX_ROWS]) if isinstance(value, list) else []
+    return [each for each in found if each is not None]
 
 
 def read_plan(folder: Path) -> list[int]:
     """The steps of all networks of a ladder, the teacher's first, as it wrote them down when it began."""
-    path = folder / "ladder-options.json"
-    given = read_json(path, dict, []).get("steps") if path.is_file() else None
-    steps = [number(each) for each in given] if isinstance(given, list) else []
-    return [int(each) for each in steps if each is not None] if None not in steps else []
+    given = read_json(folder / "ladder-options.json", dict, folder, []).get("steps")
+    steps = numbers(given)
+    return [int(each) for each in steps] if isinstance(given, list) and len(steps) == len(given) else []
 
 
 def show_kimg(kimg: float) -> str:
@@ -507,8 +525,17 @@ def read(folder: Path, megabytes: float) -> Run | Ladder:
         raise UserError(
             f"{folder}: there is no such folder; name a run directory of train.py, or a ladder of distill.py"
         )
+    subject = _read(folder, megabytes)
+    problems = [printable(problem) for problem in subject.problems[:MAX_PROBLEMS]]
+    if left := len(subject.problems) - len(problems):
+        problems.append(f"and {left} more of that kind")
+    subject.problems = problems
+    return subject
+
+
+def _read(folder: Path, megabytes: float) -> Run | Ladder:
     names = {path.name for path in folder.iterdir()}
-    stages = [path for _, path in stage_folders(folder)]
+    stages = [path for _, path in stage_folders(folder, [])]
     if "ladder.json" in names or "rungs" in names or stages:
         return read_ladder(folder, shots_within(stages, megabytes))
     if names & {"training_options.json", "stats.jsonl", "log.txt"} or list_pictures(folder, "samples"):
@@ -520,7 +547,7 @@ def read(folder: Path, megabytes: float) -> Run | Ladder:
 
 def newest_within(folder: Path) -> Path | None:
     runs = [path.parent for name in ("training_options.json", "ladder.json") for path in folder.glob(f"*/{name}")]
-    return max(runs, key=lambda path: path.stat().st_mtime, default=None)
+    return max(runs, key=lambda path: path.lstat().st_mtime, default=None)
 
 
 def shots_within(folders: Iterable[Path], megabytes: float) -> int:
@@ -528,6 +555,6 @@ def shots_within(folders: Iterable[Path], megabytes: float) -> int:
     films = [[path for _, path in list_pictures(folder, kind)] for folder in folders for kind in ("samples", "targets")]
     for shots in range(SHOTS, 1, -1):
         chosen = [path for film in films for path in spread(film, shots)]
-        if sum(min(path.stat().st_size, HEAVIEST) for path in chosen) * 4 / 3 <= megabytes * 1e6:
+        if sum(min(path.lstat().st_size, HEAVIEST) for path in chosen) * 4 / 3 <= megabytes * 1e6:
             return shots
     return 1
