@@ -29,13 +29,25 @@ batch_option = click.option(
     type=cli.Whole(min=1),
     default=64,
 )
-ref_option = click.option("--ref", help="Statistics to compare with", metavar="NPZ|URL", required=True)
+ref_option = click.option("--ref", help="Statistics to compare with", metavar="NPZ|PKL|URL", required=True)
+
+
+def _a_detector(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Raises UsageError for the `none` that distill.py takes."""
+    if value == "none":
+        raise cli.UsageError(
+            "--detector=none is distill.py's; a Fréchet distance needs a detector: inception, or a file"
+        )
+    return value
+
+
 detector_option = click.option(
     "--detector",
     "spec",
     help="inception, a copy of its weights, or a file made by fid.py detector",
     metavar="NAME|PATH|URL",
     default="inception",
+    callback=_a_detector,
 )
 # torchrun may take a `--num` anywhere on its line for short of its own --numa-binding: hence a second name.
 NUM = ("--num", "--num-images", "num")
@@ -63,7 +75,7 @@ def command() -> None:
 
 @command.command()
 @cli.section("Main")
-@click.option("--images", help="Images to measure", metavar="DIR|ZIP", required=True)
+@click.option("--images", help="Images to measure", metavar="DIR|ZIP|NPZ", required=True)
 @ref_option
 @click.option(*NUM, help="Number of images to use", metavar="INT", type=cli.Whole(min=2), default=50000)
 @click.option("--seed", help="Which images, if there are more", metavar="INT", type=int, default=0)
@@ -125,7 +137,7 @@ def gen(
 
 @command.command()
 @cli.section("Main")
-@click.option("--data", "--images", "data", help="Images to summarise", metavar="DIR|ZIP", required=True)
+@click.option("--data", "--images", "data", help="Images to summarise", metavar="DIR|ZIP|NPZ", required=True)
 @click.option("--dest", help="File to write", metavar="NPZ", required=True)
 @detector_option
 @cli.section("Performance")

@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import io
+import itertools
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -201,7 +203,8 @@ def open_file(
 def read_file(path: str | os.PathLike[str], kind: str, within: str | os.PathLike[str] | None = None) -> bytes:
     """The content of a small file, opened by `open_file`. Raises UserError where it grows beyond its limit."""
     with open_file(path, kind, within) as file:
-        data = file.read(LIMITS[kind] + 1)
+        # by the MiB: `read` takes memory for all that it is asked for, before it knows how much there is
+        data = b"".join(itertools.islice(iter(partial(file.read, 1 << 20), b""), (LIMITS[kind] >> 20) + 1))
     if len(data) > LIMITS[kind]:
         raise UserError(f"{os.fspath(path)}: {_too_large(kind)}")
     return data

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnnlib.atomic import atomic_write
-from dnnlib.cli import UserError
+from dnnlib.errors import UserError, printable
 from torch_utils.misc import save_tensors
 from training.dataset import ImageFolderDataset
+from training.pickle_reader import StoredTensor, read_torch_archive
 
 from .images import read_images
 
 RESOLUTIONS = (8, 64)  # smallest and largest image side
+LARGEST = (RESOLUTIONS[1], 64, 4096, 2048)  # resolution, channels, classes, features that a file may declare
 FORMAT = "edm-distill-classifier-1"
 BATCH = 128
 FEWEST_IMAGES = 10
@@ -215,20 +216,41 @@ def _labelled_images(data: str | os.PathLike[str], seed: int) -> tuple[Tensor, T
         dataset.close()
 
 
-def classifier_from_file(content: Any, source: str) -> Classifier:
-    """The classifier in what `torch.load` gave for the file `source`. Raises UserError if there is none."""
+def classifier_from_file(content: bytes, source: str) -> Classifier:
+    """The classifier in the content of the file `source`. Raises UserError if there is none.
+
+    The tensors in it must be those of the network that it declares, before memory is taken for either.
+    """
     try:
-        form = str(content["format"])
-        if form != FORMAT and form.startswith(FORMAT.rstrip("0123456789")):
-            raise UserError(f"{source}: a detector file of another version ({form}); make it again")
+        found = read_torch_archive(content)
+        form = found["format"]
+        if form != FORMAT and str(form).startswith(FORMAT.rstrip("0123456789")):
+            raise UserError(f"{source}: a detector file of another version ({printable(form, 60)}); make it again")
         if form != FORMAT:
             raise ValueError("something else")
-        facts = json.loads(content["facts"])
-        sizes = [int(facts[name]) for name in ("resolution", "channels", "classes", "dim")]
-        if not RESOLUTIONS[0] <= sizes[0] <= RESOLUTIONS[1] or not all(1 <= size <= 4096 for size in sizes):
+        facts = json.loads(found["facts"])
+        sizes = [facts[name] for name in ("resolution", "channels", "classes", "dim")]
+        if not all(type(n) is int and 1 <= n <= most for n, most in zip(sizes, LARGEST, strict=True)) or (
+            sizes[0] < RESOLUTIONS[0]
+        ):
             raise ValueError(f"impossible sizes {sizes}")
-        net = Classifier(*sizes)
-        net.load_state_dict(content["state"])
+        with torch.device("meta"):
+            net = Classifier(*sizes)
+        stored = found["state"]
+        declared = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in net.state_dict().items()}
+        if {name: (f"torch.{t.storage.dtype}", t.shape) for name, t in stored.items()} != declared:
+            raise ValueError("other tensors than those of the network")
+        if sum(math.prod(tensor.shape) * tensor.storage.itemsize for tensor in stored.values()) > len(content):
+            raise ValueError("tensors that are larger than the file")
+        net.load_state_dict({name: _copied(tensor) for name, tensor in stored.items()}, assign=True)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as exc:
         raise UserError(f"{source}: not a detector file, or a damaged one; fid.py detector makes them") from exc
     return net
+
+
+def _copied(stored: StoredTensor) -> Tensor:
+    """A tensor of its own memory."""
+    size = stored.storage.itemsize
+    strides = [step * size for step in stored.stride]
+    window = np.ndarray(stored.shape, f"i{size}", stored.storage.data, stored.offset * size, strides)
+    return torch.from_numpy(window.copy()).view(getattr(torch, stored.storage.dtype))

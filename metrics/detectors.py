@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
-from dnnlib.util import open_url
+from dnnlib.util import open_url, read_file
 from torch_utils import distributed as dist
 from torch_utils.misc import load_tensors
 
@@ -82,7 +82,7 @@ def load_detector(spec: str | os.PathLike[str] = "inception", device: torch.devi
     content = dist.rank0_first(lambda: _read(os.fspath(spec)))
     digest = hashlib.sha256(content).hexdigest()
     if digest == INCEPTION_SHA256:
-        net: nn.Module = _inception_from_state(_load_tensors(content, spec), spec)
+        net: nn.Module = _inception_from_state(load_tensors(io.BytesIO(content)), spec)
         detector = Detector(INCEPTION, net, FEATURES, channels=3, resolution=None, device=device)
     elif spec == "inception" or "inception" in os.path.basename(os.fspath(spec)).lower():
         raise UserError(
@@ -90,7 +90,7 @@ def load_detector(spec: str | os.PathLike[str] = "inception", device: torch.devi
             f"instead of {INCEPTION_SHA256[:8]}; fetch it again from {INCEPTION_URL}"
         )
     else:
-        classifier = classifier_from_file(_load_tensors(content, spec), os.fspath(spec))
+        classifier = classifier_from_file(content, os.fspath(spec))
         net, kind = classifier, f"classifier:{digest[:16]}"
         detector = Detector(kind, net, classifier.dim, classifier.channels, classifier.resolution, device)
     net.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -112,26 +112,14 @@ def full_precision() -> Iterator[None]:
 def _read(spec: str) -> bytes:
     """The content of the weights file."""
     if spec != "inception":
-        with open_url(spec) as file:
-            return file.read()
+        return read_file(open_url(spec, return_filename=True), "a detector")
     try:
-        with open_url(INCEPTION_URL) as file:
-            return file.read()
+        return read_file(open_url(INCEPTION_URL, return_filename=True), "a detector")
     except UserError as exc:
         raise DetectorUnavailable(
             f"the Inception weights can't be downloaded ({exc}); name a local copy of "
             f"{os.path.basename(INCEPTION_URL)} with --detector=PATH, or measure with a small detector of your own: "
             "fid.py detector --data=ZIP --dest=FILE, then --detector=FILE for the reference (fid.py ref) and the images"
-        ) from exc
-
-
-def _load_tensors(content: bytes, source: object) -> Any:
-    try:
-        return load_tensors(io.BytesIO(content))
-    except Exception as exc:  # torch.load has a different exception for every way in which a file can be wrong
-        raise UserError(
-            f"{source}: not a detector file; expected a file made by fid.py detector, or the Inception weights "
-            f"{os.path.basename(INCEPTION_URL)}"
         ) from exc
 
 

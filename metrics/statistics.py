@@ -8,26 +8,29 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dnnlib.atomic import atomic_write
-from dnnlib.cli import UserError
-from dnnlib.util import count, open_url
+from dnnlib.errors import UserError, printable
+from dnnlib.util import count, open_file, open_url
 from torch_utils import distributed as dist
 from training.dataset import ImageFolderDataset
+from training.pickle_reader import StoredArray, read_arrays
 from training.progress import show_progress
 from training.sampling import count_batches, own_share, split_seeds
 
 from .detectors import INCEPTION, Detector
 from .frechet import Array, checked_moments, frechet_distance
-from .images import read_images
+from .images import open_images, read_images
+from .inception import FEATURES
 
 COLLAPSED = 0.01  # of the reference's variance: images with less are all alike
-MAX_ARRAY_BYTES = 1 << 28  # Inception's covariance has 32 MB
+MAX_ARRAY_BYTES = 8 * FEATURES**2 + (1 << 16)  # Inception's covariance, and numpy's header
+MAX_PICKLE_BYTES = 8 * MAX_ARRAY_BYTES  # edm2's hold those of two detectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,30 +56,42 @@ class Stats:
 
     @staticmethod
     def load(source: str | os.PathLike[str]) -> Stats:
-        """Reads the npz file at a path or URL. One without `detector` is EDM's, so it comes from Inception.
+        """Reads the file at a path or URL: an npz, or edm2's pickle, of whose statistics those of `fid` are taken.
 
-        Raises UserError for a file that is missing, no npz, lacks mu or sigma, or holds NaN or odd shapes.
+        One without `detector` is EDM's (pytorch-fid's, guided-diffusion's), so it comes from Inception. Raises
+        UserError for a file that is missing, neither of the two, lacks mu or sigma, or holds NaN or odd shapes.
         """
-        with open_url(source) as file:
+        if os.path.isdir(source):
+            raise UserError(f"{source}: is a folder, not statistics; fid.py ref makes such a file from a data set")
+        with open_file(open_url(source, return_filename=True), "statistics") as file:
+            is_pickle = file.read(1) == b"\x80"
+            file.seek(0)
             try:
-                content = np.load(file, allow_pickle=False)
-                if not isinstance(content, np.lib.npyio.NpzFile):
-                    raise UserError(f"{source}: a single array; statistics are an npz file with mu and sigma")
-                arrays = {name: _array(content, name) for name in ("mu", "sigma", "num", "detector") if name in content}
+                arrays = _from_pickle(file, source) if is_pickle else _from_npz(file, source)
                 num = int(arrays["num"].item()) if "num" in arrays else None
                 detector = str(arrays["detector"].item()) if "detector" in arrays else INCEPTION
             except UserError:
                 raise
             except Exception as exc:  # damage shows in many ways: ValueError, BadZipFile, zlib.error, MemoryError
+                kind = "pickle of plain arrays, as edm2 writes them" if is_pickle else "npz file of plain arrays"
                 reason = f" ({exc})" if "pickle" not in str(exc) else ""  # numpy would advise to run what is in there
-                raise UserError(f"{source}: not a readable npz file of plain arrays{reason}") from exc
+                raise UserError(f"{source}: not a readable {kind}{reason}") from exc
         missing = [name for name in ("mu", "sigma") if name not in arrays]
         if missing:
             raise UserError(
                 f"{source}: has no {' and no '.join(missing)}; fid.py ref makes such a file from a data set"
             )
+        if max((0, *np.shape(arrays["mu"]), *np.shape(arrays["sigma"]))) > FEATURES:
+            raise UserError(f"{source}: statistics of more than {FEATURES} features, which no detector makes")
         mu, sigma = checked_moments(arrays["mu"], arrays["sigma"], str(source))
         return Stats(mu, sigma, num, detector)
+
+
+def _from_npz(file: IO[bytes], source: object) -> dict[str, Array]:
+    content = np.load(file, allow_pickle=False)
+    if not isinstance(content, np.lib.npyio.NpzFile):
+        raise UserError(f"{source}: a single array; statistics are an npz file with mu and sigma")
+    return {name: _array(content, name) for name in ("mu", "sigma", "num", "detector") if name in content}
 
 
 def _array(content: Any, name: str) -> Array:
@@ -87,6 +102,21 @@ def _array(content: Any, name: str) -> Array:
         raise ValueError(f"{name} claims {size} bytes")
     array: Array = content[name]
     return array
+
+
+def _from_pickle(file: IO[bytes], source: object) -> dict[str, Array]:
+    """Of edm2's {'fid': {'mu': ..., 'sigma': ...}, 'fd_dinov2': ...}, or of one such inner dict, the arrays."""
+    if os.fstat(file.fileno()).st_size > MAX_PICKLE_BYTES:
+        raise ValueError(f"larger than {MAX_PICKLE_BYTES} bytes")
+    found = read_arrays(file.read())
+    if isinstance(found, dict) and "fid" in found:
+        others = printable(", ".join(str(name) for name in found if name != "fid"), 100)
+        if others:
+            dist.print0(f"note: {printable(source)}: its statistics fid are used, {others} not", file=sys.stderr)
+        found = found["fid"]
+    if not isinstance(found, dict):
+        raise ValueError("something else than a dict")
+    return {name: found[name].value for name in ("mu", "sigma") if isinstance(found.get(name), StoredArray)}
 
 
 def frechet_between(a: Stats, b: Stats) -> float:
@@ -199,12 +229,12 @@ def statistics_of_dataset(
     batch: int = 64,
     progress: bool = False,
 ) -> Stats:
-    """Statistics of the images in a folder or zip, the work being shared among the processes.
+    """Statistics of the images in a folder, a zip or an npz of samples, the work being shared among the processes.
 
     num: use so many images, drawn with `seed` as EDM draws them; fewer is an error. None: all.
     batch: images at a time. progress: show a bar (standard error, rank 0).
     """
-    dataset = ImageFolderDataset(path=os.fspath(path), max_size=num, random_seed=seed)
+    dataset = open_images(path, max_size=num, random_seed=seed)
     try:
         if num is not None and len(dataset) < num:
             raise UserError(

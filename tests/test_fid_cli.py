@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import os
+import pickle
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from helpers import make_dataset, small_network
 from metrics import detectors
 from metrics.classifier import train_detector
 from metrics.statistics import Stats
+from training.dataset import ImageFolderDataset
 from training.grids import NoiseGrid, Sampling
 from training.network_files import load_network, save_network
 from training.pictures import to_uint8
@@ -138,6 +140,70 @@ def test_two_detectors_are_not_mixed(place, capsys, tmp_path):
     refused(
         capsys, 1, f"inception-2015-12-05 for the images, {ref.detector_id}", "calc", images, f"--ref={place}/ref.npz"
     )
+
+
+def test_samples_in_an_npz(place, capsys, tmp_path):
+    """guided-diffusion's arr_0 gives what the same images in a zip give, the same ones being chosen."""
+    dataset = ImageFolderDataset(place / "other.zip")
+    pixels = dataset.images(range(len(dataset))).transpose(0, 2, 3, 1)
+    np.savez(tmp_path / "samples.npz", pixels, np.arange(len(pixels)))
+    options = (f"--ref={place}/ref.npz", f"--detector={place}/detector.pt", "--seed=3")
+    for num in ("--num=150", "--num=77"):
+        expected = run(capsys, "calc", f"--images={place}/other.zip", num, *options)
+        assert run(capsys, "calc", f"--images={tmp_path}/samples.npz", num, *options) == expected and expected[0] == 0
+    refused(capsys, 1, "found 150 images", "calc", f"--images={tmp_path}/samples.npz", *options)
+    made = run(capsys, "ref", f"--data={tmp_path}/samples.npz", f"--dest={tmp_path}/made.npz", options[1])
+    assert made[0] == 0 and Stats.load(tmp_path / "made.npz").num == 150
+    refused(capsys, 1, "fid.py ref makes", "calc", f"--images={place}/other.zip", f"--ref={tmp_path}/samples.npz")
+    bad = tmp_path / "bad.npz"
+    for save, content in (
+        (np.savez_compressed, pixels),
+        (np.savez, pixels.astype(np.float32)),
+        (np.savez, pixels.transpose(0, 3, 1, 2)),
+        (np.savez, pixels[:0]),
+        (np.savez, np.asfortranarray(pixels)),
+        (np.savez, np.array([{}])),
+    ):
+        save(bad, content)
+        refused(capsys, 1, "bad.npz: not an npz of samples (", "calc", f"--images={bad}", *options)
+    whole = (tmp_path / "samples.npz").read_bytes()
+    for damaged in (b"", whole[:5000], whole.replace(b"arr_0", b"arr_7"), whole.replace(b"(150,", b"(999,")):
+        bad.write_bytes(damaged)
+        refused(capsys, 1, "bad.npz: not an npz of samples (", "calc", f"--images={bad}", *options)
+
+
+def test_references_of_other_programs(place, capsys, tmp_path):
+    """npz files with more in them, edm2's pickles, and what is none: with the way out."""
+    ref = Stats.load(place / "ref.npz")
+    table = {"mu": ref.mu, "sigma": ref.sigma}
+    files = {f"p{protocol}.pkl": pickle.dumps({"fid": table, "fd_dinov2": table}, protocol) for protocol in (2, 3, 4)}
+    files["flat.pkl"] = pickle.dumps({key: np.asfortranarray(value, ">f4") for key, value in table.items()})
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    np.savez(tmp_path / "guided.npz", arr_0=np.zeros([4, 8, 8, 3], np.uint8), **table, mu_s=ref.mu, sigma_s=ref.sigma)
+    for name in (*files, "guided.npz"):
+        found = Stats.load(tmp_path / name)
+        assert (found.detector_id, found.num) == (detectors.INCEPTION, None)
+        tolerance = 1e-6 if name == "flat.pkl" else 0
+        np.testing.assert_allclose(found.mu, ref.mu, rtol=tolerance)
+        np.testing.assert_allclose(found.sigma, ref.sigma, rtol=tolerance, atol=tolerance)
+        assert ("fid are used, fd_dinov2 not" in capsys.readouterr().err) == name.startswith("p")
+    args = ("calc", f"--images={place}/data.zip", f"--detector={place}/detector.pt")
+    refused(capsys, 1, "is a folder, not statistics; fid.py ref makes", *args, f"--ref={tmp_path}")
+    for content in (
+        {"fid": {"mu": ref.mu, "sigma": {}}},
+        {"fid": {"mu": ref.mu.astype(complex), "sigma": ref.sigma}},
+        {"fd_dinov2": table},
+        {"fid": 3},
+        [1, 2],
+        {"fid": {"mu": np.array([print]), "sigma": ref.sigma}},
+        {"fid": print},
+    ):
+        (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
+        refused(capsys, 1, "bad.pkl: ", *args, f"--ref={tmp_path}/bad.pkl")
+    (tmp_path / "bad.pkl").write_bytes(files["p4.pkl"][:-50])
+    refused(capsys, 1, "bad.pkl: not a readable pickle of plain arrays, as edm2", *args, f"--ref={tmp_path}/bad.pkl")
+    refused(capsys, 2, "--detector=none is distill.py's", *args[:2], "--ref=x", "--detector=none")
 
 
 def test_missing_inception(place, capsys, tmp_path, monkeypatch):

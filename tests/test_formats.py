@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -17,6 +18,7 @@ import torch
 
 import train
 from helpers import load_recipe, make_dataset, small_network
+from metrics import load_detector, train_detector
 from training.grids import NoiseGrid, Sampling
 from training.ladder_report import Rung
 from training.network_files import load_network, save_network
@@ -169,6 +171,16 @@ def test_a_runs_files(tmp_path: Path, net: Any) -> None:
     line = json.loads((tmp_path / "run/stats.jsonl").read_text().splitlines()[-1])
     assert line.pop("timestamp") and all(value.keys() == {"num", "mean", "std"} for value in line.values())
     assert {"num", "mean", "std", "timestamp"} <= words()
+
+
+def test_detectors(tmp_path: Path) -> None:
+    train_detector(make_dataset(tmp_path / "data.zip", count=30), tmp_path / "detector.pt", kimg=0.1)
+    content = torch.load(tmp_path / "detector.pt", weights_only=True)
+    facts = json.loads(content["facts"])
+    assert f'"{content["format"]}"' in PAGE and content.keys() | set(list(facts)[:4]) <= words()
+    assert content["state"]["head.weight"].shape == (facts["classes"], facts["dim"])
+    digest = hashlib.sha256((tmp_path / "detector.pt").read_bytes()).hexdigest()
+    assert load_detector(tmp_path / "detector.pt").id == f"classifier:{digest[:16]}"
 
 
 def test_the_page_counts_right() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -23,10 +24,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import generate
 from helpers import make_dataset, small_network
+from metrics.classifier import FORMAT, Classifier
 from training.image_files import ImageZip, Manifest
 from training.network_files import save_network
 
@@ -344,6 +347,7 @@ def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> 
 
 
 MU, SIGMA = np.zeros(4), np.eye(4)
+ARRAYS = pickle.dumps({"mu": MU, "sigma": SIGMA}, 4)  # as edm2's
 BAD_STATISTICS: dict[str, tuple[bytes, str]] = {
     "objects": (saved(mu=np.array([print, 1], dtype=object), sigma=SIGMA), "plain arrays"),
     "a pickle": (b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.", "plain arrays"),
@@ -370,6 +374,76 @@ BAD_STATISTICS: dict[str, tuple[bytes, str]] = {
     "an escape for a detector": (saved(mu=MU, sigma=SIGMA, detector=np.str_("\x1b[2J\n")), "two detectors"),
     "a half number of images": (saved(mu=MU, sigma=SIGMA, num=np.array([1, 2])), "plain arrays"),
     "a web page": (b"<!DOCTYPE html><title>404</title>", "plain arrays"),
+    "bytes that become numbers of eight": (
+        zipped({"mu.npy": npy("(8192,)", "|i1", bytes(8192)), "sigma.npy": npy("(8192, 8192)", "|i1", bytes(8192**2))}),
+        "sigma claims",
+    ),
+    "more features than any detector has": (
+        zipped({"mu.npy": npy("(5000,)", "|i1", bytes(5000)), "sigma.npy": npy("(5000, 5000)", "|i1", bytes(5000**2))}),
+        "more than 2048 features",
+    ),
+    "a number of images without end": (saved(mu=MU, sigma=SIGMA, num=np.float64("inf")), "plain arrays"),
+    "edm2's, of another shape": (ARRAYS.replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85"), "pickle of plain arrays"),
+    "edm2's, of no shape": (ARRAYS.replace(b"K\x04\x85", b"J\xff\xff\xff\xff\x85"), "pickle of plain arrays"),
+    "edm2's, with the array twice": (ARRAYS[:-1] + b"b.", "pickle of plain arrays"),
+    "edm2's, of objects": (ARRAYS.replace(b"\x8c\x02f8", b"\x8c\x02O8"), "pickle of plain arrays"),
+}
+
+
+# -- detectors -----------------------------------------------------------------------------------------------------------
+
+
+def detector(facts: dict[str, Any] | str = {}, state: dict[str, Any] | None = None, **more: Any) -> bytes:  # noqa: B006
+    """A classifier's file, with some facts or tensors in place of its own."""
+    net = Classifier(8, 3, 4)
+    if isinstance(facts, dict):
+        facts = json.dumps({"resolution": 8, "channels": 3, "classes": 4, "dim": 128, **facts})
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "facts": facts, "state": state or net.state_dict(), **more}, buffer)
+    return buffer.getvalue()
+
+
+def members(data: bytes, compression: int = zipfile.ZIP_STORED, **changed: bytes) -> bytes:
+    """The same archive, compressed or with other content of its parts (`data_pkl` for data.pkl)."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    return zipped(
+        {**parts, **{f"archive/{name.replace('_', '.')}": part for name, part in changed.items()}}, compression
+    )
+
+
+def one_for_all() -> dict[str, torch.Tensor]:
+    """The tensors of a classifier, all in the memory of the largest."""
+    state = Classifier(8, 3, 4).state_dict()
+    largest = torch.zeros(max(tensor.numel() for tensor in state.values()))
+    return {k: largest[: v.numel()].view(v.shape) if v.is_floating_point() else v for k, v in state.items()}
+
+
+BAD_DETECTORS: dict[str, bytes] = {
+    "compressed": members(detector(), zipfile.ZIP_DEFLATED),
+    "4096 features": detector({"dim": 4096}),
+    "2048 features that it lacks": detector({"dim": 2048}),
+    **{
+        f"a resolution of {value}": detector({"resolution": value})
+        for value in (2**70, 8.0, "8", True, None, [8], 0, -8)
+    },
+    **{f"{name} of 1e999": detector({name: float("inf")}) for name in ("resolution", "channels", "classes", "dim")},
+    "no number": detector({"resolution": float("nan")}),
+    "5000 digits": detector('{"resolution": ' + "9" * 5000 + "}"),
+    "deep facts": detector("[" * 100_000),
+    "facts that are a list": detector("[]"),
+    "a list for a format": detector(format=[FORMAT]),
+    "one tensor for all": detector(state=one_for_all()),
+    "numbers of another kind": detector(state={k: v.double() for k, v in Classifier(8, 3, 4).state_dict().items()}),
+    "expanded": detector(
+        state={k: torch.zeros([]).expand(v.shape) for k, v in Classifier(8, 3, 4).state_dict().items()}
+    ),
+    "no tensors": detector(state={"head.weight": 3}),
+    "much memory": members(detector(), data_pkl=b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R."),
+    "a call": members(detector(), data_pkl=b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R."),
+    "a missing part": members(detector()).replace(b"archive/data/3", b"archive/data/x"),
+    "a wrong checksum": detector().replace(bytes(np.float32(1).tobytes() * 20), bytes(80), 1),
+    "torch's older format": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
 }
 
 # -- options -------------------------------------------------------------------------------------------------------------
@@ -468,6 +542,11 @@ def collect(folder: Path) -> dict[str, Case]:
         path = folder / f"statistics{index}.npz"
         path.write_bytes(content)
         cases[f"statistics: {name}"] = Case("fid", ["calc", f"--images={good}", f"--ref={path}", "--num=4"], 1, words)
+    for index, (name, content) in enumerate(BAD_DETECTORS.items()):
+        path = folder / f"detector{index}.pt"
+        path.write_bytes(content)
+        args = ["ref", f"--data={good}", f"--dest={folder / 'never.npz'}", f"--detector={path}"]
+        cases[f"detector: {name}"] = Case("fid", args, 1, "not a detector file")
     os.mkfifo(folder / "pipe.npz")
     cases["statistics: a pipe"] = Case("fid", ["calc", f"--images={good}", f"--ref={folder}/pipe.npz"], 1, "pipe")
     usual = {

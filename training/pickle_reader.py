@@ -11,6 +11,8 @@ one knows the few dozen instructions that picklers write for plain data (protoco
     numpy scalars                                        -> Python numbers
     OrderedDict, EasyDict, set                           -> dict, dict, set
 
+`read_torch_archive` and `read_arrays` do the same with what torch.save writes, and with numpy arrays.
+
 Any other name or instruction ends the reading with a ContentError. Lengths are checked before anything is taken from
 the buffer, tensors stay windows on it, every byte is copied once at most, and the number of instructions is limited,
 each of which makes one small object at most: reading takes the file's size and some 100 MB, whatever the file says.
@@ -19,9 +21,13 @@ Imports no torch.
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import struct
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -111,6 +117,13 @@ class StoredTensor:
     stride: tuple[int, ...]
 
 
+@dataclass
+class StoredArray:
+    """A numpy array of numbers, a window on the file; None before its attributes are read."""
+
+    value: np.ndarray | None = None
+
+
 def read_pickle(data: bytes | bytearray | memoryview) -> Any:
     """The value that `data` holds: plain Python values (byte strings as memoryviews) and the Stored… classes.
 
@@ -118,6 +131,47 @@ def read_pickle(data: bytes | bytearray | memoryview) -> Any:
     """
     view = memoryview(data).cast("B")
     return _Machine(view, GLOBALS, _Limits(MAX_INSTRUCTIONS, FREE_COPIES + len(view))).run()
+
+
+def read_torch_archive(data: bytes) -> Any:
+    """The value in a file of torch.save, a zip archive: plain values, and `StoredTensor`s as windows on `data`.
+
+    Raises ContentError for anything else. No part may be compressed, so none is larger than the file.
+    """
+    view = memoryview(data)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    except Exception as exc:  # a damaged directory shows in many ways: BadZipFile, struct.error, ValueError
+        raise ContentError("is not a whole archive as torch.save writes it") from exc
+
+    @functools.cache
+    def part(name: str) -> memoryview:
+        info = members.get(name)
+        if info is None or info.compress_type != zipfile.ZIP_STORED:
+            raise ContentError(f"has no uncompressed part {name}")
+        lengths = view[info.header_offset + 26 : info.header_offset + 30]  # of the name and the extra field
+        start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+        window = view[start : start + info.file_size]
+        if len(window) != info.file_size or zlib.crc32(window) != info.CRC:
+            raise ContentError(f"is damaged: {name} is not what its checksum says")
+        return window
+
+    def storage(value: Any) -> StoredStorage:
+        match value:
+            case ("storage", _Name(module="torch", name=name), str(key), str(), count) if _is_count(count):
+                kept = StoredStorage(*STORAGES[name], part(f"data/{key}"))
+                if len(kept.data) == count * kept.itemsize:
+                    return kept
+        raise ContentError("is damaged: a tensor's data is described in an unknown way")
+
+    limits = _Limits(MAX_INSTRUCTIONS, FREE_COPIES + len(view))
+    return _Machine(part("data.pkl"), _ARCHIVE_NAMES, limits, storage).run()
+
+
+def read_arrays(data: bytes) -> Any:
+    """The value that `data` holds: plain Python values and `StoredArray`s. Raises ContentError for anything else."""
+    return _Machine(memoryview(data), _ARRAY_NAMES, _Limits(MAX_INSTRUCTIONS, FREE_COPIES + len(data))).run()
 
 
 @dataclass
@@ -369,6 +423,8 @@ class _Machine:
         state, obj = self.pop(), self.top()
         if isinstance(obj, StoredObject) and not obj.persistent and isinstance(state, dict):
             obj.state = state
+        elif isinstance(obj, StoredArray):
+            obj.value = _array_content(state)
         elif (
             isinstance(obj, _Dtype) and isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|", "=", ">")
         ):
@@ -559,6 +615,19 @@ def _scalar(m: _Machine, arguments: tuple[Any, ...]) -> int | float | bool:
     raise _UnexpectedArguments
 
 
+def _array(m: _Machine, arguments: tuple[Any, ...]) -> StoredArray:
+    return StoredArray()
+
+
+def _array_content(state: Any) -> np.ndarray:
+    match state:
+        case (1, tuple(shape), _Dtype(code=code, order=order), bool(by_column), memoryview() as raw) if (
+            len(shape) <= MAX_AXES and all(_is_count(n) for n in shape) and math.prod(shape) * int(code[1:]) == len(raw)
+        ):
+            return np.frombuffer(raw, dtype=order + code).reshape(shape, order="F" if by_column else "C")
+    raise ContentError("is damaged: an array contradicts itself")
+
+
 def _parameter(m: _Machine, arguments: tuple[Any, ...]) -> StoredTensor:
     match arguments:
         case (StoredTensor() as tensor, bool(), dict()):
@@ -651,3 +720,18 @@ GLOBALS: dict[tuple[str, str], _Builder] = {
     ("numpy._core.multiarray", "scalar"): _scalar,
 }
 """Every name that a network file may mention: nothing else is accepted, and none of them is imported or called."""
+
+_ARCHIVE_NAMES: dict[tuple[str, str], _Builder] = {
+    **_STORAGE_NAMES,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("collections", "OrderedDict"): _dict,
+}
+_ARRAY_NAMES: dict[tuple[str, str], _Builder] = {
+    ("numpy", "ndarray"): _not_called,
+    ("numpy", "dtype"): _dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _array,
+    ("numpy._core.multiarray", "_reconstruct"): _array,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("_codecs", "encode"): _bytes,
+}
