@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dnnlib import cli  # before packages: it says what to do where they are missing
 
@@ -27,10 +28,15 @@ BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
     "--network", help="Network file  [default: the bundled student of handwritten digits]", metavar="PATH|URL"
 )
 @click.option("--steps", help="Sampling steps  [default: a student's own, or 18]", metavar="INT", type=cli.Whole(min=1))
-@click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
+@click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.Seeds(), default="0-63")
 @click.option(
-    "--class", "class_idx", help="Class of all images  [default: random]", metavar="INT", type=cli.Whole(min=0)
+    "--class",
+    "class_idx",
+    help="Class of all images, classes to draw from (1,2,5-10), or a label vector (0.2,0.8)  [default: random class]",
+    metavar="LIST",
+    type=cli.Condition(),
 )
+@click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
 @click.option("--out", help="Picture to write", metavar="PNG", default="example.png")
 @click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
 @click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
@@ -38,7 +44,8 @@ def command(
     network: str | None,
     steps: int | None,
     seeds: list[int],
-    class_idx: int | None,
+    class_idx: list[Any] | None,
+    labels: str | None,
     out: str,
     device: str,
     trust_network_code: bool,
@@ -72,7 +79,7 @@ def command(
     dist.print0(f"Sampling {network or BUNDLED.name} with {plan.text} ...")
     start = time.monotonic()
     made: dict[int, torch.Tensor] = {}
-    for batch in iterate_images(loaded, seeds, steps=steps, class_idx=class_idx, device=where):
+    for batch in iterate_images(loaded, seeds, steps=steps, class_idx=class_idx, labels=labels, device=where):
         if not batch.images.isfinite().all():
             raise cli.UserError(f"{loaded.source} makes no images but NaN or infinity; try another network")
         made.update(zip(batch.seeds, pictures.to_uint8(batch.images.double()).cpu(), strict=True))

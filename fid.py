@@ -98,11 +98,14 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 @cli.section("Main")
 @click.option("--network", help="Network to measure", metavar="PATH|URL", required=True)
 @ref_option
-@click.option("--seeds", help="One image per seed  [default: 0 to num - 1]", metavar="LIST", type=cli.IntList())
+@click.option("--seeds", help="One image per seed  [default: 0 to num - 1]", metavar="LIST", type=cli.Seeds())
 @click.option(*NUM, help="Number of images  [default: 50000]", metavar="INT", type=cli.Whole(min=2))
 @click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
 @click.option("--steps", help="Sampling steps  [default: as generate.py]", metavar="INT", type=cli.Whole(min=1))
-@click.option("--class", "class_idx", help="Class label  [default: random]", metavar="INT", type=cli.Whole(min=0))
+@click.option(
+    "--class", "class_idx", help="Classes, or a label vector  [default: random]", metavar="LIST", type=cli.Condition()
+)
+@click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
 @detector_option
 @cli.section("Performance")
 @batch_option
@@ -113,7 +116,8 @@ def gen(
     seeds: list[int] | None,
     num: int | None,
     steps: int | None,
-    class_idx: int | None,
+    class_idx: list[Any] | None,
+    labels: str | None,
     batch: int,
     spec: str,
     device: str,
@@ -129,7 +133,7 @@ def gen(
     def measure(detector: Detector) -> Stats:
         from metrics.statistics import statistics_of_images, with_progress
 
-        batches = _generated(network, chosen, steps, class_idx, batch, trust_network_code, detector)
+        batches = _generated(network, chosen, steps, class_idx, labels, batch, trust_network_code, detector)
         return statistics_of_images(with_progress(batches, len(chosen)), detector)
 
     _compare(network, ref, spec, device, measure)
@@ -242,7 +246,8 @@ def _generated(
     path: str,
     seeds: list[int],
     steps: int | None,
-    class_idx: int | None,
+    class_idx: list[Any] | None,
+    labels: str | None,
     batch: int,
     trust_network_code: bool,
     detector: Detector,
@@ -264,7 +269,9 @@ def _generated(
     allow_tf32(False)
     device = dist.device()
     use_cpu_kernels(device.type == "cpu")
-    for made in iterate_images(network, seeds, steps=steps, max_batch=batch, device=device, class_idx=class_idx):
+    for made in iterate_images(
+        network, seeds, steps=steps, max_batch=batch, device=device, class_idx=class_idx, labels=labels
+    ):
         if not made.images.isfinite().all():
             raise cli.UserError(
                 f"{path}: some images of seeds {made.seeds[0]} to {made.seeds[-1]} hold NaN or infinities"

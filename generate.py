@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,13 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 import click
 
 from dnnlib.util import count
+from training.sampler_table import SOLVERS
 
 if TYPE_CHECKING:
     import torch
 
-    from training.image_files import ImageFolder, ImageZip, Work
+    from training.image_files import ImageFolder, ImageZip, Manifest, Work
+    from training.labels import Labels
     from training.network_files import NetworkFile
     from training.samplers import StackedRandomGenerator as StackedRandomGenerator
     from training.samplers import ablation_sampler as ablation_sampler
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 POSITIVE = cli.Number(min=0, min_open=True)
 NOT_NEGATIVE = cli.Number(min=0)
 LIMIT = cli.Number(min=0, infinite=True)
+SOLVER_HELP = ", ".join(f"{name} ({method.text})" for name, method in SOLVERS.items())
 ENOUGH = 1000  # images, for a distance to be worth measuring
 
 
@@ -65,10 +68,20 @@ class Grid(click.ParamType):
 @cli.section("Main")
 @click.option("--network", help="Network file, .pkl or .safetensors", metavar="PATH|URL", required=True)
 @click.option("--outdir", help="Where to save the images: a folder, or a .zip", metavar="DIR|ZIP", required=True)
-@click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.IntList(), default="0-63")
 @click.option(
-    "--class", "class_idx", help="Class of all images  [default: random]", metavar="INT", type=cli.Whole(min=0)
+    "--seeds",
+    help="Random seeds, one per image (e.g. 1,2,5-10), below 2^32; CUDA and CPU draw different images",
+    type=cli.Seeds(),
+    default="0-63",
 )
+@click.option(
+    "--class",
+    "class_idx",
+    help="Class of all images, classes to draw from (1,2,5-10), or a label vector (0.2,0.8)  [default: random class]",
+    metavar="LIST",
+    type=cli.Condition(),
+)
+@click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
 @click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
 @cli.section("Sampling")
 @click.option("--steps", help="Sampling steps  [default: 18, or a student's own]", metavar="INT", type=cli.Whole(min=1))
@@ -83,7 +96,7 @@ class Grid(click.ParamType):
 @click.option(
     "--S_noise", "S_noise", help="Inflation of the noise added  [default: 1]", metavar="FLOAT", type=NOT_NEGATIVE
 )
-@click.option("--solver", help="Ablate the ODE solver", type=cli.Choice(["euler", "heun"]))
+@click.option("--solver", help=f"ODE solver: {SOLVER_HELP}  [default: Heun, Alg. 2]", type=cli.Choice(list(SOLVERS)))
 @click.option("--disc", "discretization", help="Ablate the time steps", type=cli.Choice(["vp", "ve", "iddpm", "edm"]))
 @click.option("--schedule", help="Ablate the noise schedule sigma(t)", type=cli.Choice(["vp", "ve", "linear"]))
 @click.option("--scaling", help="Ablate the signal scaling s(t)", type=cli.Choice(["vp", "none"]))
@@ -92,7 +105,7 @@ class Grid(click.ParamType):
 )
 @cli.section("Output and going on")
 @click.option("--subdirs", help="A subfolder for every 1000 seeds", is_flag=True)
-@click.option("--skip-existing", help="Go on with an interrupted run", is_flag=True)
+@click.option("--skip-existing", help="Continue an interrupted run in a folder", is_flag=True)
 @cli.section("Performance")
 @click.option(
     "--batch", "max_batch", help="Maximum batch size per process", metavar="INT", type=cli.Whole(min=1), default=64
@@ -112,7 +125,8 @@ def command(
     outdir: str,
     seeds: list[int],
     subdirs: bool,
-    class_idx: int | None,
+    class_idx: list[Any] | None,
+    labels: str | None,
     max_batch: int,
     skip_existing: bool,
     precision: str,
@@ -141,9 +155,10 @@ def command(
             f"--outdir={outdir}: many images go into a folder or a .zip; one picture of all: example.py --out"
         )
     from torch_utils import distributed as dist
-    from training.image_files import Manifest, open_output, prepare
+    from training.image_files import ImageZip, Manifest, open_output, prepare
+    from training.labels import choose_labels
     from training.network_files import load_network
-    from training.sampling import check_class, plan_sampling
+    from training.sampling import plan_sampling
     from training.stopping import stopping_at_once
 
     seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
@@ -155,34 +170,45 @@ def command(
     output = open_output(outdir)
 
     @functools.cache
-    def load() -> tuple[NetworkFile, Plan]:
+    def load() -> tuple[NetworkFile, Plan, Labels | None]:
         loaded = load_network(network, trust_network_code=trust_network_code)
         if loaded.net.img_channels not in (1, 3):
             raise cli.UserError(f"{network} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
-        check_class(loaded.net, class_idx)
-        return loaded, plan_sampling(loaded, **sampler_options)
+        drawn_from = choose_labels(loaded, class_idx, labels)
+        return loaded, plan_sampling(loaded, **sampler_options), drawn_from
 
     def find_work() -> Work:
-        loaded, plan = load()
-        click.get_current_context().with_resource(output.held())
-        look = {"class": class_idx, "subdirs": subdirs, "precision": precision, "compile": use_compile}
+        loaded, plan, drawn_from = load()
+        click.get_current_context().with_resource(output.lock())
+        one = class_idx[0] if class_idx is not None and len(class_idx) == 1 else class_idx
+        look = {"class": one, "subdirs": subdirs, "precision": precision, "compile": use_compile}
+        if labels is not None and drawn_from is not None:
+            look["labels"] = drawn_from.digest()
         manifest = Manifest(
             network={"source": str(loaded.source), "sha256": loaded.sha256},
             options={**plan.options, **look, "device": where.type},  # each kind of device draws its own random numbers
         )
         world_size = dist.get_world_size()
-        return prepare(output, manifest, seeds, max_batch=max_batch, world_size=world_size, skip_existing=skip_existing)
+        return prepare(
+            output,
+            manifest,
+            seeds,
+            max_batch=max_batch,
+            world_size=world_size,
+            skip_existing=skip_existing,
+            labelled=drawn_from is not None,
+        )
 
     dist.print0(f"Loading network from {network} ...")
     work = dist.from_rank0(find_work)
-    loaded, plan = load()  # the other ranks meet a filled download cache
+    loaded, plan, drawn_from = load()  # the other ranks meet a filled download cache
     dist.check_agreement({f"the content of {network}": loaded.sha256})
     todo = sum(map(len, work.batches))
     dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Using {plan.text}")
     if work.note:
         dist.print0(f"Note: {work.note}")
-    if not todo and not work.is_unfinished:
+    if work.is_done:
         dist.print0(f"Nothing to do: {outdir} has {count(len(seeds), 'image')} of these seeds already")
     else:
         size = f"{loaded.net.img_resolution}x{loaded.net.img_resolution}"
@@ -191,8 +217,9 @@ def command(
         )
         net = _make_ready(loaded.net, where, precision, use_compile)
         start = time.monotonic()
-        with stopping_at_once("the same command with --skip-existing goes on"):
-            _make_images(net, plan, work, output, where, class_idx)
+        is_zip = isinstance(output, ImageZip)
+        with stopping_at_once("a zip is made in one go" if is_zip else "the same command with --skip-existing goes on"):
+            _make_images(net, plan, work, output, where, drawn_from)
         seconds = time.monotonic() - start
         dist.print0(f"Done: {count(todo, 'image')} in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")
     if len(seeds) >= ENOUGH:
@@ -219,7 +246,7 @@ def _make_ready(net: Any, where: torch.device, precision: str, use_compile: bool
 
 
 def _make_images(
-    net: Any, plan: Plan, work: Work, output: ImageFolder | ImageZip, where: torch.device, class_idx: int | None
+    net: Any, plan: Plan, work: Work, output: ImageFolder | ImageZip, where: torch.device, labels: Labels | None
 ) -> None:
     """Makes this process's share of the images; the network works while threads write what it made before."""
     from torch_utils import distributed as dist
@@ -228,19 +255,46 @@ def _make_images(
     from training.progress import show_progress
     from training.sampling import own_share, sample_batch
 
+    known: dict[int, Any] = {}
     with BackgroundWriter(output, work.manifest.name, dist.get_rank()) as writer:
         total = sum(map(len, work.batches))
         for seeds in show_progress(own_share(work.batches), len, total, dist.print0, title=f"NFE {plan.nfe}"):
-            batch = sample_batch(net, seeds, plan, where, class_idx)
+            batch = sample_batch(net, seeds, plan, where, labels)
+            if labels is not None and batch.labels is not None:
+                known.update(zip(seeds, labels.plain(batch.labels), strict=True))
             if not batch.images.isfinite().all():
                 raise cli.UserError(
                     f"the network made no image but NaN or infinity, between seeds {seeds[0]} and {seeds[-1]}; "
                     "try --precision=fp32, or another network"
                 )
             writer.submit(seeds, to_uint8(batch.images.double()).permute(0, 2, 3, 1).cpu().numpy())
-    dist.barrier()
+    for each in dist.gather_objects(known):
+        known.update(each)
     if dist.is_main():
-        output.finish(work.manifest, [work.manifest.name(seed) for batch in work.batches for seed in batch])
+        output.finish(work.manifest, _all_labels(net, work.manifest, known, output, where, labels))
+
+
+def _all_labels(
+    net: Any,
+    manifest: Manifest,
+    known: Mapping[int, Any],
+    output: ImageFolder | ImageZip,
+    where: torch.device,
+    labels: Labels | None,
+) -> dict[str, Any]:
+    """Labels of all images in the output, by name: those just made are known, those of before are drawn again."""
+    from training.sampling import draw_inputs
+
+    if labels is None:
+        return {}
+    seeds = [seed for run in manifest.runs for seed in run.seeds]
+    before = [seed for seed in seeds if seed not in known and output.has(manifest.name(seed))]
+    again = {}
+    for seed in before:
+        _, _, drawn = draw_inputs(net, [seed], labels, where)
+        assert drawn is not None, "a network that takes labels"
+        (again[seed],) = labels.plain(drawn)
+    return {manifest.name(seed): label for seed, label in {**known, **again}.items()}
 
 
 def main(args: Sequence[str] | None = None) -> int:

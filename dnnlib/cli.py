@@ -45,6 +45,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"{os.path.basename(sys.argv[0])}: error: {missing_package(missing)}")
 
+MAX_CLASSES = 1_000_000  # to choose from
 MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
 
 
@@ -508,8 +509,9 @@ class Bool(click.ParamType):
         return known
 
 
-def parse_int_list(text: str | Sequence[int]) -> list[int]:
-    """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10]. An empty range ('9-7') gives nothing. Raises ValueError."""
+def parse_int_list(text: str | Sequence[int], most: int = MAX_RANGE) -> list[int]:
+    """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10]. An empty range ('9-7') gives nothing. Raises ValueError, also for more
+    than `most` numbers, before they take memory."""
     if not isinstance(text, str):
         return [int(value) for value in text]
     ranges = []
@@ -517,8 +519,8 @@ def parse_int_list(text: str | Sequence[int]) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", part)
         first, last = (int(match[1]), int(match[2])) if match else (int(part), int(part))
         ranges.append(range(first, last + 1))
-    if sum(max(numbers.stop - numbers.start, 0) for numbers in ranges) > MAX_RANGE:
-        raise ValueError(f"more than {MAX_RANGE} numbers")
+    if sum(max(numbers.stop - numbers.start, 0) for numbers in ranges) > most:
+        raise ValueError(f"more than {most} numbers")
     return [number for numbers in ranges for number in numbers]
 
 
@@ -541,6 +543,40 @@ class IntList(click.ParamType):
         if self.max is not None and numbers and max(numbers) > self.max:
             self.fail(f"'{value}' holds {max(numbers)}, but the most is {self.max}", param, ctx)
         return numbers
+
+
+class Seeds(IntList):
+    """A list of seeds, of which no two are the same random numbers: seeds count modulo 2^32."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        seeds = super().convert(value, param, ctx)
+        if not seeds or (min(seeds) >= 0 and max(seeds) < 1 << 32):
+            return seeds
+        drawn: dict[int, int] = {}
+        for seed in seeds:
+            same = drawn.setdefault(seed % (1 << 32), seed)
+            if same != seed:
+                self.fail(f"seeds {same} and {seed} are the same random numbers (modulo 2^32); drop one", param, ctx)
+        return seeds
+
+
+class Condition(click.ParamType):
+    """Classes such as 3 or 1,2,5-10, or a label vector such as 0.2,0.8."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        try:
+            values: list[Any] = parse_int_list(value, MAX_CLASSES)
+        except ValueError:
+            with contextlib.suppress(ValueError):
+                return [float(part) for part in value.split(",")]
+            values = []
+        if not values or (values[0] < 0 and len(values) == 1):
+            self.fail(
+                f"'{value}' is neither a class (3), nor classes (1,2,5-10), nor a label vector (0.2,0.8)", param, ctx
+            )
+        return values
 
 
 class FloatList(click.ParamType):

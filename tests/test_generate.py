@@ -7,10 +7,10 @@ import io
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +24,13 @@ from PIL import Image
 
 import fid
 import generate
-from dnnlib.cli import UsageError, parse_int_list
+from dnnlib.cli import UsageError, UserError, parse_int_list
 from helpers import GOLDEN, golden, load_recipe, small_network
 from training.grids import NoiseGrid, Sampling, network_grid
-from training.image_files import ImageFolder, ImageZip, Manifest, Run, format_int_list
+from training.image_files import ImageFolder, ImageZip, Manifest, Run, format_int_list, prepare
 from training.network_files import load_network, save_network
 from training.pictures import to_uint8
-from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler, grid_sampler
+from training.samplers import StackedRandomGenerator, ablation_sampler, dpmpp2m_sampler, edm_sampler, grid_sampler
 from training.sampling import count_batches, iterate_images, plan_sampling, sample_batch, split_seeds
 
 REPOSITORY = Path(__file__).parent.parent
@@ -171,6 +171,7 @@ def test_subdirs_by_thousands(files: SimpleNamespace, tmp_path: Path) -> None:
             {"S_churn": 30, "S_min": 0.05, "S_max": 50, "S_noise": 1.003},
         ),
         (("--solver=euler",), ablation_sampler, {"solver": "euler"}),
+        (("--solver=dpmpp2m", "--rho=5"), dpmpp2m_sampler, {"rho": 5}),
         (("--disc=vp", "--sigma_max=70"), ablation_sampler, {"discretization": "vp", "sigma_max": 70}),
         (("--disc=iddpm", "--schedule=vp"), ablation_sampler, {"discretization": "iddpm", "schedule": "vp"}),
         (("--scaling=vp", "--S_churn=9"), ablation_sampler, {"scaling": "vp", "S_churn": 9}),
@@ -231,6 +232,8 @@ def test_student_runs_on_its_own_grid(
     printed = capsys.readouterr().out
     assert "the network's own noise grid (80, 13.7, 1.287, 0.03519, 0): 4 steps of euler, distilled from 8" in printed
     assert "4 network calls (NFE) per image" in printed
+    note = "8 is its teacher's number of steps, it makes its own 4"
+    assert (note in printed) == (options == ("--steps=8",))
     latents = StackedRandomGenerator("cpu", range(4)).randn([4, 1, 8, 8])
     wanted = to_uint8(grid_sampler(files.net, latents, files.sampling.grid, "euler")).numpy()
     for seed in range(4):
@@ -245,6 +248,7 @@ def test_student_runs_on_its_own_grid(
             "--steps=5: this network was distilled for 4; use --steps=4 (its own) or --steps=8 (its teacher's)",
         ),
         ("--steps=16", "use --steps=4 (its own) or --steps=8"),
+        ("--solver=dpmpp2m", "--solver=dpmpp2m contradicts the noise grid that this network was distilled for"),
         (
             "--solver=heun",
             "--solver=heun contradicts the noise grid that this network was distilled for; use --solver=euler",
@@ -433,69 +437,45 @@ GO_ON = "the same command with --skip-existing goes on"
 def test_a_signal_says_how_to_go_on(
     files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
-    """What was made is not made again, and what comes out is what an undisturbed run makes, to the last byte."""
+    """What comes out is what an undisturbed run makes, to the last byte; in a folder nothing is made twice."""
     out, whole = tmp_path / to, tmp_path / f"whole-{to}"
     assert run(files.plain, whole, *SOME) == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
         assert run(files.plain, out, *SOME) == 128 + signal.SIGTERM
-    assert capsys.readouterr().err.endswith(f"error: interrupted by SIGTERM; {GO_ON}\n")
-    assert not out.is_file(), "a zip appears when it is complete"
+    advice = "a zip is made in one go" if to == "out.zip" else GO_ON
+    assert capsys.readouterr().err.endswith(f"error: interrupted by SIGTERM; {advice}\n")
+    assert out.is_dir() == (to == "out") and not out.is_file() and not list(tmp_path.glob(".*"))
     made = interrupt_at(monkeypatch, -1)
     assert run(files.plain, out, *SOME, "--skip-existing") == 0
-    assert set(made) == {4, 5, 6, 7} and not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*/.*"))
     if out.is_file():
-        assert out.read_bytes() == whole.read_bytes()
+        assert len(made) == 8 and out.read_bytes() == whole.read_bytes()
+        assert "made in one go: --skip-existing continues folders, not zips" in capsys.readouterr().out
     else:
-        assert read(out) == read(whole)
+        assert set(made) == {4, 5, 6, 7} and read(out) == read(whole)
 
 
-@pytest.fixture(scope="module")
-def broken_off(files: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the whole of a zip, and the parts of one whose process was to end before the fourth batch."""
-    folder = tmp_path_factory.mktemp("broken-off")
-    assert run(files.plain, folder / "whole.zip", *SOME) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 6)
-        assert run(files.plain, folder / "out.zip", *SOME) == 128 + signal.SIGTERM
-    assert {path.name for path in folder.iterdir()} == {"whole.zip", ".out.zip.part0-0", ".out.zip.parts.json"}
-    return folder
+def test_parts_of_a_killed_run_are_removed(files: SimpleNamespace, tmp_path: Path) -> None:
+    """Of this zip alone: not those of another, nor what a link of such a name leads to."""
+    assert run(files.plain, tmp_path / "whole.zip", *SOME) == 0
+    out, other = ImageZip(tmp_path / "out.zip"), ImageZip(tmp_path / "out2.zip")
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / f"{out._stem()}0").symlink_to(tmp_path / "precious")
+    (tmp_path / f"{out._stem()}7").write_bytes(b"PK half an image")
+    (tmp_path / f"{other._stem()}0").write_bytes(b"of another zip")
+    assert run(files.plain, out.path, *SOME) == 0
+    assert out.path.read_bytes() == (tmp_path / "whole.zip").read_bytes()
+    assert {path.name for path in tmp_path.glob(".*")} == {f"{other._stem()}0"}
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
-@pytest.mark.parametrize("damage", [0, 0.1, 0.3, 0.5, 0.8, 0.99, "flip", "another", "journal"])
-def test_what_a_killed_process_left_of_a_zip(
-    files: SimpleNamespace, broken_off: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: float | str
+@pytest.mark.parametrize("to", ["out", "out.zip"])
+def test_two_at_once(
+    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
-    """Its part ends anywhere, without a table of contents: the whole images before are used, none that is not whole."""
-    shutil.copytree(broken_off, tmp_path, dirs_exist_ok=True)
-    part, journal, out = (tmp_path / name for name in (".out.zip.part0-0", ".out.zip.parts.json", "out.zip"))
-    data = bytearray(part.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-    elif damage == "another":  # of a second run that was interrupted
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 6)
-            data = data[: len(data) // 2]
-            part.write_bytes(data)
-            assert run(files.plain, out, *SOME, "--skip-existing") == 128 + signal.SIGTERM
-        assert (tmp_path / ".out.zip.part1-0").is_file()
-    elif damage == "journal":
-        journal.write_text(journal.read_text()[:40])
-    else:
-        data = data[: int(len(data) * float(damage))]
-    part.write_bytes(data)
-    made = interrupt_at(monkeypatch, -1)
-    assert run(files.plain, out, *SOME, "--skip-existing") == 0
-    assert out.read_bytes() == (tmp_path / "whole.zip").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"whole.zip", "out.zip"}
-    assert (len(made) == 8) == (damage in (0, 0.1, "journal")) and {6, 7} <= set(made)
-
-
-def test_two_at_once_make_one_zip(
-    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The second is told that the first is at work; what can't be put together is not called done."""
-    out, real = tmp_path / "out.zip", sample_batch
+    """The second is told that the first is at work."""
+    out, real = tmp_path / to, sample_batch
     monkeypatch.setattr("training.image_files.PATIENCE", 0.2)
     seen = []
 
@@ -506,16 +486,19 @@ def test_two_at_once_make_one_zip(
 
     monkeypatch.setattr("training.sampling.sample_batch", twice)
     assert run(files.plain, out, *SOME) == 0 and seen == [1]
-    assert "out.zip: another process is at work on it" in capsys.readouterr().err
-    with zipfile.ZipFile(out) as archive:
-        assert len(archive.namelist()) == 9
-    assert not list(tmp_path.glob(".*"))
+    assert "another process is at work on it" in capsys.readouterr().err
+    names = zipfile.ZipFile(out).namelist() if out.is_file() else os.listdir(out)
+    assert len(names) == 9 and not list(tmp_path.glob(".*"))
+
+
+def test_a_zip_that_lacks_an_image_is_not_called_done(
+    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write = ImageZip.write
     monkeypatch.setattr(ImageZip, "write", lambda self, name, data: name == "000003.png" or write(self, name, data))
-    assert run(files.plain, out, *SOME) == 1
-    assert "1 images are missing in its parts; start again with --skip-existing" in capsys.readouterr().err
-    monkeypatch.setattr(ImageZip, "write", write)
-    assert run(files.plain, out, *SOME, "--skip-existing") == 0
+    assert run(files.plain, tmp_path / "out.zip", *SOME) == 1
+    assert "1 image missing in its parts; make it again" in capsys.readouterr().err
+    assert not (tmp_path / "out.zip").exists()
 
 
 def test_seeds_that_a_zip_made_anew_loses_are_told(
@@ -526,40 +509,78 @@ def test_seeds_that_a_zip_made_anew_loses_are_told(
         assert ("is made anew, without its 3 images of other seeds" in capsys.readouterr().out) == note
 
 
-def test_a_zip_whose_images_are_all_there_is_put_together(
-    files: SimpleNamespace, broken_off: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["000001.png", "dataset.json"])
+@pytest.mark.parametrize("manifest", [False, True])
+def test_pictures_that_it_did_not_make_are_refused(
+    files: SimpleNamespace, tmp_path: Path, name: str, manifest: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out.zip"
-    with monkeypatch.context() as patch:
-        patch.setattr(ImageZip, "finish", lambda *_: signal.raise_signal(signal.SIGTERM))
-        assert run(files.plain, out, *SOME) == 128 + signal.SIGTERM
-    made = interrupt_at(monkeypatch, -1)
-    assert run(files.plain, out, *SOME, "--skip-existing") == 0 and made == []
-    assert out.read_bytes() == (broken_off / "whole.zip").read_bytes()
+    """Where there is no manifest; or one that does not list this image."""
+    out = tmp_path / "out"
+    out.mkdir()
+    if manifest:
+        assert run(files.plain, out, "--seeds=0", "--steps=1") == 0
+    (out / name).write_bytes(b"mine")
+    for options in ([], ["--skip-existing"]):
+        status = run(files.plain, out, "--seeds=0-3", "--steps=1", *options)
+        if manifest and name == "dataset.json":  # generate.py's own, as far as can be known
+            assert status == 0
+            continue
+        assert status == 1 and (out / name).read_bytes() == b"mine"
+        assert f"out holds {name}, but no manifest.json that says who made them" in capsys.readouterr().err
 
 
-def test_parts_of_a_zip_and_who_made_them(
-    files: SimpleNamespace, broken_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_seeds_beside_those_made_again_stay_known(files: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for seeds in ("0-5", "0-2", "0-7"):
+        assert run(files.plain, out, f"--seeds={seeds}", "--steps=1") == 0
+    assert len(read(out)) == 8
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_subfolder_that_is_a_link_is_refused(
+    files: SimpleNamespace, tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """Another network does not go on with them; whoever makes all anew removes them; fewer seeds leave others out."""
-    for name, network, options, status in (
-        ("other", files.other, [*SOME, "--skip-existing"], 1),
-        ("anew", files.other, SOME, 0),
-        ("more", files.plain, ["--seeds=0-8", *SOME[1:], "--skip-existing"], 0),
-    ):
-        shutil.copytree(broken_off, tmp_path / name)
-        capsys.readouterr()
-        assert run(network, tmp_path / name / "out.zip", *options) == status
-        if status:
-            assert "holds images that another network made" in capsys.readouterr().err
-            assert (tmp_path / name / ".out.zip.part0-0").is_file()
-        else:
-            assert not list((tmp_path / name).glob(".*"))
-    assert (tmp_path / "anew/out.zip").read_bytes() != (broken_off / "whole.zip").read_bytes()
-    with zipfile.ZipFile(tmp_path / "more/out.zip") as more, zipfile.ZipFile(broken_off / "whole.zip") as whole:
-        assert len(more.namelist()) == 10 and more.testzip() is None
-        images = [name for name in whole.namelist() if name.endswith(".png")]
-        assert all(more.read(name) == whole.read(name) for name in images)
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "000000.png").write_bytes(b"precious")
+
+    def link(*_: Any) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "000000").symlink_to(outside)
+
+    if when == "before":
+        link()
+    else:
+        monkeypatch.setattr(ImageFolder, "open", link)
+    (outside / "000000.png").unlink()
+    assert run(files.plain, out, "--seeds=0-3", "--steps=1", "--subdirs") == 1
+    assert "out/000000 is a link, and not followed" in capsys.readouterr().err
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [{"seeds": "0-9999999", "batches": 1}] * 8,
+        [{"seeds": "0-3", "batches": 10**12}],
+        [{"seeds": "0-3", "batches": 0}],
+    ],
+)
+def test_a_short_manifest_takes_little_memory(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is expanded."""
+    text = json.dumps({"network": {}, "options": {}, "runs": runs})
+    assert len(text) < 533
+    tracemalloc.start()
+    with pytest.raises(UserError, match="no list of generated images"):
+        Manifest.from_json(text, "manifest.json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+    monkeypatch.setattr("training.image_files.MAX_IMAGES", 10)
+    fine = {"network": {}, "options": {}, "runs": [{"seeds": "0-4", "batches": 2}] * 2}
+    assert len(Manifest.from_json(json.dumps(fine), "here").names()) == 10
+    with pytest.raises(UserError, match="more than 10"):
+        prepare(ImageFolder("nowhere"), Manifest({}, {}), range(11), max_batch=4)
 
 
 def test_images_of_somebody_else_are_told_of(
@@ -567,7 +588,7 @@ def test_images_of_somebody_else_are_told_of(
 ) -> None:
     """fid.py measures all that lie in a folder."""
     (tmp_path / "out").mkdir()
-    for name in ("a.jpg", "b.png", "notes.txt", "000000.png"):
+    for name in ("a.jpg", "b.png", "notes.txt"):
         (tmp_path / "out" / name).write_bytes(b"")
     assert run(files.student, tmp_path / "out", "--seeds=0,1") == 0
     assert "also holds 2 other images, which fid.py would measure too" in capsys.readouterr().out
@@ -597,7 +618,7 @@ def test_manifest_says_who_made_the_images(files: SimpleNamespace, tmp_path: Pat
 
 
 def test_zip(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same images as in a folder, stored as they are; going on adds to them."""
+    """The same images as in a folder, stored as they are; what is complete is left, what lacks images made anew."""
     options = ("--seeds=0-5", "--steps=2", "--subdirs")
     assert run(files.plain, tmp_path / "out", *options) == 0
     assert run(files.plain, tmp_path / "out.zip", *options) == 0
@@ -651,6 +672,10 @@ def test_failed_zip_leaves_the_old_one(
     [
         (("--seeds=9-7",), 2, "--seeds names no seed"),
         (("--seeds=a-b",), 2, "not a list of whole numbers"),
+        (("--seeds=5,4294967301",), 2, "seeds 5 and 4294967301 are the same random numbers (modulo 2^32)"),
+        (("--solver=dpmpp2m", "--disc=vp"), 2, "--disc=vp: --solver=dpmpp2m has no such setting; leave it out"),
+        (("--solver=dpmpp2m", "--S_churn=1"), 2, "--S_churn=1.0: --solver=dpmpp2m has no such setting"),
+        (("--labels=nothing.npy",), 2, "--labels: this network has no labels"),
         (("--steps=0",), 2, "--steps"),
         (("--batch=0",), 2, "--batch"),
         (("--class=1",), 2, "class 1: this network has no classes; leave --class (class_idx) out"),

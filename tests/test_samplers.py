@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -13,13 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import generate
 from helpers import gaussian, golden, load_recipe
-from training import networks
+from training import networks, samplers
 from training.grids import NoiseGrid, network_grid
+from training.sampler_table import SOLVERS
 from training.samplers import (
     StackedRandomGenerator,
     ablation_sampler,
     discretize,
+    dpmpp2m_sampler,
     edm_sampler,
     grid_sampler,
     nfe,
@@ -254,6 +258,66 @@ def test_heun_converges_in_second_order() -> None:
 
     assert error("heun", 64) / error("heun", 128) == pytest.approx(4, rel=0.15)
     assert error("euler", 64) / error("euler", 128) == pytest.approx(2, rel=0.15)
+
+
+def test_dpmpp2m_converges_in_second_order() -> None:
+    """Twice the steps, a quarter of the error: the exact solution down to sigma_min, and the jump from there to 0."""
+    net = gaussian()
+    latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    high, low = 10.0, 0.1
+
+    def error(steps: int) -> float:
+        net.calls = 0
+        images = dpmpp2m_sampler(net, latents, num_steps=steps + 1, sigma_min=low, sigma_max=high)
+        assert net.calls == nfe(steps + 1, "dpmpp2m") == steps + 1
+        exact = (latents * high - net.mean) * ((net.var + low**2) / (net.var + high**2)).sqrt()
+        return float((images - net.mean - exact * net.decay(low, 0, "euler")).abs().max())
+
+    assert error(128) / error(256) == pytest.approx(4, rel=0.15)
+    assert error(256) < 1e-3
+
+
+def test_dpmpp2m_written_out() -> None:
+    """Three steps, in the variables of Lu et al. 2022: lambda = -ln sigma, r = last step / this step."""
+    net = TwoGaussians(0.6, 0.2)
+    x = latents = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b, c = discretize("edm", 3, 0.002, 80)
+    first = net(x * a, torch.tensor(a))
+    x = b / a * x * a - (b / a - 1) * first
+    second = net(x, torch.tensor(b))
+    r = math.log(a / b) / math.log(b / c)
+    x = c / b * x - (c / b - 1) * ((1 + 1 / (2 * r)) * second - 1 / (2 * r) * first)
+    images = dpmpp2m_sampler(net, latents, num_steps=3)
+    torch.testing.assert_close(images, net(x, torch.tensor(c)), rtol=0, atol=1e-12)
+
+
+def test_dpmpp2m_beats_heun_at_eight_calls() -> None:
+    """On a mixture of two Gaussians, against Heun with seven calls and with nine."""
+    net = TwoGaussians(0.5, 0.25)
+    latents = torch.randn(2000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = edm_sampler(net, latents, num_steps=1000)
+
+    def error(images: Tensor) -> float:
+        return float((images - exact).square().mean().sqrt())
+
+    ours = error(dpmpp2m_sampler(net, latents, num_steps=8))
+    for steps, calls in ((4, 7), (5, 9)):
+        assert nfe(steps, "heun") == calls
+        assert ours < 0.2 * error(edm_sampler(net, latents, num_steps=steps))
+
+
+def test_every_solver_of_the_table() -> None:
+    """Each is a sampler that makes as many network calls as the table gives, and generate.py offers it."""
+    net = gaussian()
+    for solver, method in SOLVERS.items():
+        sampler = getattr(samplers, method.sampler)
+        more = {"solver": solver} if "solver" in inspect.signature(sampler).parameters else {}
+        for steps in (1, 2, 5):
+            net.calls = 0
+            images = sampler(net, torch.randn(2, 2, 4, 4, dtype=torch.float64), num_steps=steps, **more)
+            assert images.shape == (2, 2, 4, 4) and net.calls == method.nfe(steps)
+    option = next(each for each in generate.command.params if each.name == "solver")
+    assert list(option.type.choices) == list(SOLVERS) and all(name in option.help for name in SOLVERS)
 
 
 def test_stacked_random_generator_golden() -> None:

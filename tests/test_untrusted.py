@@ -624,7 +624,7 @@ def test_parts_of_a_zip_are_not_written_through_links(tmp_path: Path) -> None:
     precious.write_text("x")
     output = ImageZip(tmp_path / "out.zip")
     output.begin(Manifest({}, {}), [])
-    (tmp_path / ".out.zip.part0-0").symlink_to(precious)
+    (tmp_path / f"{output._stem()}0").symlink_to(precious)
     with pytest.raises(FileExistsError):
         output.open(0)
     network = tmp_path / "network.pkl"

@@ -190,6 +190,15 @@ class Dataset:
     def has_onehot_labels(self) -> bool:
         return self._labels.dtype == np.int64
 
+    @property
+    def has_label_vectors(self) -> bool:
+        return self.has_labels and not self.has_onehot_labels
+
+    @property
+    def label_values(self) -> np.ndarray:
+        """Labels of all items as they are stored: classes int64 [N], or vectors float32 [N, label_dim]."""
+        return np.asarray(self._labels[self._raw_idx])
+
 
 class ImageFolderDataset(Dataset):
     """The image files of a folder (with its sub-folders) or zip archive.

@@ -1,8 +1,9 @@
-"""Writing many images: into a folder or a zip, with a manifest that says who made them, so that a run can go on.
+"""Writing many images: into a folder or a zip, with a manifest that says who made them.
 
 The manifest (`manifest.json`) holds the network's hash, the options that the images depend on, and which seeds were
-made in how many batches: the size of a batch decides how sums round, so a run that goes on keeps the batches it began
-with and its images are those of a run that was never interrupted.
+made in how many batches: the size of a batch decides how sums round, so a folder that is continued keeps the batches it
+began with, and its images are those of a run that was never interrupted. The images of a network with classes have
+`dataset.json` beside them: their labels, in EDM's format. A zip is made in one go, or anew.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-import struct
 import threading
 import zipfile
 import zlib
@@ -29,14 +28,17 @@ from PIL import Image
 
 from dnnlib.atomic import atomic_write, check_folder, locked_file, write_text
 from dnnlib.cli import UserError, parse_int_list
+from dnnlib.util import LIMITS, count, open_file, read_file
 
 from .dataset import image_formats
 from .sampling import count_batches, split_seeds
 
-MANIFEST = "manifest.json"
-LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's file, without its name
-PATIENCE = 20.0  # seconds to wait for a zip: processes of a killed launcher, which may hold it, have ended by then
+MANIFEST, LABELS = "manifest.json", "dataset.json"
+MAX_IMAGES = 2_000_000  # of a folder or zip: seeds and names are kept in memory, and a short list can mean many
+MAX_PROCESSES = 1 << 16  # of one job: so many batches more than seeds may be recorded
+PATIENCE = 20.0  # seconds to wait for a lock: processes of a killed launcher, which may have it, have ended by then
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"  # a file that ends otherwise was cut off
+Labels = Mapping[str, int | list[float]]  # of images, by name
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,16 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: object) -> Manifest:
-        """Raises UserError for anything that `to_json` didn't write."""
+        """Raises UserError for anything that `to_json` didn't write, and for more than MAX_IMAGES seeds in all."""
         try:
-            data = json.loads(text)
-            runs = tuple(Run(tuple(parse_int_list(run["seeds"])), int(run["batches"])) for run in data["runs"])
-            return cls(dict(data["network"]), dict(data["options"]), runs)
+            data, runs, left = json.loads(text), [], MAX_IMAGES
+            for run in data["runs"]:
+                seeds, batches = parse_int_list(run["seeds"], left), int(run["batches"])
+                left -= len(seeds)
+                if not 1 <= batches <= len(seeds) + MAX_PROCESSES:
+                    raise ValueError(f"{len(seeds)} seeds in {batches} batches")
+                runs.append(Run(tuple(seeds), batches))
+            return cls(dict(data["network"]), dict(data["options"]), tuple(runs))
         except (ValueError, TypeError, KeyError, RecursionError) as exc:
             raise UserError(f"{where} is no list of generated images ({exc!r}); use another --outdir") from exc
 
@@ -109,28 +116,33 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where images go. Several processes write at once, each image is written by one of them; `previous`, `begin` and
-# `finish` are rank 0's business, before the others `open` and after they `close`.
+# Where images go. Several processes write at once, each image is written by one of them; `lock`, `previous`, `begin`
+# and `finish` are rank 0's business, before the others `open` and after they `close`.
 
 
 class ImageFolder:
     """A folder of image files, each written in one piece."""
 
-    is_unfinished = False  # each image is in its place
-
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def held(self) -> AbstractContextManager[None]:
-        """Nothing to hold: whoever makes the same images writes the same files."""
-        return nullcontext()
-
-    def previous(self, mine: Manifest, unfinished: bool) -> Manifest | None:
-        """What an earlier run left here, or None. Raises UserError for a path that is no folder."""
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps others out. Raises UserError where one is at work, OSError where nothing can be written."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a file; name a folder, or a .zip")
+        check_folder(self.path)
+        return locked_file(self.path / MANIFEST, PATIENCE)
+
+    def previous(self) -> Manifest | None:
+        """What an earlier run left here, or None."""
         path = self.path / MANIFEST
-        return Manifest.from_json(path.read_bytes(), path) if path.is_file() else None
+        if not path.exists():
+            return None
+        return Manifest.from_json(read_file(path, "JSON"), path)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name, whole or not."""
+        return os.path.lexists(self.path / name)
 
     def has(self, name: str) -> bool:
         """Whether this image is here, and whole (a crash of the machine can leave empty files)."""
@@ -148,9 +160,10 @@ class ImageFolder:
         return sum(os.path.splitext(name)[1].lower() in endings and name not in names for name in found)
 
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
-        """Says who makes the images from here on, and removes what others left in the place of the `fresh` ones."""
-        check_folder(self.path)
-        for name in fresh:
+        """Records who makes the images from here on, and removes what others left in the place of the `fresh` ones."""
+        for folder in {os.path.dirname(name) for name in manifest.names()}:
+            self._check_own(folder)
+        for name in (*fresh, LABELS):  # the labels come back when all is done
             (self.path / name).unlink(missing_ok=True)
         write_text(self.path / MANIFEST, manifest.to_json())
 
@@ -159,91 +172,73 @@ class ImageFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """Writes one image; threads may do so at the same time."""
+        self._check_own(os.path.dirname(name))
         with atomic_write(self.path / name) as file:
             file.write(data)
+
+    def _check_own(self, folder: str) -> None:
+        """Raises UserError for a subfolder that is a link: what it leads to is not ours to write."""
+        if folder and (self.path / folder).is_symlink():
+            raise UserError(f"{self.path / folder} is a link, and not followed; remove it, or use another --outdir")
 
     def close(self, complete: bool) -> None:
         """Nothing to do: every image is in its place."""
 
-    def finish(self, manifest: Manifest, needed: Iterable[str]) -> None:
-        """Nothing to do either."""
+    def finish(self, manifest: Manifest, labels: Labels) -> None:
+        """Writes the labels, if there are any."""
+        if labels:
+            write_text(self.path / LABELS, labels_json(labels))
 
 
 class ImageZip:
-    """An uncompressed zip of images, sorted by name, with the manifest last.
+    """An uncompressed zip of images, sorted by name, with the labels (if there are any) and the manifest last.
 
     It appears, or replaces what was there, when all is written; until then each process writes a part of its own beside
-    it (`.NAME.part…`), and a journal there says who is at work, so that a run can go on with what others have left.
-    The zip's bytes depend on the images alone, not on the number of processes, interruptions or the time of day.
+    it (`.NAME….part…`), which the next run removes if this one is killed. The zip's bytes depend on the images alone,
+    not on the number of processes or the time of day.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._kept: frozenset[str] = frozenset()  # images of the zip that is already there
-        self._left: dict[str, _Piece] = {}  # images of parts that an interrupted run has left
         self._part: zipfile.ZipFile | None = None
         self._part_file: IO[bytes] | None = None
-        self._lock = threading.Lock()
+        self._writing = threading.Lock()
 
-    def held(self) -> AbstractContextManager[None]:
-        """Keeps others from this zip and its parts. Raises UserError where one is at work, OSError where nothing can be
-        written."""
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps others out. Raises UserError where one is at work, OSError where nothing can be written."""
+        if self.path.is_dir():
+            raise UserError(f"--outdir={self.path} is a folder; name a new .zip, or a folder without .zip")
         check_folder(self.path.parent)
         return locked_file(self.path, PATIENCE)
 
-    def previous(self, mine: Manifest, unfinished: bool) -> Manifest | None:
-        """What an earlier run left here, or None; with `unfinished` also one that did not come to its end, unless only
-        the zip before it is like `mine`. Raises UserError for a path that is no zip."""
-        if self.path.is_dir():
-            raise UserError(f"--outdir={self.path} is a folder; name a new .zip, or a folder without .zip")
-        manifest = self._finished() if self.path.exists() else None
-        journal = self._read_journal() if unfinished else None
-        if journal is not None and (manifest is None or mine.difference(journal.manifest) is None):
-            self._kept &= journal.kept
-            for path in self._parts():
-                self._left.update(_pieces(path))
-            return journal.manifest
-        return manifest
-
-    def _finished(self) -> Manifest:
+    def previous(self) -> Manifest | None:
+        """Who made the zip that is there, or None. Raises UserError for a file that is not ours to replace."""
+        if not self.path.exists():
+            return None
         try:
-            with zipfile.ZipFile(self.path) as old:
-                names = old.namelist()
-                text = old.read(MANIFEST) if MANIFEST in names else None
-        except zipfile.BadZipFile as exc:
+            with open_file(self.path) as file, zipfile.ZipFile(file) as old:
+                if MANIFEST not in old.namelist():  # somebody's data set?
+                    raise UserError(
+                        f"--outdir={self.path} holds no {MANIFEST}, so it is not ours to replace; use another name"
+                    )
+                size = old.getinfo(MANIFEST).file_size
+                text = old.read(MANIFEST) if size <= LIMITS["JSON"] else b""
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as exc:
             raise UserError(f"--outdir={self.path} is no zip ({exc}); remove it, or use another name") from exc
-        if text is None:  # somebody's data set?
-            raise UserError(f"--outdir={self.path} holds no {MANIFEST}, so it is not ours to replace; use another name")
-        self._kept = frozenset(names) - {MANIFEST}
         return Manifest.from_json(text, self.path / MANIFEST)
 
     def has(self, name: str) -> bool:
-        """Whether this image is in the zip that is already there, or in a part of it."""
-        return name in self._kept or name in self._left
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether there are parts to be put together, as `previous` has found."""
-        return bool(self._left)
+        """Nothing of an earlier zip stays."""
+        return False
 
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
-        """Keeps those of the earlier images that `manifest` speaks of and that aren't to be made afresh."""
-        stay = frozenset(manifest.names()) - frozenset(fresh)
-        self._kept &= stay
-        self._left = {name: piece for name, piece in self._left.items() if name in stay}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        needed = {piece.path for piece in self._left.values()}
-        for path in self._part_names():  # of a run that was killed; or links, through which nothing is to be written
-            if path not in needed:
-                path.unlink()
-        generation = 1 + max((_generation(path) for path in needed), default=-1)
-        write_text(self._journal(), _Journal(manifest, self._kept, generation).to_json())
+        """Removes the parts of a run that was killed; and links of such names, which `open` refuses."""
+        for path in self._parts():
+            path.unlink()
 
     def open(self, rank: int) -> None:
         """Begins this process's part."""
-        journal = self._read_journal()
-        assert journal is not None, "rank 0 has just written it"
-        path = self._part_path(journal.generation, rank)
+        path = self.path.with_name(f"{self._stem()}{rank}")
         self._part_file = open(path, "xb")  # noqa: SIM115 (never somebody else's, or what a link of that name leads to)
         self._part = zipfile.ZipFile(self._part_file, "w", zipfile.ZIP_STORED)
 
@@ -251,124 +246,56 @@ class ImageZip:
         """Writes one image; threads may do so at the same time."""
         assert self._part is not None
         try:
-            with self._lock:
+            with self._writing:
                 self._part.writestr(name, data)
         except OSError as exc:
             raise OSError(exc.errno, exc.strerror, str(self.path)) from exc
 
     def close(self, complete: bool) -> None:
-        """Completes this process's part, or leaves it for a run that goes on, if there is anything in it."""
+        """Completes this process's part, or removes it."""
         if self._part is None or self._part_file is None:
             return
-        with self._lock, nullcontext() if complete else suppress(OSError):  # a full disk has been reported already
-            try:
-                self._part.close()
-            finally:
-                self._part_file.close()
-        if not complete and not self._part.namelist():
-            Path(self._part_file.name).unlink(missing_ok=True)
-            if not self._parts():
-                self._journal().unlink(missing_ok=True)
-
-    def finish(self, manifest: Manifest, needed: Iterable[str]) -> None:
-        """Puts the parts, and the images kept, together. Raises UserError where a needed one is missing."""
-        parts = self._parts()
-        for path in parts:
-            self._left.update(_pieces(path))
-        missing = sum(not self.has(name) for name in needed)
-        if missing:
-            raise UserError(f"{self.path}: {missing} images are missing in its parts; start again with --skip-existing")
-        with ExitStack() as stack, atomic_write(self.path) as file:
-            files = {path: stack.enter_context(open(path, "rb")) for path in parts}
-            old = stack.enter_context(zipfile.ZipFile(self.path)) if self._kept else None
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
-                for name in sorted({*self._kept, *self._left} & {*manifest.names()}):
-                    piece = self._left.get(name)
-                    if piece is not None:
-                        files[piece.path].seek(piece.start)
-                        data = files[piece.path].read(piece.size)
-                    else:
-                        assert old is not None
-                        data = old.read(name)
-                    target.writestr(zipfile.ZipInfo(name), data)  # ZipInfo: always the same date
-                target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
-        for path in [*parts, self._journal()]:
-            path.unlink(missing_ok=True)
-
-    def _journal(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.parts.json")
-
-    def _read_journal(self) -> _Journal | None:
-        """None where there is none, or none that can be read."""
+        whole = False
         try:
-            return _Journal.from_json(self._journal().read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
-            return None
+            with self._part_file, nullcontext() if complete else suppress(OSError):  # a full disk is reported already
+                self._part.close()
+            whole = complete
+        finally:
+            if not whole:
+                Path(self._part_file.name).unlink(missing_ok=True)
 
-    def _part_path(self, generation: int, rank: int) -> Path:
-        return self.path.with_name(f".{self.path.name}.part{generation}-{rank}")
+    def finish(self, manifest: Manifest, labels: Labels) -> None:
+        """Puts the parts together. Raises UserError where an image is missing."""
+        paths = self._parts()
+        try:
+            with ExitStack() as stack, atomic_write(self.path) as file:
+                parts = [stack.enter_context(zipfile.ZipFile(path)) for path in paths]
+                found = {name: part for part in parts for name in part.namelist()}
+                missing = sum(name not in found for name in manifest.names())
+                if missing:
+                    raise UserError(f"{self.path}: {count(missing, 'image')} missing in its parts; make it again")
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:  # ZipInfo: always the same date
+                    for name in sorted(manifest.names()):
+                        target.writestr(zipfile.ZipInfo(name), found[name].read(name))
+                    if labels:
+                        target.writestr(zipfile.ZipInfo(LABELS), labels_json(labels))
+                    target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
 
-    def _part_names(self) -> list[Path]:
-        """Whatever has the name of a part."""
-        pattern = re.compile(rf"{re.escape(f'.{self.path.name}.part')}\d+-\d+")
-        folder = self.path.parent
-        return [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
+    def _stem(self) -> str:
+        """How the names of parts begin: like the zip's, and short enough where that one is not."""
+        return f".{self.path.name[:40]}.{zlib.crc32(os.fsencode(self.path.name)):08x}.part"
 
     def _parts(self) -> list[Path]:
-        """The parts that there are, the oldest first."""
-        found = (path for path in self._part_names() if path.is_file() and not path.is_symlink())
-        return sorted(found, key=_generation)
+        stem, folder = self._stem(), self.path.parent
+        return [path for path in folder.iterdir() if path.name.startswith(stem)] if folder.is_dir() else []
 
 
-def _generation(part: Path) -> int:
-    """How many runs that were interrupted came before the one that wrote a part."""
-    return int(part.name.rpartition(".part")[2].partition("-")[0])
-
-
-@dataclass(frozen=True)
-class _Journal:
-    """Who writes a zip's parts, which images of the zip that is there are to stay, and which run this is."""
-
-    manifest: Manifest
-    kept: frozenset[str]
-    generation: int
-
-    def to_json(self) -> str:
-        values = {"kept": sorted(self.kept), "generation": self.generation}
-        return json.dumps({**values, "manifest": json.loads(self.manifest.to_json())})
-
-    @classmethod
-    def from_json(cls, text: str) -> _Journal:
-        data = json.loads(text)
-        manifest = Manifest.from_json(json.dumps(data["manifest"]), "the journal")
-        return cls(manifest, frozenset(data["kept"]), int(data["generation"]))
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Where an image lies in a part."""
-
-    path: Path
-    start: int
-    size: int
-
-
-def _pieces(path: Path) -> dict[str, _Piece]:
-    """The whole images of a part, which has no table of contents if its process was killed: from one header to the
-    next, as far as each image has its checksum."""
-    found: dict[str, _Piece] = {}
-    with open(path, "rb") as file:
-        while len(header := file.read(LOCAL_HEADER.size)) == LOCAL_HEADER.size:
-            magic, _, flags, method, _, _, crc, size, full_size, name_size, extra_size = LOCAL_HEADER.unpack(header)
-            if magic != b"PK\x03\x04" or flags & 8 or method != zipfile.ZIP_STORED or size != full_size:
-                break
-            name = file.read(name_size)
-            file.seek(extra_size, os.SEEK_CUR)
-            start = file.tell()
-            if zlib.crc32(file.read(size)) != crc or file.tell() != start + size or not name.isascii():
-                break
-            found[name.decode("ascii")] = _Piece(path, start, size)
-    return found
+def labels_json(labels: Labels) -> str:
+    """`dataset.json` of images and their labels, in the order of their names."""
+    return json.dumps({"labels": [[name, labels[name]] for name in sorted(labels)]}) + "\n"
 
 
 def open_output(outdir: str | os.PathLike[str]) -> ImageFolder | ImageZip:
@@ -377,19 +304,19 @@ def open_output(outdir: str | os.PathLike[str]) -> ImageFolder | ImageZip:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Going on
+# What is to be done
 
 
 @dataclass(frozen=True)
 class Work:
     """What is to be done: `batches` of seeds to be made, the manifest to leave, a `note` for people (or '').
 
-    is_unfinished: there are parts of a zip, to be put together even if no image is missing.
+    is_done: there is nothing to be made, nor any labels to be written.
     """
 
     manifest: Manifest
     batches: list[list[int]]
-    is_unfinished: bool
+    is_done: bool
     note: str = ""
 
 
@@ -401,60 +328,74 @@ def prepare(
     max_batch: int,
     world_size: int = 1,
     skip_existing: bool = False,
+    labelled: bool = False,
 ) -> Work:
     """Finds out which batches must be made, and readies `output` for them. `mine` says who is about to do so.
 
-    Without `skip_existing` everything is made afresh. With it, seeds of earlier runs keep the batches they had, and
-    those whose images are all there are left out. Raises UserError where images of somebody else would get mixed in.
+    Without `skip_existing` everything is made afresh. With it, seeds of a folder's earlier runs keep the batches they
+    had, and those whose images are all there are left out; a zip that lacks some is made anew. labelled: the images are
+    to have labels. Raises UserError where images of somebody else would get mixed in, or be lost.
     """
-    theirs = output.previous(mine, unfinished=skip_existing)
+    theirs = output.previous()
     difference = None if theirs is None else mine.difference(theirs)
     names = {seed: mine.name(seed) for seed in seeds}
-    advice = "use another --outdir"
-    if theirs is None or isinstance(output, ImageZip) or {*theirs.names()} <= {*names.values()}:
-        advice += ", or leave --skip-existing out to make all of them anew"
+    wanted, before = {*names.values()}, set() if theirs is None else {*theirs.names()}
+    is_zip = isinstance(output, ImageZip)
     if skip_existing and difference is not None:
-        raise UserError(f"{output.path}, or what is there of it, holds images that {difference}; {advice}")
-    if skip_existing and theirs is None and any(map(output.has, names.values())):
-        raise UserError(f"{output.path} holds images, but no {MANIFEST} that says who made them; {advice}")
+        anew = ", or leave --skip-existing out to make all of them anew" if is_zip or before <= wanted else ""
+        raise UserError(f"{output.path} holds images that {difference}; use another --outdir{anew}")
+    if theirs is not None and is_zip and skip_existing and before >= wanted:
+        return Work(theirs, [], is_done=True)
+    if isinstance(output, ImageFolder):
+        ours = before if theirs is None else {*before, LABELS}
+        others = [name for name in (*names.values(), LABELS) if name not in ours and output.exists(name)]
+        if others:
+            raise UserError(
+                f"{output.path} holds {others[0]}{' and more' * (len(others) > 1)}, but no {MANIFEST} that says who "
+                "made them; use another --outdir, or remove them"
+            )
 
     runs: list[Run] = []
     present: set[int] = set()
-    if theirs is not None and difference is None and skip_existing:
-        present = {seed for run in theirs.runs for seed in run.seeds if seed in names and output.has(names[seed])}
-        # Of a run that left nothing (out of memory at once?) there are no batches to keep.
-        runs = [run for run in theirs.runs if not names.keys() >= set(run.seeds) or not present.isdisjoint(run.seeds)]
-    elif theirs is not None and difference is None and isinstance(output, ImageFolder):  # they stay where they are
-        runs = [run for run in theirs.runs if names.keys().isdisjoint(run.seeds)]
+    if theirs is not None and difference is None and isinstance(output, ImageFolder):
+        if skip_existing:
+            present = {seed for run in theirs.runs for seed in run.seeds if seed in names and output.has(names[seed])}
+            # Of a run that left nothing (out of memory at once?) there are no batches to keep.
+            runs = [r for r in theirs.runs if not names.keys() >= {*r.seeds} or not present.isdisjoint(r.seeds)]
+        else:  # the images of other seeds stay where they are
+            rest = (replace(run, seeds=tuple(seed for seed in run.seeds if seed not in names)) for run in theirs.runs)
+            runs = [run for run in rest if run.seeds]
     known = {seed for run in runs for seed in run.seeds}
     fresh = tuple(seed for seed in names if seed not in known)
     if fresh:
         runs.append(Run(fresh, count_batches(len(fresh), max_batch, world_size)))
     missing = names.keys() - present
     batches = [batch for run in runs for batch in split_seeds(run.seeds, run.batches) if not missing.isdisjoint(batch)]
+    manifest = replace(mine, runs=tuple(runs))
+    if sum(len(run.seeds) for run in runs) > MAX_IMAGES:
+        raise UserError(f"--outdir={output.path} would hold more than {MAX_IMAGES} images; use several")
 
-    work = Work(replace(mine, runs=tuple(runs)), batches, output.is_unfinished)
-    left = {*work.manifest.names()}
-    if theirs is not None and isinstance(output, ImageFolder):  # a zip is made anew, of what the manifest speaks of
-        left |= {*theirs.names()}
-    strays = sum(map(output.has, left - {*names.values()}))
-    if strays and difference is not None:
-        raise UserError(
-            f"{output.path} holds {strays} more images, that {difference}: fid.py would measure them together with "
-            "these; use another --outdir, or remove them"
-        )
-    if isinstance(output, ImageZip) and theirs is not None and not skip_existing:
-        gone = len({*theirs.names()} - {*names.values()})
-        if gone:
-            work = replace(work, note=f"{output.path} is made anew, without its {gone} images of other seeds")
-    if strays:
-        work = replace(work, note=f"{output.path} also holds {strays} images of other seeds, measured by fid.py too")
-    others = output.foreign(set(names.values())) if theirs is None and isinstance(output, ImageFolder) else 0
-    if others:
-        work = replace(work, note=f"{output.path} also holds {others} other images, which fid.py would measure too")
-    if batches or output.is_unfinished:
-        output.begin(work.manifest, [names[seed] for seed in fresh])
-    return work
+    note = ""
+    if isinstance(output, ImageFolder):
+        strays = count(sum(map(output.has, {*manifest.names(), *before} - wanted)), "more image")
+        if strays[0] != "0" and difference is not None:
+            raise UserError(
+                f"{output.path} holds {strays}, that {difference}: fid.py would measure them together with these; use "
+                "another --outdir, or remove them"
+            )
+        if theirs is None:
+            strays = count(output.foreign(wanted), "other image")
+        if strays[0] != "0":
+            note = f"{output.path} also holds {strays}, which fid.py would measure too"
+    elif theirs is not None and (skip_existing or before - wanted):
+        lost = f", without its {count(len(before - wanted), 'image')} of other seeds" if before - wanted else ""
+        note = f"{output.path} is made anew{lost}"
+    elif skip_existing:
+        note = f"{output.path} is made in one go: --skip-existing continues folders, not zips"
+    is_done = not batches and isinstance(output, ImageFolder) and (output.exists(LABELS) or not labelled)
+    if not is_done:
+        output.begin(manifest, [names[seed] for seed in fresh])
+    return Work(manifest, batches, is_done, note)
 
 
 class BackgroundWriter:

@@ -414,20 +414,21 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
     as many images as are the custom, if it was measured by fewer."""
     outdir, last = ladder.outdir, ladder.measured[-1].rung
     student = f"--network={last.network}"
-    images = [*launched("generate.py"), student, f"--outdir={outdir / 'images'}", "--seeds=0-63"]
-    picture = [*launched("example.py", alone=True), student, f"--out={outdir / 'grid.png'}"]
+    data = str(ladder.config.dataset_kwargs["path"])
+    drawn = [f"--labels={data}"] if ladder.measuring.labels is not None else []
+    images = [*launched("generate.py"), student, f"--outdir={outdir / 'images'}", "--seeds=0-63", *drawn]
+    picture = [*launched("example.py", alone=True), student, f"--out={outdir / 'grid.png'}", *drawn]
     commands = [
         (f"images of the student of {count(last.steps, 'step')}", images),
         ("a picture of them", picture),
         ("all about this ladder on one page", [*launched("report.py", alone=True), str(outdir)]),
     ]
-    data = str(ladder.config.dataset_kwargs["path"])
     if last.fd is None and has_classes(data):
         file = outdir / "detector.pt"
         own = [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={file}"]
         commands.append((f"a detector of its own, then the same command with --detector={file} adds distances", own))
     if last.fd is not None and ladder.options.eval_num < FID_IMAGES:
-        distance = [*launched("fid.py"), "gen", student, f"--ref={ladder.measuring.reference_source}"]
+        distance = [*launched("fid.py"), "gen", student, f"--ref={ladder.measuring.reference_source}", *drawn]
         if ladder.options.detector != "inception":
             distance.append(f"--detector={ladder.options.detector}")
         commands.append((f"its distance by {FID_IMAGES} images, as is the custom", distance))

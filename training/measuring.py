@@ -41,7 +41,9 @@ from torch_utils import distributed as dist
 
 from . import pictures
 from .config import TrainConfig, differences
+from .dataset import ImageFolderDataset
 from .grids import Sampling, Solver, network_grid
+from .labels import Labels, vector_labels
 from .ladder_report import CurvePoint, Floor, Rung, describe_point
 from .network_files import NetworkFile
 from .progress import show_progress
@@ -133,6 +135,11 @@ class Measuring:
         else:
             self.reference_id = str(config.extras["data_fingerprint"])
         self.reference, self.reference_source = given, ref
+        self.labels: Labels | None = None  # vectors to draw from, where the data set has no classes
+        if config.dataset_kwargs["use_labels"]:
+            dataset = ImageFolderDataset(self.data, use_labels=True)
+            self.labels = vector_labels(dataset)
+            dataset.close()
 
     def find_detector(self) -> Detector | None:
         """The detector that --detector names, or None where that is Inception and its weights can't be had."""
@@ -270,6 +277,7 @@ class Measuring:
             "device": dist.device().type,
             "detector": self.detector_id,
             "reference": self.reference_id,
+            **({} if self.labels is None else {"labels": self.labels.digest()}),
         }
 
     def compared(self) -> int:
@@ -307,7 +315,9 @@ class Measuring:
         timing, first = Timing(), FirstImages(self.compared() if number == 0 else 0)
         check = Checked(network, tolerant=is_curve)
         seeds = range(number * size, (number + 1) * size)
-        batches = iterate_images(network, seeds, max_batch=self.options.eval_batch, device=dist.device())
+        batches = iterate_images(
+            network, seeds, max_batch=self.options.eval_batch, device=dist.device(), labels=self.labels
+        )
         seen = first.watch(check.watch(timing.watch(batches)))
         title = f"{count(plan.steps, 'step')}, NFE {plan.nfe}"
         seen = show_progress(seen, lambda batch: len(batch.seeds), size, self.say, title)

@@ -128,6 +128,11 @@ class NetworkFile:
         """Of the file, in hexadecimal. Raises UserError where the file was changed as it was loaded."""
         return self.digest if isinstance(self.digest, str) else self.digest.result()
 
+    @property
+    def has_label_vectors(self) -> bool:
+        """Whether its file records that it was trained with label vectors: one-hot labels mean nothing to it."""
+        return bool(self.net.label_dim) and (self.dataset_kwargs or {}).get("label_kind") == "vectors"
+
     def describe(self) -> str:
         """One line for people: kind of file, kind of network, its size, its grid if it is a student's."""
         net = self.net
@@ -137,6 +142,7 @@ class NetworkFile:
             what += f" of {type(net.model).__name__[:100]}"
         shape = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
         labels = f"{net.label_dim} classes" if net.label_dim else "no classes"
+        labels = f"label vectors of {count(net.label_dim, 'number')}" if self.has_label_vectors else labels
         steps = self.sampling.grid.steps if self.sampling else 0
         kind = f"student of {count(steps, 'step')}" if steps else "undistilled"
         kept = f"{self.format}{' in half precision' * self.half}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,10 +43,11 @@ def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str,
     """(what for, commands): images, the Fréchet distance, and the next stage where there is one."""
     folder, data = Path(run.config.run_dir), str(run.config.dataset_kwargs["path"])
     network = f"--network={snapshot}"
-    images = [*launched("generate.py"), network, f"--outdir={folder / 'images'}", "--seeds=0-63"]
+    drawn = [f"--labels={data}"] if run.dataset.has_label_vectors else []
+    images = [*launched("generate.py"), network, f"--outdir={folder / 'images'}", "--seeds=0-63", *drawn]
     commands = [
         ("images", [images]),
-        measure_commands(run, folder, data, network),
+        measure_commands(run, folder, data, network, drawn),
         ("all about this run on one page", [[*launched("report.py", alone=True), str(folder)]]),
     ]
     found = [(title, [shlex.join(words) for words in each]) for title, each in commands]
@@ -59,7 +61,9 @@ def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str,
     return found
 
 
-def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[str, list[list[str]]]:
+def measure_commands(
+    run: Run, folder: Path, data: str, network: str, drawn: Sequence[str] = ()
+) -> tuple[str, list[list[str]]]:
     """How to measure the network: by Inception, or where its features don't fit the images and there are classes to
     learn others from, by a detector of the data's own; by as many images as there is time for."""
     dataset, ref, own = run.dataset, folder / "ref.npz", folder / "detector.pt"
@@ -67,7 +71,7 @@ def measure_commands(run: Run, folder: Path, data: str, network: str) -> tuple[s
     title = "FID: the data's statistics, then the network's distance"
     commands = [
         [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"],
-        [*launched("fid.py"), "gen", network, f"--ref={ref}"],
+        [*launched("fid.py"), "gen", network, f"--ref={ref}", *drawn],
     ]
     if num != FID_IMAGES:
         title += f" (by {num} images; {FID_IMAGES} are the custom)"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .grids import NoiseGrid, check_count, karras_levels, rounded
+from .sampler_table import SOLVERS
 from .solvers import Denoiser, euler_jump, heun_step
 
 RandnLike = Callable[[Tensor], Tensor]
@@ -62,8 +63,8 @@ class StackedRandomGenerator:
 
 
 def nfe(steps: int, solver: str) -> int:
-    """Network calls per image. Heun's last step goes to noise level 0, where it is an Euler jump."""
-    return steps if solver == "euler" else 2 * steps - 1
+    """Network calls per image of `steps` steps of a solver in SOLVERS."""
+    return SOLVERS[solver].nfe(steps)
 
 
 def grid_sampler(
@@ -109,14 +110,46 @@ def edm_sampler(
     every step, used or not, so that a seed's stream is the same for all churn settings. One step is a single jump from
     sigma_max to 0. Raises ValueError for fewer than one step or an empty noise range.
     """
-    levels = [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
+    sigmas = [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
     denoise = _denoiser(net, class_labels)
-    x = latents.to(torch.float64) * levels[0]
-    for level, next_level in pairwise(levels):
+    x = latents.to(torch.float64) * sigmas[0]
+    for t, t_next in pairwise(sigmas):
+        # Fresh noise, from t up to t_hat.
         noise = randn_like(x)
-        raised = _churned(net, level, num_steps, S_churn, S_min, S_max)
-        x = x + math.sqrt(max(raised**2 - level**2, 0)) * S_noise * noise
-        x = _step(denoise, x, raised, next_level, "heun")
+        t_hat = _churned(net, t, num_steps, S_churn, S_min, S_max)
+        x_hat = x + math.sqrt(max(t_hat**2 - t**2, 0)) * S_noise * noise
+        # Euler step from t_hat to t_next, with the second-order correction unless t_next is 0.
+        x = _step(denoise, x_hat, t_hat, t_next, "heun")
+    return x
+
+
+def dpmpp2m_sampler(
+    net: Any,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    randn_like: RandnLike = torch.randn_like,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7,
+) -> Tensor:
+    """DPM-Solver++(2M), Alg. 2 of Lu et al. 2022 (arXiv:2211.01095), in EDM's variables: alpha = 1, lambda = -ln sigma.
+
+    Second order for one network call per step: the denoiser is extrapolated from this step's answer and the last one's.
+    Noise levels as in `edm_sampler`; no noise is drawn. Raises ValueError as that one does.
+    """
+    sigmas = [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
+    denoise = _denoiser(net, class_labels)
+    x = latents.to(torch.float64) * sigmas[0]
+    D_last, h_last = x, math.inf
+    for sigma, sigma_next in pairwise(sigmas):
+        D = denoise(x, _scalar(sigma, x))
+        # Step in lambda, and the denoiser in the middle of it; the first step and the one to 0 are of first order.
+        h = math.log(sigma / sigma_next) if sigma_next > 0 else 0.0
+        D_middle = D + h / (2 * h_last) * (D - D_last)
+        # The exact solution for a denoiser that stays as it is.
+        x = euler_jump(x, D_middle, _scalar(sigma, x), _scalar(sigma_next, x))
+        D_last, h_last = D, h
     return x
 
 
@@ -172,19 +205,20 @@ def ablation_sampler(
     times = [*map(time.inverse, levels), 0.0]
     x = latents.to(torch.float64) * (time.sigma(times[0]) * scale(times[0]))
     for i, (t, t_next) in enumerate(pairwise(times)):
+        # Fresh noise, from sigma(t) up to sigma(t_hat).
         noise = randn_like(x)
-        level = time.sigma(t)
-        t_hat = time.inverse(_churned(net, level, num_steps, S_churn, S_min, S_max))
-        added = math.sqrt(max(time.sigma(t_hat) ** 2 - level**2, 0))
-        x = scale(t_hat) / scale(t) * x + added * scale(t_hat) * S_noise * noise
-
+        sigma = time.sigma(t)
+        t_hat = time.inverse(_churned(net, sigma, num_steps, S_churn, S_min, S_max))
+        added = math.sqrt(max(time.sigma(t_hat) ** 2 - sigma**2, 0))
+        x_hat = scale(t_hat) / scale(t) * x + added * scale(t_hat) * S_noise * noise
+        # Euler step.
         h = t_next - t_hat
-        first = slope(x, t_hat)
-        if solver == "euler" or i == num_steps - 1:
-            x = x + h * first
-        else:
-            second = slope(x + alpha * h * first, t_hat + alpha * h)
-            x = x + h * ((1 - 1 / (2 * alpha)) * first + 1 / (2 * alpha) * second)
+        d = slope(x_hat, t_hat)
+        x = x_hat + h * d
+        # Second-order correction, with the slope at the fraction alpha of the step.
+        if solver == "heun" and i < num_steps - 1:
+            d_prime = slope(x_hat + alpha * h * d, t_hat + alpha * h)
+            x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
     return x
 
 

@@ -26,19 +26,14 @@ from dnnlib.cli import UsageError, UserError
 from dnnlib.util import count
 from torch_utils import distributed as dist
 
+from . import samplers
 from .grids import Sampling, network_grid
+from .labels import Condition, Labels, LabelSource, choose_labels, every_class
 from .network_files import NetworkFile
 from .network_files import load_network as load_network  # for notebooks: one import for all they need
 from .pictures import to_uint8
-from .samplers import (
-    RandnLike,
-    StackedRandomGenerator,
-    ablation_sampler,
-    edm_sampler,
-    grid_sampler,
-    nfe,
-    noise_levels,
-)
+from .sampler_table import SOLVERS
+from .samplers import RandnLike, StackedRandomGenerator, grid_sampler, nfe, noise_levels
 from .steps import ratios_that_work
 
 __all__ = ["Batch", "Plan", "iterate_images", "load_network", "plan_sampling", "sample", "sample_batch"]
@@ -46,7 +41,8 @@ __all__ = ["Batch", "Plan", "iterate_images", "load_network", "plan_sampling", "
 DEFAULT_STEPS = 18
 ABLATION_OPTIONS = ("solver", "discretization", "schedule", "scaling")
 NOT_SETTINGS = ("net", "latents", "class_labels", "randn_like", "num_steps")  # a sampler's other arguments are settings
-SETTINGS = {name for sampler in (edm_sampler, ablation_sampler) for name in inspect.signature(sampler).parameters} - {
+SAMPLERS = ("edm_sampler", "ablation_sampler", *(method.sampler for method in SOLVERS.values()))
+SETTINGS = {name for each in SAMPLERS for name in inspect.signature(getattr(samplers, each)).parameters} - {
     *NOT_SETTINGS
 }
 
@@ -82,12 +78,13 @@ def plan_sampling(
     """Decides how `network` is sampled.
 
     steps    number of steps: 18 for an undistilled network; a distilled one takes its own number or its teacher's
-    solver   'heun' or 'euler' of the ablation sampler, for an undistilled network
+    solver   one of SOLVERS, for an undistilled network
     grid     (levels, ratio) of the teacher's grid, for a student whose file does not say
-    options  keyword arguments of `edm_sampler` or `ablation_sampler`; None stands for "not given"
+    options  keyword arguments of the sampler; None stands for "not given"
 
-    As in EDM, the ablation sampler runs if any of solver, discretization, schedule, scaling is given. Raises UsageError
-    for what contradicts a distilled network's grid, and for settings that no sampler can follow.
+    As in EDM, the ablation sampler runs if any of solver, discretization, schedule, scaling is given (but for a solver
+    that has a sampler of its own). Raises UsageError for what contradicts a distilled network's grid, and for settings
+    that the sampler can't follow.
     """
     given = {name: value for name, value in {"solver": solver, **options}.items() if value is not None}
     for name in given.keys() - SETTINGS:
@@ -106,51 +103,63 @@ def plan_sampling(
     if sampling is None:
         return _undistilled_plan(network.net, DEFAULT_STEPS if steps is None else steps, given)
     _check_agrees(sampling, steps, given)
-    return _student_plan(sampling, is_own=network.sampling is not None)
+    return _student_plan(sampling, steps, is_own=network.sampling is not None)
 
 
 def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
+    solver = given.get("solver")
+    if solver is not None and solver not in SOLVERS:
+        raise UsageError(f"--solver={solver} is not one of {', '.join(SOLVERS)}")
     is_ablation = any(name in given for name in ABLATION_OPTIONS)
-    sampler = ablation_sampler if is_ablation else edm_sampler
+    name = SOLVERS[solver].sampler if solver else "ablation_sampler" if is_ablation else "edm_sampler"
+    sampler = getattr(samplers, name)
     defaults = {name: parameter.default for name, parameter in inspect.signature(sampler).parameters.items()}
-    settings = {name: value for name, value in {**defaults, **given}.items() if name not in NOT_SETTINGS}
+    changes = {name: value for name, value in given.items() if name != "solver" or name in defaults}
+    for other in changes.keys() - defaults.keys():
+        raise UsageError(f"{option_name(other)}={given[other]}: --solver={solver} has no such setting; leave it out")
+    settings = {name: value for name, value in {**defaults, **changes}.items() if name not in NOT_SETTINGS}
     try:
         shape = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho")}
         levels = noise_levels(net, settings.get("discretization", "edm"), steps, **shape)
     except ValueError as exc:
         raise UsageError(f"{exc} (--steps, --sigma_min, --sigma_max)") from exc
-    calls = nfe(steps, settings.get("solver", "heun"))
-    changed = "".join(f", {option_name(name)[2:]} {value}" for name, value in given.items())
+    calls, title = nfe(steps, solver or "heun"), name.removesuffix("_sampler")
+    changed = "".join(f", {option_name(name)[2:]} {value}" for name, value in changes.items())
     return Plan(
         sample=lambda net, latents, labels, randn_like: sampler(
-            net, latents, labels, randn_like, num_steps=steps, **given
+            net, latents, labels, randn_like, num_steps=steps, **changes
         ),
         steps=steps,
         nfe=calls,
         text=(
-            f"{'ablation' if is_ablation else 'EDM'} sampler{changed}: {count(steps, 'step')} "
+            f"{'EDM' if title == 'edm' else title} sampler{changed}: {count(steps, 'step')} "
             f"from noise level {levels[0]:g}, {count(calls, 'network call')} (NFE) per image"
         ),
         options={
-            "sampler": "ablation" if is_ablation else "edm",
+            "sampler": title,
             "num_steps": steps,
             **{name: str(value) if value in (math.inf, -math.inf) else value for name, value in settings.items()},
         },
     )
 
 
-def _student_plan(sampling: Sampling, is_own: bool) -> Plan:
+def _student_plan(sampling: Sampling, steps: int | None, is_own: bool) -> Plan:
     grid, solver = sampling.grid, sampling.solver
     calls = nfe(grid.steps, solver)
     shown = ", ".join(f"{level:.4g}" for level in grid.levels[:8]) + (", ..., 0" if grid.steps > 7 else "")
     whose = "the network's own" if is_own else "the given"
+    note = (
+        ""
+        if steps in (None, grid.steps)
+        else f"; {steps} is its teacher's number of steps, it makes its own {grid.steps}"
+    )
     return Plan(
         sample=lambda net, latents, labels, randn_like: grid_sampler(net, latents, grid, solver, labels),
         steps=grid.steps,
         nfe=calls,
         text=(
             f"{whose} noise grid ({shown}): {count(grid.steps, 'step')} of {solver}, "
-            f"distilled from {sampling.teacher_steps}, {count(calls, 'network call')} (NFE) per image"
+            f"distilled from {sampling.teacher_steps}, {count(calls, 'network call')} (NFE) per image{note}"
         ),
         options={"sampler": "grid", "num_steps": grid.steps, "solver": solver, "levels": list(grid.levels)},
     )
@@ -229,7 +238,7 @@ class Batch:
 
     seeds      one per image
     images     float32 [N, C, H, W] on the network's device, in [-1, 1] as far as the network keeps to it
-    labels     one-hot float32 [N, label_dim], or None for a network without classes
+    labels     float32 [N, label_dim], one-hot for classes, or None for a network without labels
     """
 
     seeds: list[int]
@@ -237,21 +246,28 @@ class Batch:
     labels: Tensor | None
 
 
-@torch.no_grad()
-def sample_batch(
-    net: Any, seeds: Sequence[int], plan: Plan, device: torch.device | str, class_idx: int | None = None
-) -> Batch:
-    """One image per seed, in one batch. Draws in EDM's order: latent, class (even where one is imposed), churn."""
+def draw_inputs(
+    net: Any, seeds: Sequence[int], labels: Labels | None, device: torch.device | str
+) -> tuple[StackedRandomGenerator, Tensor, Tensor | None]:
+    """Generators, latents float32 [N, C, H, W] and labels float32 [N, label_dim] (or None), drawn in EDM's order.
+
+    labels: what labels are drawn from, where not from all classes.
+    """
     random = StackedRandomGenerator(device, seeds)
     latents = random.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution], device=device)
-    labels = None
-    if net.label_dim:
-        classes = random.randint(net.label_dim, size=[len(seeds)], device=device)
-        if class_idx is not None:
-            classes = torch.full_like(classes, class_idx)
-        labels = torch.eye(net.label_dim, device=device)[classes]
-    images = plan.sample(net, latents, labels, random.randn_like)
-    return Batch(list(seeds), images.to(torch.float32), labels)
+    if not net.label_dim:
+        return random, latents, None
+    return random, latents, (labels or every_class(net.label_dim)).draw(random, len(seeds), net.label_dim, device)
+
+
+@torch.no_grad()
+def sample_batch(
+    net: Any, seeds: Sequence[int], plan: Plan, device: torch.device | str, labels: Labels | None = None
+) -> Batch:
+    """One image per seed, in one batch. Draws in EDM's order: latent, class (even where one is imposed), churn."""
+    random, latents, drawn = draw_inputs(net, seeds, labels, device)
+    images = plan.sample(net, latents, drawn, random.randn_like)
+    return Batch(list(seeds), images.to(torch.float32), drawn)
 
 
 def iterate_images(
@@ -262,18 +278,20 @@ def iterate_images(
     solver: str | None = None,
     max_batch: int = 64,
     device: torch.device | str,
-    class_idx: int | None = None,
+    class_idx: Condition = None,
+    labels: LabelSource = None,
 ) -> Iterator[Batch]:
     """Images of `network` for `seeds`, in batches of at most `max_batch`; each process gets its own share of them.
 
-    Moves the network to `device`. `steps` and `solver` as in `plan_sampling`. Raises UsageError, at once, for steps or
-    a solver that contradict a distilled network's grid, and for a class that the network doesn't have.
+    Moves the network to `device`. `steps` and `solver` as in `plan_sampling`, `class_idx` and `labels` as in
+    `choose_labels`. Raises UsageError, at once, for steps or a solver that contradict a distilled network's grid, and
+    for labels that the network can't have.
     """
     plan = plan_sampling(network, steps=steps, solver=solver)
-    check_class(network.net, class_idx)
+    chosen = choose_labels(network, class_idx, labels)
     net = network.net.to(device)
     batches = split_seeds(seeds, count_batches(len(seeds), max_batch, dist.get_world_size()))
-    return (sample_batch(net, batch, plan, device, class_idx) for batch in own_share(batches))
+    return (sample_batch(net, batch, plan, device, chosen) for batch in own_share(batches))
 
 
 @overload
@@ -281,7 +299,8 @@ def sample(
     network: NetworkFile,
     seeds: Sequence[int],
     *,
-    class_idx: int | None = None,
+    class_idx: Condition = None,
+    labels: LabelSource = None,
     device: torch.device | str | None = None,
     batch: int = 64,
     raw: Literal[False] = False,
@@ -294,7 +313,8 @@ def sample(
     network: NetworkFile,
     seeds: Sequence[int],
     *,
-    class_idx: int | None = None,
+    class_idx: Condition = None,
+    labels: LabelSource = None,
     device: torch.device | str | None = None,
     batch: int = 64,
     raw: Literal[True],
@@ -306,7 +326,8 @@ def sample(
     network: NetworkFile,
     seeds: Sequence[int],
     *,
-    class_idx: int | None = None,
+    class_idx: Condition = None,
+    labels: LabelSource = None,
     device: torch.device | str | None = None,
     batch: int = 64,
     raw: bool = False,
@@ -315,7 +336,8 @@ def sample(
     """One image per seed, in the order of `seeds`: uint8 [N, H, W, C], the pixels that `generate.py` writes.
 
     network    what `load_network` returns; moved to the device
-    class_idx  class of all images; None: each seed draws its own, for a network with classes
+    class_idx  a class, a list of classes of which each seed draws one, or a label vector; None: any class
+    labels     draw from these instead: path of a data set or .npy file, or an array (see `choose_labels`)
     device     None: CUDA where there is a GPU, else the CPU
     batch      images at a time
     raw        return float32 [N, C, H, W] on the CPU instead, in [-1, 1] as far as the network keeps to it
@@ -330,12 +352,12 @@ def sample(
     if len(seeds) == 0 or batch < 1:
         raise UsageError(f"seeds are {len(seeds)}, batch is {batch}: both must be at least 1")
     plan = plan_sampling(network, **options)
-    check_class(network.net, class_idx)
+    drawn_from = choose_labels(network, class_idx, labels)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net = network.net.to(where)
     parts = []
     for chosen in split_seeds(seeds, count_batches(len(seeds), batch)):
-        images = sample_batch(net, chosen, plan, where, class_idx).images
+        images = sample_batch(net, chosen, plan, where, drawn_from).images
         if not images.isfinite().all():
             raise UserError(
                 f"{network.source}: some images of seeds {chosen[0]} to {chosen[-1]} hold NaN or infinities"
@@ -343,13 +365,3 @@ def sample(
         parts.append(images.cpu() if raw else to_uint8(images.double()).permute(0, 2, 3, 1).cpu())
     together = torch.cat(parts)
     return together if raw else together.numpy()
-
-
-def check_class(net: Any, class_idx: int | None) -> None:
-    """Raises UsageError unless `class_idx` is None or one of the network's classes."""
-    if class_idx is None:
-        return
-    if not net.label_dim:
-        raise UsageError(f"class {class_idx}: this network has no classes; leave --class (class_idx) out")
-    if not 0 <= class_idx < net.label_dim:
-        raise UsageError(f"class {class_idx}: this network's classes are 0 to {net.label_dim - 1}")

@@ -495,7 +495,11 @@ class Trainer:
             sampling=self.stage.sampling if self.stage else None,
             loss_fn=dict(self.config.loss_kwargs),
             augment_pipe=self.config.augment_kwargs,
-            dataset_kwargs={"class_name": "training.dataset.ImageFolderDataset", **self.config.dataset_kwargs},
+            dataset_kwargs={
+                "class_name": "training.dataset.ImageFolderDataset",
+                **self.config.dataset_kwargs,
+                **({"label_kind": "vectors"} if self.dataset.has_label_vectors else {}),
+            },
             extra={"training_options": self.config.to_file(self.nimg)},
         )
 
@@ -509,6 +513,9 @@ class Trainer:
         labels = None
         if self.ema.label_dim:
             labels = torch.eye(self.ema.label_dim, device=self.device)[torch.arange(count) % self.ema.label_dim]
+        if self.dataset.has_label_vectors:  # of images from everywhere in the data set
+            chosen = [i * len(self.dataset) // count for i in range(count)]
+            labels = torch.from_numpy(self.dataset.labels(chosen)).to(self.device)
         if self.stage is not None:
             images = grid_sampler(self.ema, latents, self.stage.sampling.grid, class_labels=labels)
         else:
