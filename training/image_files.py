@@ -350,8 +350,9 @@ def prepare(
         ours = before if theirs is None else {*before, LABELS}
         others = [name for name in (*names.values(), LABELS) if name not in ours and output.exists(name)]
         if others:
+            found = others[0] + " and more" * (len(others) > 1)
             raise UserError(
-                f"{output.path} holds {others[0]}{' and more' * (len(others) > 1)}, but no {MANIFEST} that says who "
+                f"{output.path} holds {found}, but no {MANIFEST} that says who "
                 "made them; use another --outdir, or remove them"
             )
 
