@@ -195,6 +195,13 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
+def check_no_link(path: str | os.PathLike[str]) -> None:
+    """For a folder that is made in one of this program's own. Raises UserError where a link has its name: nothing is
+    written through it."""
+    if os.path.islink(path):
+        raise UserError(f"{os.fspath(path)}: is a link; put the folder itself there, or remove the link")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a small text file in one piece (UTF-8; halves of characters, which paths may hold, as escapes)."""
     with atomic_write(path) as file:

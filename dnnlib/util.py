@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import itertools
+import json
 import os
 import re
 import stat
@@ -208,6 +209,21 @@ def read_file(path: str | os.PathLike[str], kind: str, within: str | os.PathLike
     if len(data) > LIMITS[kind]:
         raise UserError(f"{os.fspath(path)}: {_too_large(kind)}")
     return data
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file of a run or a ladder; an empty one where there is no such file, it can't be read, or
+    holds something else."""
+    try:
+        content = parse_json(read_file(path, "a run's JSON"))
+    except (OSError, ValueError, RecursionError, UserError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`; whole numbers that are no floats are infinite: arithmetic with them raises no errors."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
 
 
 _NO_FILE = "not a file but a pipe or a device; copy its content into a file"

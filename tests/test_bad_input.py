@@ -9,6 +9,7 @@ import errno
 import http.server
 import io
 import json
+import math
 import os
 import pickle
 import signal
@@ -572,6 +573,19 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
         ({**good, "position": 3}, "lacks something"),
         ({**good, "position": {**position, "nimg": "many"}}, "lacks something"),
         ({**good, "position": {**position, "step": -1}}, "lacks something"),
+        ({**good, "position": {**position, "nimg": 10**30}}, "lacks something"),
+        ({**good, "position": {**position, "tick": 2**70}}, "lacks something"),
+        ({**good, "position": {**position, "skipped": 10**400}}, "lacks something"),
+        ({**good, "position": {**position, "tick_start_nimg": position["nimg"] + 1}}, "lacks something"),
+        ({**good, "position": {**position, "elapsed_sec": 1e308}}, "lacks something"),
+        ({**good, "position": {**position, "elapsed_sec": math.nan}}, "lacks something"),
+        ({**good, "scaler": {"scale": math.inf, "growth": 0}}, "lacks something"),
+        ({**good, "scaler": {"scale": 1.0, "growth": 2**70}}, "lacks something"),
+        ({**good, "world_size": 0}, "lacks something"),
+        ({**good, "batch_gpu": 2**70}, "lacks something"),
+        ({**good, "options": {**good["options"], "lr": 10**400}}, "lr (was inf"),
+        ({**good, "format": "\x1b[2J" + "9" * 10**6}, "format \\x1b[2J9"),
+        ({**good, "net": {**good["net"], "\x1b[2J" * 10**5: torch.zeros(1)}}, "does not fit"),
         ({**good, "net": {"a": 1}}, "lacks something"),
         ({**good, "options": {}}, "lacks something"),
         ({**good, "net": short(good["net"])}, "does not fit"),
@@ -582,6 +596,34 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
         torch.save(change, tmp_path / "bad.pt")
         fails(1, ["bad.pt", words], train, *run, f"--resume={tmp_path / 'bad.pt'}")
     assert call(train, *run, f"--resume={files / 'run/state.pt'}", "-n") == 0
+    os.mkfifo(tmp_path / "pipe.pt")
+    fails(1, ["pipe.pt", "there is no such training state"], train, *run, f"--resume={tmp_path / 'pipe.pt'}")
+
+
+def test_a_state_reaches_the_terminal_as_text(files: Path, tmp_path: Path, capsys: Any) -> None:
+    good = load_tensors(files / "run/state.pt")
+    torch.save({**good, "device": "\x1b[2J" * 1000}, tmp_path / "odd.pt")
+    run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path / 'run'}"]
+    assert call(train, *run, f"--resume={tmp_path / 'odd.pt'}") == 0
+    (note,) = [text for text in capsys.readouterr().out.splitlines() if "this run was on" in text]
+    assert note.isprintable() and len(note) < 300
+
+
+def test_a_run_writes_through_no_link(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """Nor does it wait for pipes in the place of files that it reads."""
+    run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path / 'run'}", "--duration=0.001"]
+    assert call(train, *run) == 0
+    outside = tmp_path / "outside"
+    for step, name in enumerate(("log.txt", "stats.jsonl")):
+        (tmp_path / "run" / name).rename(outside)
+        (tmp_path / "run" / name).symlink_to(outside)
+        before = outside.read_bytes()
+        assert call(train, *run, f"--duration=0.00{2 + step}") == 0
+        assert outside.read_bytes() == before and not (tmp_path / "run" / name).is_symlink()
+    (tmp_path / "run/training_options.json").unlink()
+    os.mkfifo(tmp_path / "run/training_options.json")
+    assert call(train, *run, "--duration=0.004") == 0
+    assert json.loads((tmp_path / "run/training_options.json").read_text())["seed"] == 5
 
 
 def test_a_refused_option_leaves_the_run_as_it_was(files: Path, fails: Fails, tmp_path: Path) -> None:
@@ -738,15 +780,13 @@ def test_every_file_of_a_run_meets_a_full_disk(
 ) -> None:
     run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001"]
 
-    def full_open(path: Any, *args: Any, **kwargs: Any) -> Any:
-        return (
-            FullDisk(open(path, *args, **kwargs), 0)
-            if Path(path).name == name and len(seen) > 3
-            else open(path, *args, **kwargs)
-        )
+    def full_open(path: Any) -> Any:
+        file = original_open(path)
+        return FullDisk(file, 0) if Path(path).name == name and len(seen) > 3 else file
 
     seen: list[str] = []
     original_append, original_write = atomic.append_text, atomic.atomic_write
+    original_open = atomic.open_for_append
 
     def append(path: Any, text: str) -> None:
         seen.append(name)
@@ -758,7 +798,7 @@ def test_every_file_of_a_run_meets_a_full_disk(
         return original_write(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "open", full_open, raising=False)
+        patch.setattr(atomic, "open_for_append", full_open)
         patch.setattr("training.training_loop.append_text", append)
         patch.setattr(atomic, "atomic_write", write)
         patch.setattr("training.network_files.atomic_write", write)
@@ -781,7 +821,7 @@ def test_appending_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data[:3])
 
-    monkeypatch.setattr(atomic, "open", lambda path, mode, buffering: Filling(path, "a"), raising=False)
+    monkeypatch.setattr(atomic, "open_for_append", lambda path: Filling(path, "a"))
     with pytest.raises(OSError, match=r"log\.txt"):
         atomic.append_text(path, "second, which does not fit\n")
     assert path.read_text(encoding="utf-8") == "first ü\n"

@@ -27,9 +27,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dnnlib.atomic import atomic_write, locked, write_text
+from dnnlib.atomic import atomic_write, check_no_link, locked, write_text
 from dnnlib.cli import UsageError, UserError
-from dnnlib.util import count
+from dnnlib.util import count, read_json
 from torch_utils import distributed as dist
 
 from . import pictures
@@ -201,6 +201,8 @@ class Ladder:
         options, steps = self.options, self.chain[0]
         self.measuring = Measuring(options, self.teacher, steps, self.solver, self.config, self.outdir, self.say)
         if dist.is_main():
+            for folder in (self.outdir / "rungs", *map(self.stage_dir, range(len(self.recipes)))):
+                check_no_link(folder)
             check_run_dir(str(self.outdir / "rungs"))
         dist.from_rank0(lambda: self.held.enter_context(locked(self.outdir)))
         self.measuring.open()
@@ -443,13 +445,13 @@ def to_json(rows: Sequence[Any]) -> bytes:
 def read_record(path: Path) -> dict[str, Any] | None:
     """What `write_record` wrote, or None where there is no such file or it can't be read."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if not {"options", "teacher", "kimg", "student", "sha256"} <= record.keys():
             return None
         if not record["options"].keys() >= set(map(flag, ALTERING)):  # of a version that left some out
-            run = json.loads(path.with_name("training_options.json").read_text(encoding="utf-8"))
+            run = read_json(path.with_name("training_options.json"))
             values = {**asdict(Options("", "")), **run[COMMAND_LINE]}
             record["options"] = {**{flag(name): values[name] for name in ALTERING}, **record["options"]}
-        return record
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return record if isinstance(record["kimg"], (int, float)) and 0 <= record["kimg"] < 1e15 else None
+    except (AttributeError, KeyError, TypeError):
         return None

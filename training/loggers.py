@@ -14,7 +14,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from dnnlib.atomic import write_text
+from dnnlib.atomic import check_no_link, write_text
+from dnnlib.errors import printable
+from dnnlib.util import read_file
 from torch_utils import distributed as dist
 
 from .config import TrainConfig
@@ -57,6 +59,7 @@ class Wandb:
         import wandb
 
         folder = Path(config.run_dir)
+        check_no_link(folder / "wandb")  # where it keeps its files
         self.run: Any = wandb.init(
             project=config.wandb,
             id=run_id(folder),
@@ -78,7 +81,7 @@ class Wandb:
 def run_id(folder: Path) -> str:
     """The number under which a run directory is known to Weights & Biases, made up at the first call."""
     path = folder / RUN_ID
-    known = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    known = printable(read_file(path, "a run's JSON").decode(errors="replace"), 100) if path.is_file() else ""
     if known:
         return known
     made = secrets.token_hex(4)
@@ -123,7 +126,7 @@ class Background:
                 logger.write(*item)
             logger.close()
         except Exception as exc:
-            self.problem = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+            self.problem = f"{type(exc).__name__}: {printable(exc, 200)}"
 
     def _warn(self) -> None:
         """One line in the log, by the thread of the run, when something went wrong."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dnnlib.atomic import atomic_write, write_text
 from dnnlib.cli import UserError
-from dnnlib.util import count, is_cached, open_url
+from dnnlib.util import count, is_cached, open_file, open_url, read_json
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import (
@@ -449,9 +449,9 @@ def save_set(path: Path, measured: MeasuredSet) -> None:
 def load_set(path: Path) -> MeasuredSet | None:
     """What `save_set` wrote, or None where there is no such file or it can't be read."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with open_file(path, "statistics") as file, np.load(file, allow_pickle=False) as content:
             return MeasuredSet(**json.loads(str(content["record"])), images=torch.from_numpy(content["images"]))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except (UserError, OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
 
@@ -465,10 +465,10 @@ def load_stats(path: Path) -> Stats | None:
 
 def load_floor(path: Path) -> Floor | None:
     """What `find_reference` wrote, or None where there is no such file or it can't be read."""
-    try:
-        return Floor(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    match read_json(path):
+        case {"images": int(images), "distances": [_, *_] as distances}:
+            return Floor(images, distances) if all(isinstance(each, float) for each in distances) else None
+    return None
 
 
 def without_detector(key: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 
 from dnnlib.atomic import append_text, locked, write_text
 from dnnlib.cli import UsageError, UserError
+from dnnlib.util import read_json
 from torch_utils import distributed as dist
 from torch_utils.environment import describe_environment
 
@@ -403,8 +404,8 @@ def _seed(options: Options, run_dir: str) -> int:
         return options.seed
     seed = int(torch.seed() % 2**31)
     if options.nosubdir:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no run to go on with
-            seed = int(json.loads(Path(run_dir, "training_options.json").read_text(encoding="utf-8"))["seed"])
+        earlier = read_json(Path(run_dir, "training_options.json")).get("seed")  # of a run to go on with
+        seed = earlier if isinstance(earlier, int) and earlier >= 0 else seed
     return int(dist.broadcast_object(seed))
 
 
@@ -431,13 +432,9 @@ def _check_unused(config: TrainConfig) -> None:
     snapshots = {path.name for path in Path(config.run_dir).glob("network-snapshot-*.pkl")}
     if snapshots <= {"network-snapshot-000000.pkl"}:  # of a run that had hardly begun
         return
-    try:
-        options = json.loads(Path(config.run_dir, "training_options.json").read_text(encoding="utf-8"))
-        earlier = dict(options["identity"])
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise UserError(
-            f"{config.run_dir} holds snapshots of a run that can't be gone on with; use another --outdir"
-        ) from exc
+    earlier = _identity_of(Path(config.run_dir))
+    if not earlier:
+        raise UserError(f"{config.run_dir} holds snapshots of a run that can't be gone on with; use another --outdir")
     check_same_options(config.run_dir, earlier, config)
 
 
@@ -485,10 +482,8 @@ def _find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
 
 def _identity_of(run_dir: Path) -> Kwargs:
     """What an earlier run says of itself; empty where it can't be read."""
-    try:
-        return dict(json.loads((run_dir / "training_options.json").read_text(encoding="utf-8"))["identity"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    identity = read_json(run_dir / "training_options.json").get("identity")
+    return identity if isinstance(identity, dict) else {}
 
 
 def _without_processes(run_dir: str | Path) -> str:

@@ -26,6 +26,8 @@ where it fails: that is why there is more than one.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import zipfile
@@ -35,7 +37,8 @@ from typing import IO, Any
 from torch import Tensor
 
 from dnnlib.atomic import atomic_write
-from dnnlib.cli import UserError
+from dnnlib.errors import UserError, printable
+from dnnlib.util import open_file, parse_json
 from torch_utils.misc import load_tensors, save_tensors
 
 FORMAT = 1
@@ -50,6 +53,7 @@ POSITION = (  # whole numbers
     "skipped",
     "stats_lines",
 )
+MOST = 1 << 53  # no counter of a run is as great
 _NAME = re.compile(r"training-state-(rolling-)?(\d+)\.pt")
 
 
@@ -88,13 +92,13 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a state (tensors on the CPU) without running anything from it. Raises UserError for what isn't one, or
     isn't what was written."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path, "a training state") as file:
             check_archive(file)
             file.seek(0)
             state = load_tensors(file)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such training state") from None
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as exc:  # torch.load has a different exception for every way in which a file can be wrong
         raise UserError(
@@ -104,15 +108,23 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"format", "position", "optimizer"} <= state.keys():
         raise UserError(f"{path}: not a training state of this program")
     if state["format"] != FORMAT:
-        raise UserError(f"{path}: training state of format {state['format']}; this program reads format {FORMAT}")
-    if not _is_complete(state):
-        raise UserError(f"{path}: a training state that lacks something, or a damaged one; use the one before it")
+        raise UserError(
+            f"{path}: training state of format {printable(state['format'], 40)}; this program reads format {FORMAT}"
+        )
+    try:
+        if not _is_complete(state):
+            raise ValueError("not complete")
+        state["options"] = parse_json(json.dumps(state["options"]))
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise UserError(
+            f"{path}: a training state that lacks something, or a damaged one; use the one before it"
+        ) from exc
     return state
 
 
 def _shortly(exc: Exception) -> str:
     """The checksum's words are worth reading; torch's fill pages."""
-    return str(exc) if isinstance(exc, zipfile.BadZipFile) else type(exc).__name__
+    return printable(exc, 200) if isinstance(exc, zipfile.BadZipFile) else type(exc).__name__
 
 
 def _is_complete(state: dict[str, Any]) -> bool:
@@ -123,23 +135,31 @@ def _is_complete(state: dict[str, Any]) -> bool:
             "net": dict(net),
             "ema": dict(ema),
             "optimizer": {"exp_avg": dict(first), "exp_avg_sq": dict(second), "step": dict(steps)},
-            "scaler": {"scale": int() | float(), "growth": int()},
+            "scaler": {"scale": int() | float() as scale, "growth": int(growth)},
             "stats": dict(stats),
-            "options": {"seed": int()},
-            "world_size": int(),
+            "options": {"seed": int(seed)},
+            "world_size": int(world_size),
             "device": str(),
         }:
             numbers = [position.get(name) for name in POSITION]
             tensors = [tensor for table in (net, ema, first, second, steps) for tensor in table.values()]
+            seconds, batch_gpu = position.get("elapsed_sec"), state.get("batch_gpu", 1)
             return (
-                all(isinstance(number, int) and number >= 0 for number in numbers)
-                and isinstance(position.get("elapsed_sec"), float)
+                all(isinstance(number, int) and 0 <= number < MOST for number in [*numbers, growth])
+                and seed >= 0
+                and position["tick_start_nimg"] <= position["nimg"]
+                and max(position["tick_start_step"], position["skipped"]) <= position["step"]
+                and isinstance(seconds, float)
+                and 0 <= seconds < MOST
+                and 0 < scale < math.inf
+                and 0 < world_size < MOST
                 and all(isinstance(tensor, Tensor) for tensor in tensors)
                 and all(
                     _is_moments(rows) or (isinstance(rows, list) and all(map(_is_moments, rows)))
                     for rows in stats.values()
                 )
-                and isinstance(state.get("batch_gpu", 1), int)
+                and isinstance(batch_gpu, int)
+                and 0 < batch_gpu < MOST
                 and isinstance(state.get("intervals", {}), dict)
                 and isinstance(state.get("losses", []), list)
                 and all(isinstance(loss, float) for loss in state.get("losses", []))
@@ -189,7 +209,7 @@ def load_newest(run_dir: str | os.PathLike[str], say: Any = print) -> tuple[Path
         try:
             saved = load_state(path)
         except UserError as exc:
-            say(f"Passing over a training state that cannot be read: {exc}")
+            say(f"Passing over a training state that cannot be read: {printable(exc)}")
             continue
         if newest is None or saved["position"]["nimg"] > newest[1]["position"]["nimg"]:
             newest = path, saved

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dnnlib.atomic import append_text, write_text
+from dnnlib.atomic import append_text, atomic_write
 from dnnlib.cli import Stopped, UserError
-from dnnlib.util import format_time
+from dnnlib.errors import printable
+from dnnlib.util import format_time, read_file
 from torch_utils import distributed as dist
 from torch_utils import training_stats
 
@@ -628,16 +629,17 @@ class Trainer:
             self.health.losses.extend(saved.get("losses", []))
             self.elapsed_before = position["elapsed_sec"]
         except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as exc:
-            first = " ".join(str(exc).split())[:200]
-            raise UserError(f"{path}: the training state does not fit this network ({first}); is it damaged?") from exc
+            raise UserError(
+                f"{path}: the training state does not fit this network ({printable(exc, 200)}); is it damaged?"
+            ) from exc
         same_place = path.resolve().parent == self.run_dir.resolve()
         self.stats_lines = position["stats_lines"] if same_place else 0
         if dist.is_main():
             cut_lines(self.run_dir / "stats.jsonl", self.stats_lines)
         if (saved["world_size"], saved["device"]) != (self.world_size, self.device.type):
             self.say(
-                f"Note: this run was on {saved['world_size']} x {saved['device']} and goes on with {self.world_size} x "
-                f"{self.device.type}: the same images and noise, but sums may round differently"
+                f"Note: this run was on {saved['world_size']} x {printable(saved['device'], 40)} and goes on with "
+                f"{self.world_size} x {self.device.type}: the same images and noise, but sums may round differently"
                 f"{', and dropout masks differ' if self.config.network_kwargs.get('dropout') else ''}"
             )
         self.say(f"Going on from {path} at {self.nimg / 1000:g} kimg")
@@ -692,6 +694,7 @@ def check_same_weights(*nets: torch.nn.Module) -> None:
 def cut_lines(path: Path, count: int) -> None:
     """Keeps the first `count` lines of a text file, if it is there."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = read_file(path, "a log").splitlines(keepends=True)
         if len(lines) > count:
-            write_text(path, "".join(lines[:count]))
+            with atomic_write(path) as file:
+                file.writelines(lines[:count])
