@@ -597,6 +597,8 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
         fails(1, ["bad.pt", words], train, *run, f"--resume={tmp_path / 'bad.pt'}")
     assert call(train, *run, f"--resume={files / 'run/state.pt'}", "-n") == 0
     os.mkfifo(tmp_path / "pipe.pt")
+    os.mkfifo(tmp_path / "pipe.pkl")
+    fails(1, ["pipe.pkl", "not a file but a pipe"], train, *run, f"--transfer={tmp_path / 'pipe.pkl'}")
     fails(1, ["pipe.pt", "there is no such training state"], train, *run, f"--resume={tmp_path / 'pipe.pt'}")
 
 
@@ -609,7 +611,7 @@ def test_a_state_reaches_the_terminal_as_text(files: Path, tmp_path: Path, capsy
     assert note.isprintable() and len(note) < 300
 
 
-def test_a_run_writes_through_no_link(files: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_writes_through_no_link(files: Path, fails: Fails, tmp_path: Path) -> None:
     """Nor does it wait for pipes in the place of files that it reads."""
     run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path / 'run'}", "--duration=0.001"]
     assert call(train, *run) == 0
@@ -620,6 +622,10 @@ def test_a_run_writes_through_no_link(files: Path, tmp_path: Path, capsys: Any) 
         before = outside.read_bytes()
         assert call(train, *run, f"--duration=0.00{2 + step}") == 0
         assert outside.read_bytes() == before and not (tmp_path / "run" / name).is_symlink()
+    (tmp_path / "ladder").mkdir()
+    (tmp_path / "ladder/rungs").symlink_to(tmp_path / "run")
+    ladder = [f"--transfer={files / 'teacher.pkl'}", "--num_steps=4", *LADDER, f"--outdir={tmp_path / 'ladder'}"]
+    fails(1, "rungs: is a link", distill, f"--data={files / 'good.zip'}", *ladder)
     (tmp_path / "run/training_options.json").unlink()
     os.mkfifo(tmp_path / "run/training_options.json")
     assert call(train, *run, "--duration=0.004") == 0

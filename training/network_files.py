@@ -40,7 +40,7 @@ from torch.overrides import TorchFunctionMode
 
 from dnnlib.atomic import atomic_write
 from dnnlib.errors import UserError, printable
-from dnnlib.util import count, is_url, open_url
+from dnnlib.util import count, is_url, open_file, open_url
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.misc import load_tensors, save_tensors
@@ -173,7 +173,7 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
     if os.path.isdir(source):
         raise UserError(f"{source}: is a folder, a file is needed{_network_in(Path(source))}")
     path = open_url(source, return_filename=True)
-    with open(path, "rb") as file:
+    with open_file(path, "a network") as file:
         try:
             start = file.read(1024)
             _check_start(start)

@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dnnlib.errors import printable
+
 MAX_INSTRUCTIONS = 500_000  # the largest published networks take 90 thousand; one can cost 230 bytes (an empty set)
 FREE_COPIES = 1 << 18  # bytes that even a small file may have copied
 ITEM_SIZE = 100  # bytes of a dict or a set for each of its items
@@ -64,7 +66,7 @@ class ContentError(ValueError):
     """A file is damaged, or holds something other than a network's data. The text goes on from the file's name."""
 
     def __init__(self, text: str) -> None:
-        super().__init__("".join(char if char.isprintable() else "?" for char in text[:800]))  # it may quote the file
+        super().__init__(printable(text, 800))  # it may quote the file
 
 
 class ForeignError(ContentError):
