@@ -149,7 +149,10 @@ def read_images(archive: Path, batch: int) -> Iterator[Tensor]:
     with zipfile.ZipFile(archive) as file:
         names = sorted(name for name in file.namelist() if name.endswith(".png"))
         for start in range(0, len(names), batch):
-            arrays = [np.array(Image.open(io.BytesIO(file.read(name)))) for name in names[start : start + batch]]
+            arrays = [
+                np.array(Image.open(io.BytesIO(file.read(name)), formats=["PNG"]))
+                for name in names[start : start + batch]
+            ]
             stack = np.stack([array[:, :, None] if array.ndim == 2 else array for array in arrays])
             yield torch.from_numpy(stack.transpose(0, 3, 1, 2))
 

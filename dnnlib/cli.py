@@ -489,8 +489,18 @@ class Choice(click.Choice):
         for choice in self.choices:
             if str(value).replace("_", "-") == choice.replace("_", "-"):
                 return str(choice)
-        near = _suggestion(str(value).lower(), self.choices)
+        near = _suggestion(str(value).lower(), [choice for choice in self.choices if _end_alike(str(value), choice)])
         self.fail(f"'{value}' is not one of {', '.join(self.choices)}{near}", param, ctx)
+
+
+def _end_alike(word: str, other: str) -> bool:
+    """Whether what differs is near: center-crop-dhariwal is no misspelling of center-crop-wide."""
+    import difflib
+
+    first, second = (text.lower().replace("_", "-").split("-") for text in (word, other))
+    while first and second and first[0] == second[0]:
+        first, second = first[1:], second[1:]
+    return difflib.SequenceMatcher(None, "-".join(first), "-".join(second)).ratio() >= 0.6
 
 
 class Bool(click.ParamType):

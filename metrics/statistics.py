@@ -19,6 +19,7 @@ from dnnlib.errors import UserError, printable
 from dnnlib.util import count, open_file, open_url
 from torch_utils import distributed as dist
 from training.dataset import ImageFolderDataset
+from training.loader import print_remarks
 from training.pickle_reader import StoredArray, read_arrays
 from training.progress import show_progress
 from training.sampling import count_batches, own_share, split_seeds
@@ -238,15 +239,20 @@ def statistics_of_dataset(
     try:
         if num is not None and len(dataset) < num:
             raise UserError(
-                f"{path}: found {len(dataset)} images, fewer than the {num} asked for; set --num-images={len(dataset)}"
+                f"{path}: found {count(len(dataset), 'image')}, fewer than the {num} asked for; set "
+                f"--num-images={len(dataset)}"
             )
         if len(dataset) < 2:
             raise UserError(f"{path}: found {len(dataset)} image; statistics need at least 2")
         note_if_grey(dataset.num_channels, detector)
+        for note in dataset.notes:
+            dist.print0(f"note: {printable(note)}", file=sys.stderr)
         # Near-equal consecutive batches, dealt to the processes in turn: EDM's partition.
         share = own_share(split_seeds(range(len(dataset)), count_batches(len(dataset), batch, dist.get_world_size())))
         batches = read_images(dataset, share)
-        return statistics_of_images(with_progress(batches, len(dataset)) if progress else batches, detector)
+        stats = statistics_of_images(with_progress(batches, len(dataset)) if progress else batches, detector)
+        print_remarks(dataset)
+        return stats
     finally:
         dataset.close()
 
@@ -295,6 +301,7 @@ def dataset_against_itself(
             lambda: [frechet_distance(*part.mean_cov()[:2], mu, sigma) for part in drawn]
         )
         warn_of_few(num, detector)
+        print_remarks(dataset)
         return Stats(mu, sigma, num, detector.id), distances
     finally:
         dataset.close()

@@ -372,7 +372,7 @@ def test_sizes_that_do_not_fit(files: Path, fails: Fails, tmp_path: Path) -> Non
         ("1.5", "whole numbers"),
         ("1e12", "below 1000000"),
         ("true", "neither a class"),
-        ("null", "neither a class"),
+        ("null", "no label for 1 of"),
         ('"cat"', "neither a class"),
         ("[1, 2]", "all classes or all vectors"),
         ("NaN", "neither a class"),

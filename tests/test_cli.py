@@ -135,7 +135,7 @@ def test_an_example_runs_as_written(
         pytest.skip("needs Inception's weights")
     if name == "fid" and words[0] != "detector":
         shutil.copy("cifar10-32x32.npz", "ref.npz")
-    monkeypatch.setattr(dataset_tool, "CIFAR10_IMAGES", 20)
+    monkeypatch.setattr("training.image_sources.CIFAR10_IMAGES", 20)
     more = LESS.get(name, LESS.get(f"{name} {''.join(words[:1])}", []))
     assert SCRIPTS[name].main([*words, *more]) == 0
 
@@ -187,6 +187,8 @@ def test_version_names_the_commit_and_copes_without_git(tmp_path: Path, monkeypa
         (train, ["--arch=ddpmp"], "did you mean 'ddpmpp'?"),
         (train, ["--precond=EDM-destillation"], "did you mean 'edm_distillation'?"),
         (train, ["--arch=x"], "is not one of ddpmpp, ncsnpp, adm\n"),
+        (dataset_tool, ["--source=x", "--dest=y", "--transform=center-crop-dhariwal"], "crop, center-crop-wide\n"),
+        (dataset_tool, ["--source=x", "--dest=y", "--transform=center-crop-wid"], "did you mean 'center-crop-wide'?"),
         (train, ["--num-step=4"], "did you mean '--num-steps'?"),
         (generate, ["--sigma-mix=4"], "did you mean '--sigma-min'?"),
         (generate, ["--num_steps=18"], "did you mean '--steps'?"),

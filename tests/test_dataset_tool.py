@@ -21,6 +21,7 @@ from PIL import Image
 import dataset_tool
 import train
 from helpers import GOLDEN
+from training import image_sources
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +153,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_cifar(protocol, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_tool, "CIFAR10_IMAGES", 20)
+    monkeypatch.setattr(image_sources, "CIFAR10_IMAGES", 20)
     path, expected = cifar(tmp_path / "cifar-10-python.tar.gz", protocol=protocol)
     assert tool(path, tmp_path / "out.zip") == 0
     np.testing.assert_array_equal(images(tmp_path / "out.zip"), expected)
@@ -171,7 +172,7 @@ def test_cifar_as_python_2_wrote_it(tmp_path):
         + raw
         + b"tbU\x06labels](K\x03K\x09eu."
     )
-    pixels, classes = dataset_tool._cifar_batch(stream, "x")
+    pixels, classes = image_sources._cifar_batch(stream, "x")
     np.testing.assert_array_equal(pixels, np.frombuffer(raw, np.uint8).reshape(2, 3072))
     assert classes == [3, 9]
     theirs = pickle.loads(stream, encoding="latin1")  # and the reference agrees
@@ -180,7 +181,7 @@ def test_cifar_as_python_2_wrote_it(tmp_path):
 
 
 def test_cifar_labels_of_numpy_kinds(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_tool, "CIFAR10_IMAGES", 20)
+    monkeypatch.setattr(image_sources, "CIFAR10_IMAGES", 20)
     for kind in ([np.int64(3)] * 4, np.full(4, 3, np.uint8), np.full(4, 3, ">i4")):
         path, _ = cifar(tmp_path / "c.tar.gz", labels=kind)
         assert tool(path, tmp_path / "out.zip") == 0
@@ -206,7 +207,7 @@ def test_cifar_refusals(tmp_path, capsys, monkeypatch):
 
     refused(cifar(tmp_path / "small.tar.gz")[0], "small.tar.gz holds 20 training images instead of CIFAR-10's 50000")
     refused(cifar(tmp_path / "four.tar.gz", batches=4)[0], "data_batch_5 is missing")
-    monkeypatch.setattr(dataset_tool, "CIFAR10_IMAGES", 20)
+    monkeypatch.setattr(image_sources, "CIFAR10_IMAGES", 20)
     evil = cifar(tmp_path / "evil.tar.gz", extra=Hostile(tmp_path / "pwned"))[0]
     refused(evil, "data_batch_1 in", "it refers to ", "not opened")
     assert not (tmp_path / "pwned").exists()
@@ -221,9 +222,9 @@ def test_cifar_refusals(tmp_path, capsys, monkeypatch):
     refused(tmp_path / "a.tar.gz", "data_batch_1 in", "is damaged")
     whole = cifar(tmp_path / "a.tar.gz")[0].read_bytes()
     (tmp_path / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "half.tar.gz", "half.tar.gz is not a whole tar.gz archive")
+    refused(tmp_path / "half.tar.gz", "half.tar.gz is not a whole tar archive")
     (tmp_path / "text.tar.gz").write_text("text")
-    refused(tmp_path / "text.tar.gz", "not a whole tar.gz")
+    refused(tmp_path / "text.tar.gz", "not a whole tar")
     refused(tmp_path / "none.tar.gz", "no such file", "none.tar.gz")
 
 
@@ -253,6 +254,55 @@ def test_mnist(tmp_path):
     )
     assert tool(bare, tmp_path / "bare.zip") == 0
     assert (tmp_path / "bare.zip").read_bytes() == (tmp_path / "out.zip").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("images_name", "labels_name"),
+    [
+        ("train-images.idx3-ubyte", "train-labels.idx1-ubyte"),
+        ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"),
+        ("emnist-letters-train-images-idx3-ubyte.gz", "emnist-letters-train-labels-idx1-ubyte.gz"),
+        ("t10k-images.idx3-ubyte.gz", "t10k-labels-idx1-ubyte"),
+    ],
+)
+def test_other_spellings_of_mnist(images_name, labels_name, tmp_path, capsys):
+    path, pixels = mnist(tmp_path / "m")
+    beside = path.with_name("train-labels-idx1-ubyte.gz")
+    for old, name in ((path, images_name), (beside, labels_name)):
+        data = old.read_bytes()
+        old.unlink()
+        (path.parent / name).write_bytes(data if name.endswith(".gz") else gzip.decompress(data))
+    assert tool(path.parent / images_name, tmp_path / "out.zip") == 0
+    np.testing.assert_array_equal(images(tmp_path / "out.zip")[:, 2:-2, 2:-2], pixels)
+    capsys.readouterr()
+    assert tool(path.parent, tmp_path / "out.zip") == 1, "the folder"
+    assert f"name one, such as --source={path.parent / images_name}\n" in capsys.readouterr().err
+    assert tool(path.parent / labels_name, tmp_path / "out.zip") == 1
+    assert "holds labels; name the file of images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("data.mdb", "is an lmdb"), ("data_batch_1.bin", "binary version; cifar-10-python.tar.gz is read")],
+)
+def test_sources_refused_by_name(name, words, tmp_path, capsys):
+    fill(tmp_path / "in", {name: b"x"})
+    assert tool(tmp_path / "in", tmp_path / "out.zip") == 1
+    assert words in capsys.readouterr().err
+
+
+def test_cifar_unpacked(tmp_path, monkeypatch):
+    """The archive, as a plain tar, its folder, and the folder that this lies in: the same data set."""
+    monkeypatch.setattr(image_sources, "CIFAR10_IMAGES", 20)
+    path, _ = cifar(tmp_path / "cifar-10-python.tar.gz")
+    (tmp_path / "cifar-10-python.tar").write_bytes(gzip.decompress(path.read_bytes()))
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path / "folder", filter="data")
+    made = set()
+    for source in ("cifar-10-python.tar.gz", "cifar-10-python.tar", "folder", "folder/cifar-10-batches-py"):
+        assert tool(tmp_path / source, tmp_path / "out.zip") == 0
+        made.add((tmp_path / "out.zip").read_bytes())
+    assert len(made) == 1
 
 
 def test_mnist_refusals(tmp_path, capsys):
@@ -317,14 +367,126 @@ def test_dataset_json_before_folders(tmp_path, capsys):
     assert "no labels: dataset.json has none" in capsys.readouterr().out
 
 
-def test_labels_are_all_or_none(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([["0.png", 0], ["1.png", 1], ["3.png", 1]], ["no label for 1 of 4 images, the first is 2.png"]),
+        ([[f"j/{i}.png", i] for i in range(4)], ["4 of 4 images", "0.png", "it has one for j/0.png"]),
+        ([[f"{i}.jpg", i] for i in range(4)], ["4 of 4 images", "0.png", "it has one for 0.jpg"]),
+        ([["0.png", 0], ["1.png", 1], ["2.png", None], ["3.png", 1]], ["1 of 4 images, the first is 2.png"]),
+    ],
+)
+def test_labels_are_never_lost(given, words, tmp_path, capsys):
     source = fill(tmp_path / "in", {f"{i}.png": noise(i) for i in range(4)})
-    (source / "dataset.json").write_text('{"labels": [["0.png", 0], ["1.png", 1], ["3.png", 1]]}')
+    (source / "dataset.json").write_text(json.dumps({"labels": given}))
+    assert tool(source, tmp_path / "out.zip") == 1 and not (tmp_path / "out.zip").exists()
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and all(word in message for word in words), message
+    if given[0][0] == "0.png":
+        assert tool(source, tmp_path / "out.zip", "--max-images=2") == 0  # the two that are kept have theirs
+        assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 1]
+
+
+def test_label_names_of_other_systems(tmp_path):
+    source = fill(tmp_path / "in", {"sub/0.png": noise(0), "1.png": noise(1)})
+    (source / "dataset.json").write_text(json.dumps({"labels": [["sub\\0.png", 4], ["./1.png", 2]]}))
     assert tool(source, tmp_path / "out.zip") == 0
-    assert labels(tmp_path / "out.zip") is None
-    assert "all labels were dropped, because 1 of 4 images have none, the first: 2.png" in capsys.readouterr().out
-    assert tool(source, tmp_path / "out.zip", "--max-images=2") == 0  # the two that are kept have theirs
-    assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 1]
+    assert [label for _, label in labels(tmp_path / "out.zip")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "order", "words"),
+    [
+        (
+            "0 1 2 10",
+            [],
+            "0 1 2 10",
+            "in the order of their numbers: 0, 1, 2, 10; in EDM it is that of names: 0, 1, 10, 2",
+        ),
+        ("0 1 2 10", ["--class-order=name"], "0 1 10 2", ""),
+        ("1 2 3", [], "1 2 3", ""),
+        ("1 10 9 a", [], "1 10 9 a", ""),
+    ],
+)
+def test_numeric_class_folders(names, options, order, words, tmp_path, capsys):
+    source = fill(tmp_path / "in", {f"{name}/0.png": noise(i) for i, name in enumerate(names.split())})
+    assert tool(source, tmp_path / "out.zip", *options) == 0
+    printed = capsys.readouterr().out
+    assert f"{', '.join(f'{i} {name}' for i, name in enumerate(order.split()))}\n" in printed
+    assert words in printed and bool(words) == ("order of their numbers" in printed)
+
+
+def test_what_is_left_out_and_what_was_done_is_printed(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x112] = 3
+    source = fill(
+        tmp_path / "in", {"ant/0.png": noise(0), "cat/1.png": noise(1), "dog/0.heic": b"x", "cat/.0.png": b"x"}
+    )
+    Image.fromarray(noise(2)).save(source / "ant/2.png", exif=exif)
+    Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(source / "ant/3.png")
+    Image.fromarray(noise(3)).save(source / "cat/4.gif", save_all=True, append_images=[Image.fromarray(noise(4))])
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(source / "cat/5.png")
+    assert tool(source, tmp_path / "out.zip") == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "6 images, 8x8 RGB",
+        "left out, as no kind of image that is read: 1 .heic\n",
+        "left out, as hidden: 1 (",
+        "warning: no class, for want of images that are read: dog\n",
+        "1 image turned upright, as the EXIF orientation asks\n",
+        "1 image with transparent pixels, put on black\n",
+        "1 image of 16 bits without a value above 4095 (12 bits?), nearly black",
+        "1 image with several frames or pages, of which the first is taken\n",
+        "labels from top-level folders: 0 ant, 1 cat\n",
+    ):
+        assert words in printed, (words, printed)
+    np.testing.assert_array_equal(images(tmp_path / "out.zip")[1], noise(2)[::-1, ::-1])
+    assert not images(tmp_path / "out.zip")[2].any()
+
+
+def test_parts_of_a_set_are_no_classes(tmp_path, capsys):
+    source = fill(
+        tmp_path / "in", {f"{part}/{name}/0.png": noise(0) for part in ("train", "val") for name in ("a", "b")}
+    )
+    assert tool(source, tmp_path / "out.zip") == 0
+    hint = (
+        "train, val hold folders of the same names (a, b): are these the classes? Then convert one at a time, --source="
+    )
+    assert f"{hint}{source}/train\n" in capsys.readouterr().out
+    assert tool(source / "train", tmp_path / "out.zip") == 0
+    assert "0 a, 1 b\n" in capsys.readouterr().out
+
+
+def test_classes_within_one_folder_of_a_zip(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("photos/cat/0.png", "photos/dog/1.png"):
+            archive.writestr(name, dataset_tool.encode_png(noise(0)))
+        archive.writestr("__MACOSX/photos/cat/._0.png", b"x")
+    assert tool(tmp_path / "x.zip", tmp_path / "out.zip") == 0
+    printed = capsys.readouterr().out
+    assert "labels from top-level folders: 0 cat, 1 dog\n" in printed and "read from photos/ in" in printed
+
+
+def test_unreadable_images_are_all_named(tmp_path, capsys):
+    """Before anything is written; with --skip-bad they are left out, and their class too if nothing is left of it."""
+    good = {f"a/{i:02d}.png": noise(i) for i in range(3)}
+    source = fill(tmp_path / "in", {**good, **{f"b/{i:02d}.png": b"x" for i in range(12)}, "c/0.png": noise(0, 16, 16)})
+    (source / "a/01.png").write_bytes((source / "a/00.png").read_bytes()[:-80])
+    assert tool(source, tmp_path / "out.zip") == 1 and not (tmp_path / "out.zip").exists()
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "13 images can't be read" in message and "--skip-bad" in message
+    assert "a/01.png (a/01.png in " in message and "can't be decoded" in message
+    assert "b/00.png, b/01.png, " in message and message.endswith(", b/08.png and 3 more\n")
+    (source / "c/0.png").unlink()
+    fill(source, {"c/0.png": noise(7)})
+    assert tool(source, tmp_path / "out.zip", "--skip-bad") == 0
+    printed = capsys.readouterr().out
+    assert "3 images, 8x8 RGB" in printed and "left out 13 images that can't be read: a/01.png (" in printed
+    assert "no image of 1 class is left: b" in printed
+    assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 0, 2]
+    assert tool(source, tmp_path / "out.zip", "--max-images=1") == 0, "as many as are asked for were read"
+    assert tool(source / "b", tmp_path / "no.zip", "--skip-bad") == 1
+    assert "12 images can't be read" in capsys.readouterr().err
 
 
 def test_labels_that_cannot_be_trained_on_are_copied_with_a_warning(tmp_path, capsys):
@@ -369,7 +531,7 @@ def test_many_formats_become_one(tmp_path):
     rgb = np.kron(noise(1, 2, 2), np.ones((8, 8, 1), np.uint8))
     source = fill(tmp_path / "in", dict.fromkeys(("a.png", "b.bmp", "c.tiff", "d.ppm", "e.gif"), rgb))
     rgba = Image.fromarray(rgb).convert("RGBA")
-    rgba.putalpha(7)
+    rgba.putalpha(255)
     rgba.save(source / "f.png")
     Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE).save(source / "g.png")
     (source / "notes.txt").write_text("not an image")
@@ -415,7 +577,7 @@ def test_source_and_dest_are_needed(capsys):
     ("files", "options", "words"),
     [
         ({}, [], ["no image files inside"]),
-        ({"notes.txt": b"x"}, [], ["no image files inside", "1 files of other kinds"]),
+        ({"notes.txt": b"x"}, [], ["no image files inside", "1 .txt left out"]),
         ({"a.png": noise(0, 8, 4)}, [], ["a.png is 8x4", "--transform=center-crop"]),
         ({"a.png": noise(0, 12, 12)}, [], ["a.png is 12x12", "power of two"]),
         ({"a.png": noise(0), "b.png": noise(0, 16, 16)}, [], ["b.png is 16x16 RGB, but a.png is 8x8 RGB"]),

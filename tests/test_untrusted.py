@@ -216,7 +216,7 @@ BAD_LABELS: dict[str, tuple[bytes, str]] = {
     "triples": (labels([["a.png", 0, 0]]), "entry 0"),
     "names that are none": (labels([[["a.png"], 0]]), "entry 0"),
     "names that are missing": (labels([["a.png", 0]]), "no label for 1 of 2"),
-    "other names": (labels([["../a.png", 0], ["./b.png", 0]]), "no label for 2 of 2"),
+    "other names": (labels([["../a.png", 0], ["./b.png", 0]]), "no label for 1 of 2"),
     "NaN": (labels([["a.png", float("nan")], ["b.png", 0]]), "neither a class"),
     "infinity": (labels([["a.png", float("inf")], ["b.png", 0]]), "neither a class"),
     "vectors with NaN": (labels([["a.png", [float("nan")]], ["b.png", [0]]]), "neither a class"),

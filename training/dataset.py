@@ -10,32 +10,30 @@ Nothing is ever unpacked to disk. Imports no torch.
 from __future__ import annotations
 
 import functools
-import io
 import json
-import logging
 import os
+import posixpath
 import stat
 import struct
-import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dnnlib import EasyDict
-from dnnlib.cli import UserError
-from dnnlib.util import open_file
+from dnnlib.errors import UserError
+from dnnlib.util import count, open_file
+
+from .decoding import decode_image, image_formats
 
 MAX_FILE_BYTES = 1 << 28  # a larger file is no image and no list of labels
-MAX_PIXELS = 1 << 27  # of an image
 MAX_CLASSES = 1_000_000  # more than that are identifiers, not classes, and one-hot labels would fill the memory
 
-# Formats that Pillow knows but that are not for data sets: EPS would start Ghostscript, the rest have no decoder.
-_REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-_FIRST_FORMATS = ("PNG", "JPEG")  # tried first, for speed
+HIDDEN = ("__macosx", "thumbs.db")  # besides names that begin with a dot
 
 _LOCAL_HEADER = struct.Struct(
     "<26xHH"
@@ -55,6 +53,9 @@ class Dataset:
     use_labels   False: every label is an empty vector
     xflip        the same images again, mirrored, after all the plain ones
     cache        keep decoded images in memory
+
+    `notes` are lines on what was left out; `remarks` maps each of training.decoding.REMARKS to the images, among those
+    read so far, that it holds for.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Dataset:
         self.use_labels = use_labels
         self.mirrored = xflip
         self.random_seed = random_seed
+        self.notes: list[str] = []
+        self.remarks: dict[str, set[int]] = {}
         self._raw_shape = list(raw_shape)
         self._raw_labels: np.ndarray | None = None
         self._cache = cache
@@ -203,8 +206,8 @@ class Dataset:
 class ImageFolderDataset(Dataset):
     """The image files of a folder (with its sub-folders) or zip archive.
 
-    Grey images give one channel, all others (RGB, palette, CMYK, ...) three; transparency is dropped, 16-bit grey is
-    scaled to 8 bits. The first image defines shape and channels; one that differs is an error when it is read.
+    Images are decoded as `decode_image` describes. The first image defines shape and channels; one that differs is an
+    error when it is read.
 
     resolution   None, or what the images must have
     use_pyspng   of EDM's signature; has no effect, Pillow reads every format here
@@ -230,11 +233,12 @@ class ImageFolderDataset(Dataset):
         self._files = PackedFiles(self.path)
         self._image_fnames = self._files.image_names()
         if not self._image_fnames:
-            raise UserError(f"{self.path}: no image files inside; dataset_tool.py makes data sets in the right form")
-        channels, height, width = _load(self._files, self._image_fnames[0]).shape
+            raise self._files.no_images("; dataset_tool.py makes data sets in the right form")
+        first = self._image_fnames[0]
+        height, width, channels = decode_image(self._files.read(first), self._files.where(first)).shape
         if height != width:
             raise UserError(
-                f"{self._image_fnames[0]} in {self.path} is {width}x{height} (width x height), but images must be "
+                f"{self._files.where(first)} is {width}x{height} (width x height), but images must be "
                 "square: convert the data set with dataset_tool.py --resolution=WxH --transform=center-crop"
             )
         if resolution is not None and resolution != height:
@@ -248,29 +252,28 @@ class ImageFolderDataset(Dataset):
             random_seed=random_seed,
             cache=cache,
         )
+        self.notes = self._files.notes()
         _ = self.label_shape  # so that bad labels are found now and not in the middle of a run
 
     def _load_raw_image(self, raw_idx: int) -> np.ndarray:
-        name = self._image_fnames[raw_idx]
-        image = _load(self._files, name)
+        name, found = self._image_fnames[raw_idx], list[str]()
+        image = decode_image(self._files.read(name), self._files.where(name), found).transpose(2, 0, 1)
+        for remark in found:
+            self.remarks.setdefault(remark, set()).add(raw_idx)
         if list(image.shape) != self.image_shape:
+            here, first = _describe(image.shape), _describe(tuple(self.image_shape))
             raise UserError(
-                f"{name} in {self.path} is {_describe(image.shape)}, but the first image of the data set is "
-                f"{_describe(tuple(self.image_shape))}; all must be alike, which dataset_tool.py sees to"
+                f"{self._files.where(name)} is {here}, but the first image of the data set is "
+                f"{first}; all must be alike, which dataset_tool.py sees to"
             )
-        return image
+        return np.ascontiguousarray(image)
 
     def _load_raw_labels(self) -> np.ndarray | None:
         labels = self._files.labels()
         if not labels:
             return None
-        missing = [name for name in self._image_fnames if name not in labels]
-        where = f"dataset.json in {self.path}"
-        if missing:
-            raise UserError(
-                f"{where} has no label for {len(missing)} of {len(self._image_fnames)} images (the first is "
-                f"{missing[0]}): add them, or train without labels (--cond=0)"
-            )
+        self._files.check_labels(labels, self._image_fnames)
+        where = self._files.where("dataset.json")
         return label_array([labels[name] for name in self._image_fnames], self._image_fnames, where)
 
     def close(self) -> None:
@@ -279,6 +282,10 @@ class ImageFolderDataset(Dataset):
 
 class PackedFiles:
     """Reads the files of a folder or zip archive by name, names with forward slashes.
+
+    Hidden files are left out (HIDDEN, and names that begin with a dot). Links are followed; a link to a folder that
+    is read already, or that holds one, is not. Where everything lies in one folder that is a data set by itself (it
+    has a dataset.json, or no images but in sub-folders), names are those within it. `folders` are all folders.
 
     Threads may share it. After a fork or unpickling it opens the archive anew, because processes that share one open
     file also share its position. Raises UserError with file and archive for whatever can't be read.
@@ -294,17 +301,79 @@ class PackedFiles:
         self.is_folder = stat.S_ISDIR(mode)
         if not self.is_folder and not stat.S_ISREG(mode):
             raise UserError(f"{self.path}: neither a folder nor a zip archive, but a pipe or a device")
-        self.names = sorted(self._walk() if self.is_folder else self._members())
+        self.root = ""  # the folder that all names are within
+        self.hidden: set[str] = set()
+        self.not_followed: list[str] = []
+        self.folders: set[str] = set()
+        paths = self._walk() if self.is_folder else (info.filename for info in self._zip().infolist())
+        self.names = sorted({path for path in paths if not self._is_hidden(path) and not path.endswith("/")})
+        unread = {*self.names} - {*self.image_names()} - {"dataset.json", "manifest.json"}
+        endings = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in sorted(unread))
+        self._unread = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(10))
+        while top := self._wrapper():
+            self.root += top
+            self.names = [name.removeprefix(top) for name in self.names if name.startswith(top)]
+            self.folders = {folder.removeprefix(top) for folder in self.folders if folder.startswith(top)}
 
-    def _walk(self) -> set[str]:
-        return {
-            os.path.relpath(os.path.join(folder, name), self.path).replace(os.sep, "/")
-            for folder, _, names in os.walk(self.path, onerror=_raise)
-            for name in names
-        }
+    def _walk(self) -> Iterator[str]:
+        """Files by their paths, folders with a slash at the end."""
+        known = [Path(self.path).resolve()]  # folders that are read, with all that is in them
+        for folder, folders, names in os.walk(self.path, onerror=_raise, followlinks=True):
+            start = "" if folder == self.path else os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
+            folders.sort()
+            for name in [*folders]:
+                path = Path(folder, name)
+                if self._is_hidden(f"{start}{name}/"):
+                    folders.remove(name)
+                elif path.is_symlink():
+                    target = path.resolve()
+                    if any(target.is_relative_to(other) or other.is_relative_to(target) for other in known):
+                        folders.remove(name)
+                        self.not_followed.append(start + name)
+                    else:
+                        known.append(target)
+            yield from (f"{start}{name}/" for name in folders)
+            yield from (start + name for name in names)
 
-    def _members(self) -> set[str]:
-        return {info.filename for info in self._zip().infolist() if not info.is_dir()}
+    def _is_hidden(self, path: str) -> bool:
+        """Notes it if so, and otherwise the folder that it is in."""
+        parts = path.split("/")
+        for depth, part in enumerate(parts):
+            if part.lower() in HIDDEN or (part.startswith(".") and part.strip(".")):
+                self.hidden.add("/".join(parts[: depth + 1]))
+                return True
+        if len(parts) > 1:
+            self.folders.add(path.rpartition("/")[0])
+        return False
+
+    def _wrapper(self) -> str:
+        """The single folder that all images lie in, with a slash, if it is a data set by itself; otherwise ''."""
+        tops = {folder.partition("/")[0] + "/" for folder in self.folders}
+        depths = {name.count("/") for name in self.image_names()}
+        if len(tops) != 1 or not depths or 0 in depths or "dataset.json" in self.names:
+            return ""
+        top = tops.pop()
+        return top if 1 not in depths or f"{top}dataset.json" in self.names else ""
+
+    def notes(self) -> list[str]:
+        """A line on each kind of file that is not read."""
+        notes = [f"read from {self.root} in {self.path}"] if self.root else []
+        if self._unread:
+            notes.append(f"left out, as no kind of image that is read: {self._unread}")
+        if self.hidden:
+            notes.append(f"left out, as hidden: {len(self.hidden)} (names that begin with a dot, __MACOSX, Thumbs.db)")
+        if self.not_followed:
+            more = f" and {len(self.not_followed) - 1} more" if len(self.not_followed) > 1 else ""
+            notes.append(f"not followed: the link {self.not_followed[0]}{more}, to a folder that is read already")
+        return notes
+
+    def no_images(self, advice: str = "") -> UserError:
+        left_out = f" ({self._unread} left out)" if self._unread else ""
+        return UserError(f"{self.path}: no image files inside{left_out}{advice}")
+
+    def where(self, name: str) -> str:
+        """'folder/a.png in data.zip', for messages."""
+        return f"{self.root}{name} in {self.path}"
 
     def _zip(self) -> zipfile.ZipFile:
         opened = self._opened
@@ -325,27 +394,21 @@ class PackedFiles:
             ) from exc
 
     def image_names(self) -> list[str]:
-        """Files whose ending Pillow can read, in plain string order; macOS' resource forks are none."""
+        """Files with the ending of a format that is read, in plain string order."""
         endings = image_formats()[0]
-        return [
-            name
-            for name in self.names
-            if os.path.splitext(name)[1].lower() in endings
-            and not name.startswith("__MACOSX/")
-            and not name.rpartition("/")[2].startswith("._")
-        ]
+        return [name for name in self.names if os.path.splitext(name)[1].lower() in endings]
 
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
         if self.is_folder:
-            with open_file(os.path.join(self.path, name)) as file:
+            with open_file(os.path.join(self.path, self.root + name)) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
             if len(data) > MAX_FILE_BYTES:
-                raise UserError(f"{name} in {self.path} is larger than {MAX_FILE_BYTES} bytes")
+                raise UserError(f"{self.where(name)} is larger than {MAX_FILE_BYTES} bytes")
             return data
         archive = self._zip()
         try:
-            info = archive.getinfo(name)
+            info = archive.getinfo(self.root + name)
             if info.file_size > MAX_FILE_BYTES:
                 raise ValueError(f"it claims to hold {info.file_size} bytes")
             stored = _read_stored(archive, info)
@@ -353,18 +416,17 @@ class PackedFiles:
         except MemoryError:
             raise
         except Exception as exc:  # damage shows in many ways: BadZipFile, zlib.error, EOFError, RuntimeError, KeyError
-            raise UserError(
-                f"{name} in {self.path} can't be read: {exc}; is the archive damaged or encrypted?"
-            ) from exc
+            raise UserError(f"{self.where(name)} can't be read: {exc}; is the archive damaged or encrypted?") from exc
 
     def labels(self) -> dict[str, Any] | None:
-        """The labels of the top-level dataset.json by file name, as they stand there; None if there are none.
+        """The labels of the top-level dataset.json by file name, as they stand there; None if there are none. Names
+        may begin with ./ and have backslashes.
 
         Raises UserError if the file is not of the form {"labels": [[name, label], ...]} or {"labels": null}.
         """
         if "dataset.json" not in self.names:
             return None
-        where = f"dataset.json in {self.path}"
+        where = self.where("dataset.json")
         try:
             content = json.loads(self.read("dataset.json"))
         except (ValueError, RecursionError) as exc:
@@ -377,12 +439,25 @@ class PackedFiles:
         for index, pair in enumerate(labels):
             if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise UserError(f"{where}: entry {index} of labels is {_short(pair)}, not a pair [name, label]")
-        table = dict(labels)
-        if len(table) < len(labels):
-            for name, label in labels:
-                if table[name] != label:
-                    raise UserError(f"{where}: {name} has two labels, {_short(label)} and {_short(table[name])}")
+        known, table = {*self.names}, dict[str, Any]()
+        for name, label in labels:
+            path = name if name in known else posixpath.normpath(name.replace("\\", "/"))
+            if path in table and table[path] != label:
+                raise UserError(f"{where}: {name} has two labels, {_short(table[path])} and {_short(label)}")
+            table[path] = label
         return table
+
+    def check_labels(self, labels: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Raises UserError unless each of these images has a label."""
+        missing = [name for name in names if labels.get(name) is None]
+        if missing:
+            stranger = next((name for name in labels if name not in {*self.names}), None)
+            other = f"; it has one for {stranger}, which is not there" if stranger is not None else ""
+            raise UserError(
+                f"{self.where('dataset.json')} has no label for {len(missing)} of {count(len(names), 'image')}, the "
+                f"first is {missing[0]}{other}: complete it, or do without labels (--cond=0 in train.py, "
+                f'{{"labels": null}} as dataset.json)'
+            )
 
     def close(self) -> None:
         opened, self._opened = self._opened, None
@@ -448,60 +523,6 @@ def label_array(labels: list[Any], names: list[str], where: str) -> np.ndarray:
 def _is_number(value: Any) -> bool:
     """A number that float32 can hold; NaN fails the comparison."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
-
-
-def decode_image(data: bytes, where: str) -> np.ndarray:
-    """An image file -> uint8 [H, W, C], C = 1 for grey and 3 for everything else.
-
-    Colours are converted to RGB, transparency is dropped, 16-bit grey is scaled to 8 bits, of an animation the first
-    picture counts, and a camera's note on how to turn the picture does not. Raises UserError, naming `where`.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=image_formats()[1]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it claims {image.width}x{image.height} pixels: a decompression bomb?")
-            pixels = _as_uint8(image)
-    except MemoryError:
-        raise
-    except Image.UnidentifiedImageError as exc:
-        raise UserError(f"{where} is not an image that Pillow can read") from exc
-    except Exception as exc:  # damage shows in many ways: OSError, SyntaxError, ValueError, zlib.error, struct.error
-        raise UserError(f"{where} can't be decoded: {exc}") from exc
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def _as_uint8(image: Image.Image) -> np.ndarray:
-    mode = image.mode
-    if mode in ("L", "RGB"):
-        return np.array(image)
-    if mode in ("1", "LA", "La"):
-        return np.array(image.convert("LA").convert("L") if mode == "La" else image.convert("L"))
-    if mode.startswith("I"):  # 16 bits; Pillow's own conversion to 8 bits would clip instead of scaling
-        deep = np.asarray(image).astype(np.int64)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise ValueError("its grey values don't fit 16 bits, so their range is unknown")
-        return np.round(deep / 257).astype(np.uint8)
-    if mode == "F":
-        raise ValueError("it has floating-point values, whose range is unknown")
-    return np.array(image.convert("RGB"))
-
-
-@functools.lru_cache(maxsize=1)
-def image_formats() -> tuple[frozenset[str], tuple[str, ...]]:
-    """File endings (lower case, with dot) and the names of the formats that are read."""
-    warnings.filterwarnings("ignore", module="PIL")  # about odd files: what matters is an error
-    logging.getLogger("PIL").addHandler(logging.NullHandler())  # likewise
-    endings = Image.registered_extensions()  # loads Pillow's plugins
-    formats = [name for name in Image.OPEN if name not in _REFUSED_FORMATS]
-    formats.sort(key=lambda name: name not in _FIRST_FORMATS)
-    known = {*formats, "MPO"}  # several pictures in one JPEG file, opened as JPEG
-    return frozenset(ending for ending, name in endings.items() if name in known), tuple(formats)
-
-
-def _load(files: PackedFiles, name: str) -> np.ndarray:
-    """uint8 [C, H, W]"""
-    image = decode_image(files.read(name), f"{name} in {files.path}")
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 def _describe(shape: tuple[int, ...]) -> str:

@@ -30,7 +30,7 @@ from dnnlib.atomic import atomic_write, check_folder, locked_file, write_text
 from dnnlib.cli import UserError, parse_int_list
 from dnnlib.util import LIMITS, count, open_file, read_file
 
-from .dataset import image_formats
+from .decoding import image_formats
 from .sampling import count_batches, split_seeds
 
 MANIFEST, LABELS = "manifest.json", "dataset.json"

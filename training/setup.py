@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from dnnlib.atomic import append_text, locked, write_text
-from dnnlib.cli import UsageError, UserError
-from dnnlib.util import read_json
+from dnnlib.cli import UsageError, UserError, printable
+from dnnlib.util import count, read_json
 from torch_utils import distributed as dist
 from torch_utils.environment import describe_environment
 
@@ -47,6 +47,7 @@ from .costs import (
 )
 from .dataset import ImageFolderDataset
 from .distillation import Stage, plan_stage
+from .loader import print_remarks
 from .network_files import NetworkFile, load_network
 from .options import Options, check_options, given
 from .training_loop import Trainer, check_same_options, matching, other_options
@@ -92,7 +93,8 @@ class Run:
         """What will happen, in a few lines."""
         config, dataset = self.config, self.dataset
         say(f"Output directory:        {config.run_dir}")
-        say(f"Dataset:                 {config.dataset_kwargs['path']}, {len(dataset)} images {dataset.image_shape}")
+        images = count(len(dataset), "image")
+        say(f"Dataset:                 {config.dataset_kwargs['path']}, {images} {dataset.image_shape}")
         say(f"Class-conditional:       {dataset.has_labels}")
         say(f"Network architecture:    {self.arch}, preconditioning {config.network_kwargs['class_name']}")
         if self.stage is not None:
@@ -109,11 +111,11 @@ class Run:
         elif self.transfer is not None:
             say(f"Weights from:            {self.transfer.source} (sha256 {self.transfer.sha256[:16]})")
             say(f"                         {self.transfer.describe()}")
-            fit, count = len(matching(self.transfer.net, self.meta)), len(self.meta.state_dict())
-            say(f"                         {fit} of its tensors fit this network, which has {count}")
-            if fit < count:
+            fit, total = len(matching(self.transfer.net, self.meta)), len(self.meta.state_dict())
+            say(f"                         {fit} of its tensors fit this network, which has {total}")
+            if fit < total:
                 say(
-                    f"Warning: {count - fit} tensors start at random. Is the network meant to be another than that of "
+                    f"Warning: {total - fit} tensors start at random. Is the network meant to be another than that of "
                     "the file? (--arch, --cbase, --cres, --blocks, --cond; --precond=edm_distillation takes the file's)"
                 )
         say(f"Processes:               {dist.get_world_size()} on {dist.device().type}")
@@ -131,6 +133,8 @@ class Run:
             say(f"Note: --duration={asked:g}, in whole thousands of images, is {config.total_kimg} kimg")
         if config.total_kimg >= STRANGE_KIMG:
             say(f"Note: that is {config.total_nimg:.3g} images: --duration is in millions (EDM's longest run: 2500)")
+        for note in dataset.notes:
+            say(f"Note: {printable(note)}")
         if len(dataset) < FEW_IMAGES:
             say(f"Note: {len(dataset)} images are few, and soon learnt by heart (docs/your-own-data.md)")
         if config.kimg_per_tick * 1000 >= config.total_nimg > config.batch_size:
@@ -506,7 +510,9 @@ def train(
         dist.from_rank0(lambda: stack.enter_context(locked(run.config.run_dir)))
         trainer = _trainer(run, found, trainer_class)
         del found  # as large as all that the trainer holds, which has copied it
-        return trainer.run()
+        snapshot = trainer.run()
+        print_remarks(run.dataset)
+        return snapshot
 
 
 def _trainer(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Trainer:
@@ -537,5 +543,5 @@ def _batch_gpu(run: Run, saved: Kwargs | None) -> int:
         if size in divisors(run):
             return int(size)
     size = largest_batch(run)
-    dist.print0(f"--batch-gpu=auto: {size} images at once in each process")
+    dist.print0(f"--batch-gpu=auto: {count(size, 'image')} at once in each process")
     return size

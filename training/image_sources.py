@@ -1,0 +1,318 @@
+"""Where dataset_tool.py takes images from: folders, zip archives, CIFAR-10, MNIST, digits. Imports no torch."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dnnlib.errors import UserError
+from dnnlib.util import open_file
+
+from .dataset import PackedFiles
+from .decoding import decode_image, image_formats
+
+CIFAR10_IMAGES = 50_000
+MAX_UNPACKED = 1 << 28  # bytes; a file of the real archives unpacks to far less
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a source: its name for messages, uint8 [H, W, C] with C = 1 or 3 (None: it can't be read, for the
+    reason in `problem`), its label as it goes to JSON, and which of training.decoding.REMARKS hold."""
+
+    name: str
+    pixels: np.ndarray | None
+    label: int | list[float] | None = None
+    remarks: Sequence[str] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """`count` pictures, read one by one; `note` is where labels come from, `folders` are the classes' if they do,
+    `remarks` are further lines to print."""
+
+    count: int
+    pictures: Iterable[Picture]
+    note: str = ""
+    folders: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+
+def open_source(source: str, limit: int | None = None, by_name: bool = False) -> Source:
+    """The pictures behind --source. Raises UserError if there is nothing to be read.
+
+    limit: how many images have labels at least. by_name: class folders are never in the order of numbers.
+    """
+    if source == "digits":
+        return read_digits()
+    if not os.path.exists(source):
+        raise UserError(f"--source={source}: no such file or folder")
+    name = os.path.basename(source)
+    inside = set(os.listdir(source)) if os.path.isdir(source) else set()
+    idx = sorted(file for file in inside if "idx3ubyte" in _spelling(file))
+    if "cifar-10-batches-py" in inside:
+        return read_cifar10(os.path.join(source, "cifar-10-batches-py"))
+    if name.endswith((".tar.gz", ".tgz", ".tar")) or "data_batch_1" in inside:
+        return read_cifar10(source)
+    if "data_batch_1.bin" in inside:
+        raise UserError(f"--source={source} is CIFAR-10's binary version; cifar-10-python.tar.gz is read")
+    if inside & {"data.mdb", "lock.mdb"} or name == "data.mdb":
+        raise UserError(f"--source={source} is an lmdb, which is not read: export its images to a folder first")
+    if idx:
+        first = os.path.join(source, min(idx, key=lambda file: "train" not in file))
+        raise UserError(f"--source={source} holds files of MNIST's form; name one, such as --source={first}")
+    if not inside and "idx1ubyte" in _spelling(name):
+        raise UserError(f"--source={source} holds labels; name the file of images beside it, ...-images-idx3-ubyte")
+    if not inside and "idx3ubyte" in _spelling(name):
+        return read_mnist(source)
+    if not inside and os.path.splitext(name)[1].lower() in image_formats()[0]:
+        raise UserError(f"--source={source} is an image; name the folder that it is in")
+    return read_packed(source, limit, by_name)
+
+
+def read_packed(path: str, limit: int | None = None, by_name: bool = False) -> Source:
+    """Image files of a folder (with its sub-folders) or zip archive, in plain string order of their names.
+
+    Labels come from dataset.json, or else from the names of top-level folders, if there are several and every image is
+    in one. Classes are in string order (EDM's), or by number where all names are numbers, unless `by_name`.
+    """
+    files = PackedFiles(path)
+    names = files.image_names()
+    if not names:
+        raise files.no_images()
+    labels: dict[str, Any] | None = None
+    classes: list[str] = []
+    remarks = files.notes()
+    note = "no labels: there is neither a dataset.json nor a folder for each of several classes"
+    if "dataset.json" in files.names:
+        labels = files.labels()
+        note = "labels from dataset.json" if labels else "no labels: dataset.json has none"
+        if labels:
+            files.check_labels(labels, names[:limit])
+    else:
+        folders = sorted({name.partition("/")[0] if "/" in name else "" for name in names})
+        if len(folders) > 1 and not folders[0]:
+            stray = next(name for name in names if "/" not in name)
+            note = f"no labels: {stray} lies in no class's folder, so those of all are dropped"
+        if len(folders) == 1 and folders[0]:
+            note = f"no labels: all images lie in one folder, {folders[0]}; several would be classes"
+        if len(folders) > 1 and folders[0]:
+            are_numbers = all(re.fullmatch("[0-9]{1,18}", folder) for folder in folders)
+            classes = sorted(folders, key=int) if are_numbers and not by_name else folders
+            note = "labels from top-level folders"
+            remarks += _folder_remarks(path, names, classes)
+            number = {folder: index for index, folder in enumerate(classes)}
+            labels = {name: number[name.partition("/")[0]] for name in names}
+        gone = sorted({folder.partition("/")[0] for folder in files.folders} - {*folders})
+        if gone and folders[0]:
+            remarks.append(f"warning: no class, for want of images that are read: {_some(gone)}")
+
+    def pictures() -> Iterator[Picture]:
+        for name in names:
+            if labels and labels.get(name) is None:  # beyond the first `limit` images
+                files.check_labels(labels, names)
+            found = list[str]()
+            try:
+                pixels = decode_image(files.read(name), files.where(name), found)
+            except (UserError, OSError) as exc:
+                yield Picture(name, None, problem=str(exc))
+                continue
+            yield Picture(name, pixels, labels[name] if labels else None, found)
+
+    return Source(len(names), pictures(), note, classes, remarks)
+
+
+def _folder_remarks(path: str, names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """What may be meant otherwise: the order of the classes, and parts of a set that are taken for classes."""
+    remarks = []
+    if sorted(classes) != list(classes):
+        order = f"{_some(classes)}; in EDM it is that of names: {_some(sorted(classes))}"
+        remarks.append(f"classes are in the order of their numbers: {order} (--class-order=name)")
+    inner: dict[str, set[str]] = {}
+    for top, *rest in (name.split("/") for name in names):
+        inner.setdefault(top, set()).update(rest[:1] if len(rest) > 1 else ())
+    twins = [top for top in classes if inner[top] and sum(inner[top] == other for other in inner.values()) > 1]
+    if twins:
+        remarks.append(
+            f"note: {_some(twins)} hold folders of the same names ({_some(sorted(inner[twins[0]]))}): are these the "
+            f"classes? Then convert one at a time, --source={os.path.join(path, twins[0])}"
+            + ("" if os.path.isdir(path) else " once unpacked")
+        )
+    return remarks
+
+
+def _some(words: Sequence[str]) -> str:
+    return ", ".join(words[:10]) + (", ..." if len(words) > 10 else "")
+
+
+def read_digits() -> Source:
+    """scikit-learn's 1,797 handwritten digits: 8x8, grey, ten classes. They travel inside that package."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 ... 16
+    labels = digits.target.tolist()
+    pictures = (Picture(f"digit {i}", image[:, :, None], labels[i]) for i, image in enumerate(images))
+    return Source(len(images), pictures, "labels: the digits")
+
+
+def read_cifar10(path: str) -> Source:
+    """The five training batches of cifar-10-python.tar.gz, or of its folder when it is unpacked."""
+    batches = [f"data_batch_{i}" for i in range(1, 6)]
+    content: dict[str, bytes] = {}
+    if os.path.isdir(path):
+        for name in batches:
+            if os.path.exists(os.path.join(path, name)):
+                with open_file(os.path.join(path, name)) as file:
+                    content[name] = file.read(MAX_UNPACKED)
+    else:
+        try:
+            with open_file(path) as packed, tarfile.open(fileobj=packed, mode="r:*") as archive:
+                for member in archive:
+                    file_of = archive.extractfile(member)
+                    if file_of is not None and member.size <= MAX_UNPACKED and os.path.basename(member.name) in batches:
+                        content[os.path.basename(member.name)] = file_of.read()
+        except (tarfile.TarError, EOFError, zlib.error) as exc:
+            raise UserError(f"{path} is not a whole tar archive: {exc}") from exc
+    images, labels = [], []
+    for name in batches:
+        if name not in content:
+            raise UserError(f"{path}: {name} is missing; is it CIFAR-10's Python version, and whole?")
+        pixels, classes = _cifar_batch(content[name], f"{name} in {path}")
+        images.append(pixels)
+        labels += classes
+    if len(labels) != CIFAR10_IMAGES:
+        raise UserError(f"{path} holds {len(labels)} training images instead of CIFAR-10's {CIFAR10_IMAGES}")
+    pixels = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    pictures = (Picture(f"image {i}", image, labels[i]) for i, image in enumerate(pixels))
+    return Source(len(labels), pictures, "labels: CIFAR-10's")
+
+
+def _cifar_batch(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+    """One batch, a pickled dict: uint8 [n, 3072] and n classes."""
+    try:
+        batch = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
+        batch = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        pixels, labels = _plain(batch.get("data")), np.asarray(_plain(batch.get("labels"))).tolist()
+    except UserError as exc:
+        raise UserError(f"{where}: {exc}") from exc
+    except Exception as exc:  # a damaged pickle can fail in any way
+        raise UserError(f"{where} is damaged: {exc}") from exc
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3 * 32 * 32,):
+        raise UserError(f"{where}: 'data' is not a table of bytes, 3072 for each image")
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(x in range(10) for x in labels):
+        raise UserError(f"{where}: 'labels' is not a list of {len(pixels)} classes 0 ... 9")
+    return pixels, labels
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickles dicts, lists, strings, numbers and numpy arrays of whole numbers. Nothing in the file is run.
+
+    The names a pickle calls are replaced by the small stand-ins below, which hold a description of an array until
+    `_plain` makes one; so a hostile file doesn't even reach numpy's own unpickling.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy._core", "numpy.core")  # numpy 2's name
+        stand_ins: dict[tuple[str, str], Callable[..., Any]] = {
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Type,
+            ("numpy.core.multiarray", "_reconstruct"): lambda cls, shape, code: _Array(),
+            ("numpy.core.multiarray", "scalar"): lambda kind, raw: _Array((), kind, False, raw),
+            ("numpy.core.numeric", "_frombuffer"): lambda raw, kind, shape, order: _Array(
+                shape, kind, order == "F", raw
+            ),
+            ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+        }
+        if (module, name) not in stand_ins:
+            raise UserError(f"it refers to {module}.{name}, which a table of images has no use for; not opened")
+        return stand_ins[module, name]
+
+
+class _Type:
+    """Stands for numpy.dtype: whole numbers only."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if re.fullmatch(r"[iu][1248]", code) is None:
+            raise UserError(f"it holds an array of kind {code!r}, not of whole numbers")
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.code = (">" if state[1] == ">" else "<") + self.code[-2:]
+
+
+class _Array:
+    """Stands for numpy.ndarray."""
+
+    def __init__(self, *content: Any) -> None:
+        self.content = content
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.content = state[1:]  # after a version number
+
+
+def _plain(value: Any) -> Any:
+    """What was unpickled, with arrays in place of their stand-ins. Raises ValueError if sizes don't fit."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, _Array):
+        return value
+    shape, kind, by_columns, raw = value.content
+    data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+    array = np.frombuffer(data, kind.code).reshape(shape, order="F" if by_columns else "C")
+    return array if array.ndim else array.item()
+
+
+def _spelling(name: str) -> str:
+    """train-images-idx3-ubyte.gz, train-images.idx3-ubyte: the same name."""
+    return re.sub("[-._]", "", name.lower().removesuffix(".gz"))
+
+
+def read_mnist(path: str) -> Source:
+    """MNIST and its relatives: ...-images-idx3-ubyte.gz with ...-labels-idx1-ubyte.gz beside it, padded to 32x32."""
+    folder, name = os.path.split(path)
+    wanted = re.sub("images(.*)idx3", r"labels\1idx1", name)
+    beside = (
+        file for file in sorted(os.listdir(folder or ".")) if _spelling(file) == _spelling(wanted) and file != name
+    )
+    images = _read_idx(path, axes=3)
+    labels_path = os.path.join(folder, min(beside, key=lambda file: file != wanted, default=""))
+    if labels_path == os.path.join(folder, ""):
+        raise UserError(f"{path}: the labels, {wanted}, must lie beside it")
+    labels = _read_idx(labels_path, axes=1)
+    if len(labels) != len(images) or images.shape[1:] != (28, 28):
+        raise UserError(f"{path} holds {list(images.shape)} pixels for {len(labels)} labels; expected N of 28x28 for N")
+    images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
+    pictures = (Picture(f"image {i}", image[:, :, None], int(labels[i])) for i, image in enumerate(images))
+    return Source(len(images), pictures, f"labels from {os.path.basename(labels_path)}")
+
+
+def _read_idx(path: str, axes: int) -> np.ndarray:
+    """A file of bytes in LeCun's idx format, packed with gzip or not: uint8 with so many axes."""
+
+    with open_file(path) as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        try:
+            data = (gzip.GzipFile(fileobj=raw) if packed else raw).read(MAX_UNPACKED)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
+            raise UserError(f"{path} is damaged: {exc}") from exc
+    start = 4 + 4 * axes
+    if len(data) < start or data[:4] != bytes([0, 0, 8, axes]):
+        raise UserError(f"{path} is not an idx file of bytes with {axes} axes")
+    shape = [int(size) for size in np.frombuffer(data, ">u4", axes, offset=4)]
+    count = int(np.prod(shape, dtype=object))
+    if len(data) != start + count or not count:
+        raise UserError(f"{path} holds {len(data) - start} bytes for {shape}: it is cut short or not what it says")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
