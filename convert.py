@@ -3,6 +3,7 @@
     python convert.py network-snapshot-020000.pkl student.safetensors
     python convert.py student.safetensors student.pkl
     python convert.py student.pkl weights.pt        # the bare state_dict, for torch.load(..., weights_only=True)
+    python convert.py weights.pt student.pkl --like=network.pkl
 
 What SRC is, is told by its content; what DST becomes, by its name.
 """
@@ -30,9 +31,10 @@ FORMATS = (".pkl", ".safetensors", ".pt")
 @click.option(
     "--half", help="Store the parameters in half precision  [default: as SRC]", metavar="BOOL", type=cli.Bool()
 )
+@click.option("--like", help="SRC is a bare state dict; all else is as in this network file", metavar="PATH|URL")
 @click.option("--overwrite", help="Replace DST where it exists", is_flag=True)
 @click.option("--trust-network-code", help="Run the code inside a SRC of an unknown class", is_flag=True)
-def command(src: str, dst: str, half: bool | None, overwrite: bool, trust_network_code: bool) -> None:
+def command(src: str, dst: str, half: bool | None, like: str | None, overwrite: bool, trust_network_code: bool) -> None:
     """Turn the network file SRC (path or URL; EDM's .pkl or .safetensors) into DST.
 
     \b
@@ -41,8 +43,10 @@ def command(src: str, dst: str, half: bool | None, overwrite: bool, trust_networ
       .safetensors   weights, and all the rest as JSON metadata
       .pt            the weights alone: a state_dict for torch.load
 
-    The new file is read again and compared, tensor by tensor, before it takes DST's name (but for a network of foreign
-    code). A DST that is a link is replaced, not followed.
+    The new file is read again and compared, tensor by tensor, before it takes DST's name. A DST that is a link is
+    replaced, not followed.
+
+    A network of foreign code stays a .pkl with that code, or becomes bare weights.
 
     \b
     Examples:
@@ -63,10 +67,15 @@ def command(src: str, dst: str, half: bool | None, overwrite: bool, trust_networ
         if not overwrite:
             raise cli.UserError(f"{dst} exists already; choose another name, or --overwrite")
 
-    from training.network_files import convert_network, load_network
+    from training.network_files import convert_network, load_network, with_weights
 
-    file = load_network(src, trust_network_code=trust_network_code)
+    file = load_network(like or src, trust_network_code=trust_network_code)
     print(f"Found {file.describe()}")
+    if like is not None:
+        file = with_weights(file, src)
+        print(f"Found the weights of such a network in {src}")
+    if file.own_code and dst.endswith(".pkl"):
+        print(f"Note: {dst} carries the file's code on, so all that load it need --trust-network-code")
     convert_network(file, dst, half=half)
     print(f"Wrote {dst}, {os.path.getsize(dst) / 1e6:.2f} MB")
     if file.ignored:

@@ -545,6 +545,15 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
     for name in ("text", "empty", "teacher.pkl", "good.zip", "hostile.pkl"):
         fails(1, [name, "not a training state"], train, *run, f"--resume={files / name}")
     state = files / "run/training-state-000000.pt"
+    (tmp_path / "network-snapshot-000002.pkl").touch()
+    snapshot = f"--resume={tmp_path / 'network-snapshot-000002.pkl'}"
+    fails(1, "network snapshot, not a training state, from which a run resumes; there is none", train, *run, snapshot)
+    (tmp_path / "training-state-000001.pt").touch()
+    fails(1, f"; {tmp_path / 'training-state-000001.pt'} lies beside it", train, *run, snapshot)
+    (tmp_path / "training-state-000002.pt").touch()
+    fails(1, f"; {tmp_path / 'training-state-000002.pt'} lies beside it", train, *run, snapshot)
+    for path in tmp_path.glob("*-00000?.*"):
+        path.unlink()
     fails(
         1,
         f"is a folder, a file is needed; the newest training state in it is {state}",

@@ -131,8 +131,45 @@ def test_a_network_of_foreign_code(tmp_path: Path, capsys: pytest.CaptureFixture
     assert torch.load(tmp_path / "b.pt", weights_only=True)["scale"] == 3
     assert convert.main([source, str(tmp_path / "b.safetensors"), "--trust-network-code"]) == 1
     assert "only be stored in a pickle" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
+    capsys.readouterr()
     assert convert.main([source, str(tmp_path / "b.pkl"), "--trust-network-code"]) == 0
+    assert "carries the file's code on, so all that load it need --trust-network-code" in capsys.readouterr().out
     assert load_network(tmp_path / "b.pkl", trust_network_code=True).net.scale == 3
+
+
+def test_a_bare_state_dict_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the weights is as in --like: here another network of the same kind."""
+    like, bare, back = tmp_path / "like.pkl", tmp_path / "weights.pt", tmp_path / "back.pkl"
+    make(like)
+    net = small_network()
+    load_recipe(net, 4)
+    for half in (False, True):
+        torch.save({name: tensor.half() if half else tensor for name, tensor in net.state_dict().items()}, bare)
+        assert convert.main([str(bare), str(back), f"--like={like}", "--overwrite"]) == 0
+        assert f"such a network in {bare}" in capsys.readouterr().out
+        old, new = load_network(like), load_network(back)
+        assert (new.sampling, new.dataset_kwargs, new.extra) == (old.sampling, old.dataset_kwargs, old.extra)
+        weights = {name: tensor.half().float() if half else tensor for name, tensor in net.state_dict().items()}
+        assert all(torch.equal(weights[name], tensor) for name, tensor in new.net.state_dict().items())
+        assert new.half is half
+    assert convert.main([str(like), str(bare), "--overwrite"]) == 0
+    assert convert.main([str(bare), str(back), f"--like={like}", "--overwrite"]) == 0
+    assert back.read_bytes() == like.read_bytes()
+    capsys.readouterr()
+    assert convert.main([str(bare), str(tmp_path / "no.pkl")]) == 1 and "convert.py --like" in capsys.readouterr().err
+    weights = net.state_dict()
+    name = next(iter(weights))
+    for content, words in (
+        ({**weights, "odd": torch.zeros(2)}, "has odd, which the network does not"),
+        ({**weights, name: torch.zeros(2)}, f"{name}: [2], not ["),
+        ({"net": weights, "step": 3}, "is no bare state dict"),
+        (small_network, "is no state dict that torch.save wrote"),
+    ):
+        torch.save(content, bare)
+        assert convert.main([str(bare), str(tmp_path / "no.pkl"), f"--like={like}"]) == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and str(bare) in error, error
+    assert not (tmp_path / "no.pkl").exists()
 
 
 def test_help_comes_without_torch() -> None:

@@ -116,6 +116,11 @@ def is_persistent(obj: Any) -> bool:
     return "_orig_class_name" in vars(obj if isinstance(obj, type) else type(obj))
 
 
+def is_own(obj: Any) -> bool:
+    """Whether the class of `obj` is one of this program's persistent classes, and none that a pickle has brought."""
+    return _classes.get(type(obj).__name__) is type(obj)
+
+
 def import_hook(hook: Callable[[Meta], Meta]) -> Callable[[Meta], Meta]:
     """Registers a function that sees, and may change, the `meta` of every persistent object before it is rebuilt.
 

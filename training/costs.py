@@ -18,9 +18,10 @@ from torch_utils import distributed as dist
 from . import state
 from .config import AUTO, TrainConfig, check_batch
 from .dataset import ImageFolderDataset
+from .distillation import Stage
 from .networks import UNetBlock
 from .speed import compute_dtype, recompute_blocks
-from .training_loop import MAX_ROWS, MAX_SAMPLES, TARGET_COLUMNS, build_network
+from .training_loop import MAX_ROWS, MAX_SAMPLES, TARGET_COLUMNS, build_network, run_network
 
 if TYPE_CHECKING:
     from .setup import Run
@@ -41,8 +42,8 @@ class Cost:
     recompute_bytes: int
 
 
-def network_cost(config: TrainConfig, dataset: ImageFolderDataset) -> Cost:
-    """Counted on torch's meta device: nothing is computed or allocated."""
+def network_cost(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None) -> Cost:
+    """Counted on torch's meta device: nothing is computed or allocated. Foreign code runs on the CPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
     kept, before = 0, 0
@@ -60,8 +61,9 @@ def network_cost(config: TrainConfig, dataset: ImageFolderDataset) -> Cost:
     def leave(block: Any, inputs: Any, output: Any) -> None:
         blocks.append((inputs[0].numel() * inputs[0].element_size(), kept - before))
 
-    with torch.device("meta"):
-        net = meta_network(config, dataset)
+    foreign = stage is not None and stage.teacher.own_code
+    with torch.device("cpu" if foreign else "meta"):
+        net = run_network(config, dataset, stage) if foreign else meta_network(config, dataset)
         for block in net.modules():
             if isinstance(block, UNetBlock):
                 block.register_forward_pre_hook(enter)
@@ -76,8 +78,10 @@ def network_cost(config: TrainConfig, dataset: ImageFolderDataset) -> Cost:
     return Cost(sum(p.numel() for p in net.parameters()), counter.get_total_flops(), kept, recompute)
 
 
-def meta_network(config: TrainConfig, dataset: ImageFolderDataset) -> Any:
+def meta_network(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None) -> Any:
     """The network of a run without its weights. Raises UserError for one that can't be made."""
+    if stage is not None and stage.teacher.own_code:
+        return run_network(config, dataset, stage).to("meta")
     own = ("sigma_data", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2")
     model = {name: value for name, value in config.network_kwargs.items() if name not in own}
     model["class_name"] = "EDMPrecond"  # the others compute numbers when they are made, which the meta device can't
@@ -185,7 +189,7 @@ def _try_out(run: Run, images: int) -> None:
     own = 2 * 4 * run.cost.parameters  # the weights and gradients of the trial itself
     spare = SPARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     everything_else = torch.empty(int(fixed_memory(run) - own + spare), dtype=torch.uint8, device=device)
-    net = build_network(config.network_kwargs, dataset.resolution, dataset.num_channels, dataset.label_dim)
+    net = run_network(config, dataset, run.stage)
     net.train().requires_grad_(True).to(device)
     net.compute_dtype = compute_dtype(config.precision, device)
     if config.recompute:
@@ -233,9 +237,9 @@ class DiskNeed:
         return text
 
 
-def disk_need(config: TrainConfig, dataset: ImageFolderDataset) -> DiskNeed:
+def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None) -> DiskNeed:
     """Counts what the rules of `Trainer` write in a run from its beginning."""
-    parameters = list(meta_network(config, dataset).parameters())
+    parameters = list(meta_network(config, dataset, stage).parameters())
     weights = 4 * sum(p.numel() for p in parameters)
     steps = math.ceil(config.total_nimg / config.batch_size)
     last_tick = math.ceil((steps - 1) / math.ceil(config.kimg_per_tick * 1000 / config.batch_size))  # the first is 0
@@ -260,7 +264,7 @@ def disk_need(config: TrainConfig, dataset: ImageFolderDataset) -> DiskNeed:
 
 def check_disk(run: Run) -> None:
     """Raises UserError where a run that has nothing there yet can't even save a state and then a second one."""
-    need, run_dir = disk_need(run.config, run.dataset), run.config.run_dir
+    need, run_dir = disk_need(run.config, run.dataset, run.stage), run.config.run_dir
     free = free_disk(run_dir)
     if need.least > free + written_before(run_dir):
         raise UserError(

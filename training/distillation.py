@@ -60,6 +60,8 @@ class Stage:
             "steps": self.grid.steps,
             "solver": self.solver,
         }
+        if self.teacher.own_code:
+            entry["own_code"] = True
         if self.teacher.variants:
             entry["unknown_variants"] = list(self.teacher.variants)
         if self.self_teacher:

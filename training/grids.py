@@ -108,7 +108,7 @@ class Sampling:
     ratio         steps of its teacher per step of its own
     teacher_steps number of steps of its teacher's grid (== grid.steps * ratio)
     lineage       one dict per teacher, the undistilled one first: `network` (name or URL), `sha256`, `steps`, `solver`
-                  (and `unknown_variants`, `self_teacher`: docs/formats.md)
+                  (and `unknown_variants`, `own_code`, `self_teacher`: docs/formats.md)
     """
 
     grid: NoiseGrid

@@ -45,7 +45,7 @@ from .ladder_report import (
 )
 from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, Past, curve_plan
 from .network_files import NetworkFile
-from .next_steps import FID_IMAGES, has_classes, inception_fits, launched, train_command
+from .next_steps import FID_IMAGES, has_classes, inception_fits, launched, train_command, trusting
 from .options import ALTERING, COMMAND_LINE, Options, by_content, flag
 from .samplers import nfe
 from .setup import Run, load_everywhere, prepare, train
@@ -133,7 +133,9 @@ class Ladder:
             self.say(
                 "Note: Inception, made for photographs, says little of such images: see --detector, fid.py detector"
             )
-        need = sum(disk_need(replace(self.config, total_kimg=kimg), first.dataset).total for kimg in self.lengths)
+        need = sum(
+            disk_need(replace(self.config, total_kimg=kimg), first.dataset, first.stage).total for kimg in self.lengths
+        )
         self.say(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
 
     def tell_costs(self) -> None:
@@ -417,7 +419,7 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
     outdir, last = ladder.outdir, ladder.measured[-1].rung
     student = f"--network={last.network}"
     data = str(ladder.config.dataset_kwargs["path"])
-    drawn = [f"--labels={data}"] if ladder.measuring.labels is not None else []
+    drawn = [*([f"--labels={data}"] if ladder.measuring.labels is not None else []), *trusting(ladder.base)]
     images = [*launched("generate.py"), student, f"--outdir={outdir / 'images'}", "--seeds=0-63", *drawn]
     picture = [*launched("example.py", alone=True), student, f"--out={outdir / 'grid.png'}", *drawn]
     commands = [

@@ -15,6 +15,7 @@ text: class_name, init_args, init_kwargs, attributes (those set after constructi
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import io
@@ -27,7 +28,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -132,6 +133,11 @@ class NetworkFile:
     def has_label_vectors(self) -> bool:
         """Whether its file records that it was trained with label vectors: one-hot labels mean nothing to it."""
         return bool(self.net.label_dim) and (self.dataset_kwargs or {}).get("label_kind") == "vectors"
+
+    @property
+    def own_code(self) -> bool:
+        """Whether the network is of foreign code that the file brought along."""
+        return not persistence.is_own(self.net)
 
     def describe(self) -> str:
         """One line for people: kind of file, kind of network, its size, its grid if it is a student's."""
@@ -339,8 +345,8 @@ def _check_start(start: bytes) -> None:
         raise ContentError("is a web page, not a network; check where it was downloaded from")
     if start.startswith(b"PK\x03\x04"):
         raise ContentError(
-            "is an archive: a data set, or one as torch.save writes it (a training state, a detector); give a "
-            "network-snapshot-*.pkl"
+            "is an archive: a data set, or one as torch.save writes it (a training state, a detector, bare weights); "
+            "give a network-snapshot-*.pkl (convert.py --like makes one of bare weights)"
         )
     if start.startswith(b"version https://git-lfs"):
         raise ContentError("is a pointer of Git LFS, not the file itself: git lfs pull fetches that")
@@ -793,34 +799,66 @@ def convert_network(file: NetworkFile, path: str | os.PathLike[str], *, half: bo
     What was written is read again before it takes its name, and must hold the same values (with `half`, those values
     in float16). Raises UserError for a network that the format can't hold.
     """
-    target, half = os.fspath(path), file.half if half is None else half
-    names = {name for name, _ in file.net.named_parameters()}
+    target = os.fspath(path)
     try:
         with atomic_write(target) as stream:
-            if target.endswith(".pt"):
-                tensors = {n: stored_tensor(t, half and n in names, n) for n, t in file.net.state_dict().items()}
-                save_tensors(tensors, stream)
-            else:
-                entries = _entries(file.sampling, None, None, file.dataset_kwargs, file.extra)
-                _write(stream, target, file.net, entries, half)
-            stream.seek(0)
-            _check_copy(file, stream, target, half)
-            stream.seek(0, os.SEEK_END)
+            _write_checked(file, stream, target, file.half if half is None else half)
     except (TypeError, ValueError) as exc:
         raise UserError(f"{file.source}: can't become {target}: {exc}") from exc
+
+
+def with_weights(like: NetworkFile, source: str) -> NetworkFile:
+    """`like` with the weights of a bare state dict, as `convert_network` or torch.save writes it. Raises UserError."""
+    path = open_url(source, return_filename=True)
+    try:
+        with open_file(path) as file:
+            tensors = load_tensors(file)
+    except OSError:
+        raise
+    except Exception as exc:  # torch.load has a different one for every way in which a file can be wrong
+        raise UserError(f"{source}: is no state dict that torch.save wrote ({type(exc).__name__})") from exc
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{source}: is no bare state dict (name -> tensor), as --like needs it")
+    net = copy.deepcopy(like.net)
+    parameters = {name for name, _ in net.named_parameters()}
+    half = all(tensor.dtype == torch.float16 for name, tensor in tensors.items() if name in parameters)
+    try:
+        _fill(net, {str(name): list(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+    except ForeignError as exc:
+        raise UserError(f"{source}: {exc} ({like.source})") from exc
+    return replace(like, net=net.eval().requires_grad_(False), source=source, half=half)
+
+
+def _write_checked(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -> None:
+    names = {name for name, _ in file.net.named_parameters()}
+    if target.endswith(".pt"):
+        tensors = {n: stored_tensor(t, half and n in names, n) for n, t in file.net.state_dict().items()}
+        save_tensors(tensors, stream)
+    else:
+        _write(stream, target, file.net, _entries(file.sampling, None, None, file.dataset_kwargs, file.extra), half)
+    stream.seek(0)
+    _check_copy(file, stream, target, half)
+    stream.seek(0, os.SEEK_END)
+
+
+def check_storable(file: NetworkFile) -> None:
+    """Raises whatever storing the network in a pickle raises, and reading it again. Nothing is written."""
+    if not persistence.is_persistent(file.net):
+        raise TypeError("its class is not in the file, whose copies could not carry it")
+    _write_checked(file, io.BytesIO(), "network.pkl", False)
 
 
 def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -> None:
     """Raises RuntimeError where a new file doesn't say what `file` does: a fault of this program."""
     if target.endswith(".pt"):
         tensors = load_tensors(stream)
-    elif type(file.net) is not getattr(networks, type(file.net).__name__, None):
-        return  # only its own code could read it, and that runs once, when asked for
+    elif not persistence.is_own(file.net):  # its code ran when it was loaded
+        tensors = _run_pickle(stream.read(), target, announce=False).net.state_dict()
     else:
-        copy = parse_network(stream.read(), target)
-        tensors = copy.net.state_dict()
+        again = parse_network(stream.read(), target)
+        tensors = again.net.state_dict()
         # By their text: NaN is not equal to itself.
-        if repr((copy.sampling, copy.dataset_kwargs, copy.extra)) != repr(
+        if repr((again.sampling, again.dataset_kwargs, again.extra)) != repr(
             (file.sampling, file.dataset_kwargs, file.extra)
         ):
             raise RuntimeError("the copy says something else about the network than the original")
@@ -835,16 +873,28 @@ def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -
 # Running a file's code, when the user has asked for it
 
 
-def _run_pickle(data: Buffer, source: str) -> _Content:
+OPTIONAL: dict[str, Any] = {  # what networks of foreign code may lack, and then is
+    "sigma_min": 0.0,
+    "sigma_max": math.inf,
+    "round_sigma": networks.Precond.round_sigma,
+    "compute_dtype": None,
+    "transient": networks.Precond.transient,
+}
+
+
+def _run_pickle(data: Buffer, source: str, announce: bool = True) -> _Content:
     """Loads a pickle as Python and EDM would, with the code that it carries. Raises UserError if that fails."""
     try:
-        content = _CodeUnpickler(io.BytesIO(data)).load()
+        content = _CodeUnpickler(io.BytesIO(data), announce).load()
     except (Exception, SystemExit) as exc:  # foreign code can raise anything
         reason = " ".join(str(exc).split())[:300]
         raise UserError(f"{source}: running its code failed: {type(exc).__name__[:100]}: {reason}") from exc
     net = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(net, nn.Module):
         raise UserError(f"{source}: has no network under 'ema', where EDM's network files have theirs")
+    for name, value in OPTIONAL.items():
+        if persistence.is_persistent(net) and not hasattr(net, name):
+            setattr(type(net), name, value)  # of the class: a copy's file is to hold what the original's does
     return _Content(net.cpu().float(), *_other_entries(content), "pickle, its own code run")
 
 
@@ -852,12 +902,18 @@ class _CodeUnpickler(pickle.Unpickler):
     """Python's unpickler; source text of persistent objects is run as a module, once for each text. Whatever is to run
     is named before it does."""
 
+    def __init__(self, file: IO[bytes], announce: bool) -> None:
+        super().__init__(file)
+        self.announce = announce
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch_utils.persistence", "_reconstruct_persistent_obj"):
             return _run_and_reconstruct
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _load_storage  # torch's own would unpickle whatever the bytes hold
-        if (module, name) not in GLOBALS:
+        if module.startswith(_CARRIED):
+            raise UserError(f"{name} is defined in a text that a file brings, and is no persistent class")
+        if (module, name) not in GLOBALS and self.announce:
             _warn(f"--trust-network-code: the file uses {printable(f'{module}.{name}', 400)} of this machine's Python")
         return super().find_class(module, name)
 
@@ -871,10 +927,13 @@ def _warn(text: str) -> None:
     dist.print0(printable(text), file=sys.stderr)
 
 
+_CARRIED = "_network_code_"  # how the modules begin that are made of texts
+
+
 def _run_and_reconstruct(meta: State) -> Any:
     text = meta["module_src"]
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    name = f"_network_code_{digest[:16]}"
+    name = f"{_CARRIED}{digest[:16]}"
     if name not in sys.modules:
         class_name = printable(meta["class_name"], 100)
         _warn(

@@ -43,7 +43,7 @@ def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str,
     """(what for, commands): images, the Fréchet distance, and the next stage where there is one."""
     folder, data = Path(run.config.run_dir), str(run.config.dataset_kwargs["path"])
     network = f"--network={snapshot}"
-    drawn = [f"--labels={data}"] if run.dataset.has_label_vectors else []
+    drawn = [*([f"--labels={data}"] if run.dataset.has_label_vectors else []), *trusting(options)]
     images = [*launched("generate.py"), network, f"--outdir={folder / 'images'}", "--seeds=0-63", *drawn]
     commands = [
         ("images", [images]),
@@ -59,6 +59,11 @@ def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str,
         command = train_command(chosen, None if device == here else device)
         found.append((f"{steps} -> {steps // chosen.ratio} steps", [command]))
     return found
+
+
+def trusting(options: Options) -> list[str]:
+    """The option that a network needs elsewhere if it needed it here."""
+    return ["--trust-network-code"] if options.trust_network_code else []
 
 
 def measure_commands(

@@ -122,14 +122,23 @@ def flag(name: str) -> str:
     return "--" + (name if name == "num_steps" else name.replace("_", "-"))
 
 
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
+
+
 def _no_state(name: str) -> str:
-    """What is wrong with a --resume that is no file."""
+    """What is wrong with a --resume that is no file, or no state."""
+    if Path(name).suffix in (".pkl", ".safetensors") and Path(name).is_file():
+        beside = Path(name).with_name(Path(name).stem.replace("network-snapshot", "training-state") + ".pt")
+        states = [beside] if beside.is_file() else sorted(Path(name).parent.glob("training-state-*.pt"), key=_age)
+        where = f"{states[0]} lies beside it" if states else "there is none beside it; --transfer takes a network"
+        return f"is a network snapshot, not a training state, from which a run resumes; {where}"
     if difflib.get_close_matches(name, ["latest"], cutoff=0.7):
         return "there is no such file; did you mean 'latest'?"
     if not Path(name).is_dir():
         return "there is no such training state (training-state-*.pt, or latest)"
     found = [*Path(name).glob("training-state-*.pt"), *Path(name).glob("*/training-state-*.pt")]
-    newest = f"the newest training state in it is {max(found, key=lambda path: path.stat().st_mtime)}" if found else ""
+    newest = f"the newest training state in it is {min(found, key=_age)}" if found else ""
     return f"is a folder, a file is needed; {newest or 'there is no training state in it'}"
 
 
@@ -139,7 +148,8 @@ def check_options(options: Options, world_size: int) -> None:
     Raises UsageError or UserError with one helpful line.
     """
     check_batch(options.batch, options.batch_gpu, world_size)
-    if options.resume not in (None, "latest") and not Path(options.resume).is_file():
+    snapshot = Path(options.resume or "").suffix in (".pkl", ".safetensors")
+    if options.resume not in (None, "latest") and (snapshot or not Path(options.resume).is_file()):
         raise UserError(f"--resume={options.resume}: {_no_state(options.resume)}")
     for name in ("outdir", "data"):
         if not getattr(options, name):

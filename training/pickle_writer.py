@@ -63,7 +63,8 @@ class NetworkPickler(pickle.Pickler):
         if isinstance(obj, nn.Module) and persistence.is_persistent(obj):
             build, arguments = cast(Any, obj.__reduce__())
             meta = arguments[0]
-            return build, ({**meta, "state": _module_state(meta["state"])},)
+            own = persistence.is_own(obj)
+            return build, ({**meta, "state": _module_state(meta["state"], own)},)
         if type(obj) is nn.ModuleDict:
             return copyreg.__newobj__, (nn.ModuleDict,), _module_state(vars(obj))  # type: ignore[attr-defined]
         return NotImplemented
@@ -83,8 +84,11 @@ class _Storage:
     tensor: Tensor
 
 
-def _module_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A module's attributes for storing. Equal texts become one object, so that pickle sees them as one."""
+def _module_state(state: dict[str, Any], own: bool = True) -> dict[str, Any]:
+    """A module's attributes for storing. Equal texts become one object, so that pickle sees them as one.
+
+    own: of a class whose attributes are plain data. Those of foreign code are stored as they are.
+    """
     kept: dict[str, Any] = {}
     for name, value in state.items():
         if name in ("_parameters", "_buffers", "_modules"):
@@ -95,10 +99,12 @@ def _module_state(state: dict[str, Any]) -> dict[str, Any]:
             kept[name] = OrderedDict()
         elif name == "training":
             kept[name] = False
-        elif name == "_init_args":
-            kept[name] = tuple(plain(value))
-        elif name != "_compiled_call_impl":
-            kept[name] = plain(value)
+        elif name == "_compiled_call_impl":
+            continue
+        elif not own:
+            kept[name] = value
+        else:
+            kept[name] = tuple(plain(value)) if name == "_init_args" else plain(value)
     return kept
 
 

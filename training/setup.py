@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import re
@@ -46,10 +47,12 @@ from .costs import (
     training_calls,
 )
 from .dataset import ImageFolderDataset
-from .distillation import Stage, plan_stage
+from .distillation import EDMDistillationLoss, Stage, plan_stage
+from .grids import NoiseGrid
 from .loader import print_remarks
-from .network_files import NetworkFile, load_network
-from .options import Options, check_options, given
+from .network_files import NetworkFile, check_storable, load_network
+from .options import Options, check_options, flag, given
+from .samplers import grid_sampler
 from .training_loop import Trainer, check_same_options, matching, other_options
 
 STRANGE_KIMG = 5_000_000  # twice EDM's longest run
@@ -71,12 +74,12 @@ class Run:
     @cached_property
     def meta(self) -> torch.nn.Module:
         """The network, without memory for its weights."""
-        return meta_network(self.config, self.dataset)
+        return meta_network(self.config, self.dataset, self.stage)
 
     @cached_property
     def cost(self) -> Cost:
         """Of one network call."""
-        return network_cost(self.config, self.dataset)
+        return network_cost(self.config, self.dataset, self.stage)
 
     @property
     def calls(self) -> float:
@@ -102,12 +105,17 @@ class Run:
             say(f"Teacher:                 {teacher.source} (sha256 {teacher.sha256[:16]})")
             say(f"                         {teacher.describe()}")
             say(f"Distillation:            {self.stage.describe()}")
+            dropout = "as in the teacher" if teacher.own_code else f"{config.network_kwargs['dropout']:g}"
             say(
                 f"Distillation's settings: weighting {config.loss_kwargs['weighting']}, intervals "
-                f"{config.loss_kwargs['intervals']}, lr {config.lr:g}, decay "
-                f"{config.lr_decay}, dropout {config.network_kwargs['dropout']:g}, augmentation "
-                f"{(config.augment_kwargs or {}).get('p', 0):g}"
+                f"{config.loss_kwargs['intervals']}, lr {config.lr:g}, decay {config.lr_decay}, dropout {dropout}, "
+                f"augmentation {(config.augment_kwargs or {}).get('p', 0):g}"
             )
+            if teacher.own_code:
+                say(
+                    "Note: the student is a copy of this teacher and carries its source text on, so all that load it "
+                    "need --trust-network-code"
+                )
         elif self.transfer is not None:
             say(f"Weights from:            {self.transfer.source} (sha256 {self.transfer.sha256[:16]})")
             say(f"                         {self.transfer.describe()}")
@@ -127,7 +135,7 @@ class Run:
         teachers = f", teacher {config.teacher_precision}" if self.stage is not None else ""
         say(f"Precision:               {config.precision}{teachers}")
         say(f"Memory per process:      {describe_memory(self)}")
-        say(f"Disk:                    {disk_need(config, dataset).describe(config.run_dir)}")
+        say(f"Disk:                    {disk_need(config, dataset, self.stage).describe(config.run_dir)}")
         asked = dict(config.extras["command_line"]).get("duration")
         if asked is not None and abs(asked * 1000 - config.total_kimg) > 1e-6:
             say(f"Note: --duration={asked:g}, in whole thousands of images, is {config.total_kimg} kimg")
@@ -160,6 +168,8 @@ def prepare(options: Options) -> Run:
     if options.distils:
         assert teacher is not None
         stage = plan_stage(teacher, options.num_steps, options.ratio, options.teacher_solver, options.self_teacher)
+        if teacher.own_code:
+            _check_foreign(options, stage)
     elif teacher is not None and teacher.sampling is not None:
         raise UsageError(
             f"--transfer={options.transfer} is a distilled network; only --precond=edm_distillation takes those"
@@ -179,15 +189,16 @@ def prepare(options: Options) -> Run:
         check_compatible(
             stage.teacher.net, dataset.resolution, dataset.num_channels, dataset.label_dim, str(options.transfer)
         )
-        _check_architecture(options, stage.teacher.net)
+        if not stage.teacher.own_code:
+            _check_architecture(options, stage.teacher.net)
     config = _config(options, dataset, stage, teacher)
-    arch = _arch_name(config.network_kwargs)
+    arch = "foreign" if stage is not None and stage.teacher.own_code else _arch_name(config.network_kwargs)
     name = describe_run(
         dataset.name, cond, arch, options.precond, dist.get_world_size(), config.batch_size, config.precision
     )
     config.run_dir = options.outdir if options.nosubdir else _numbered(options.outdir, name, options.desc)
     check_run_dir(config.run_dir, make=False)
-    net = meta_network(config, dataset)  # refuses what can't be made
+    net = meta_network(config, dataset, stage)  # refuses what can't be made
     if stage is None and teacher is not None and not matching(teacher.net, net):
         raise UserError(
             "--transfer: no tensor of that network fits this one in name and shape; check --arch and --cbase"
@@ -282,6 +293,39 @@ def _config(
     )
 
 
+def _check_foreign(options: Options, stage: Stage) -> None:
+    """Tries out a teacher of foreign code: training its copy, an image, a snapshot. Raises UsageError or UserError."""
+    net, name = stage.teacher.net, printable(type(stage.teacher.net).__name__, 100)
+    fixed = [
+        "arch",
+        "cbase",
+        "cres",
+        "blocks",
+        "dropout",
+        "augment",
+        "precision",
+        "fp16",
+        "teacher_precision",
+        "recompute",
+    ]
+    if wrong := [flag(each) for each in fixed if getattr(options, each) not in (getattr(Options, each), 0, "fp32")]:
+        raise UsageError(f"{', '.join(wrong)}: a network of foreign code ({name}) is trained as it is; leave it out")
+    try:
+        if missing := [each for each in INTERFACE if not isinstance(getattr(net, each, None), int)]:
+            raise TypeError(f"it has no {', '.join(missing)}")
+        student, images = copy.deepcopy(net), torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution)
+        student.train().requires_grad_(True)
+        labels = torch.zeros(1, net.label_dim) if net.label_dim else None
+        loss = EDMDistillationLoss(net, stage.grid, stage.ratio, stage.solver)(student, images, labels)
+        loss.sum().backward()
+        with torch.no_grad():
+            grid_sampler(net, images, NoiseGrid((stage.grid.levels[0], 0.0)), class_labels=labels)
+        check_storable(stage.teacher)
+    except (Exception, SystemExit) as exc:  # foreign code can raise anything
+        reason = f"{type(exc).__name__}: {printable(exc, 300)}"
+        raise UserError(f"{stage.teacher.source}: its network of class {name} can't be distilled: {reason}") from exc
+
+
 def check_compatible(net: Any, resolution: int, channels: int, label_dim: int, source: str) -> None:
     """Refuses a data set that a teacher was not made for. Raises UserError."""
     if net.img_resolution != resolution or net.img_channels != channels:
@@ -332,12 +376,14 @@ def _fresh_kwargs(options: Options, dropout: float, augment: bool, precision: st
 
 def _student_kwargs(stage: Stage, dropout: float, precision: str, options: Options) -> tuple[Kwargs, Kwargs]:
     net = stage.teacher.net
-    network = {name: value for name, value in dict(net.init_kwargs).items() if name not in INTERFACE}
-    network |= {
-        "class_name": f"training.networks.{type(net).__name__}",
-        "dropout": dropout,
-        "use_fp16": precision == "fp16",
-    }
+    network: Kwargs = {"class_name": printable(type(net).__name__, 100)}
+    if not stage.teacher.own_code:
+        network = {name: value for name, value in dict(net.init_kwargs).items() if name not in INTERFACE}
+        network |= {
+            "class_name": f"training.networks.{type(net).__name__}",
+            "dropout": dropout,
+            "use_fp16": precision == "fp16",
+        }
     loss_kwargs = {
         "class_name": "training.loss.EDMDistillationLoss",
         "num_steps": stage.grid.steps,

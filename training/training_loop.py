@@ -58,6 +58,16 @@ NETWORKS = {name: getattr(networks, name) for name in ("EDMPrecond", "VPPrecond"
 LOSSES = {name: getattr(losses, name) for name in ("EDMLoss", "VPLoss", "VELoss")}
 
 
+def run_network(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None) -> Any:
+    """What a run trains, in training mode: a fresh network, or a copy of a teacher of foreign code as it is."""
+    if stage is None or not stage.teacher.own_code:
+        return build_network(config.network_kwargs, dataset.resolution, dataset.num_channels, dataset.label_dim)
+    net = copy.deepcopy(stage.teacher.net).cpu().train().requires_grad_(True)
+    if hasattr(net, "use_fp16"):
+        net.use_fp16 = False  # no other precision than fp32 is asked of it
+    return net
+
+
 def build_network(network_kwargs: dict[str, Any], resolution: int, channels: int, label_dim: int) -> Any:
     """A freshly initialised network in training mode. Raises UserError for a size that it cannot have."""
     kwargs = dict(network_kwargs)
@@ -206,7 +216,7 @@ class Trainer:
         training_stats.clear()
 
         torch.manual_seed(key(config.seed, 0, "init"))
-        self.net = build_network(config.network_kwargs, dataset.resolution, dataset.num_channels, dataset.label_dim)
+        self.net = run_network(config, dataset, stage)
         if stage is not None:
             self.net.load_state_dict(stage.teacher.net.state_dict())
         elif transfer is not None:
@@ -640,7 +650,7 @@ class Trainer:
             self.say(
                 f"Note: this run was on {saved['world_size']} x {printable(saved['device'], 40)} and goes on with "
                 f"{self.world_size} x {self.device.type}: the same images and noise, but sums may round differently"
-                f"{', and dropout masks differ' if self.config.network_kwargs.get('dropout') else ''}"
+                f"{', and dropout masks differ' if self.config.network_kwargs.get('dropout', True) else ''}"
             )
         self.say(f"Going on from {path} at {self.nimg / 1000:g} kimg")
 
