@@ -158,7 +158,9 @@ POSITIVE = cli.Number(min=0, min_open=True)
     is_flag=False,
     flag_value=WANDB_PROJECT,
 )
-@click.option("--trust-network-code", help="Run the code inside a --transfer file of an unknown class", is_flag=True)
+@click.option(
+    "--trust-network-code", help="Run the code in a --transfer file of unknown class or version", is_flag=True
+)
 @click.option("-n", "--dry-run", help="Print what the stages cost, then exit", is_flag=True)
 def command(
     device: str,

@@ -100,7 +100,7 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 @ref_option
 @click.option("--seeds", help="One image per seed  [default: 0 to num - 1]", metavar="LIST", type=cli.Seeds())
 @click.option(*NUM, help="Number of images  [default: 50000]", metavar="INT", type=cli.Whole(min=2))
-@click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
+@click.option("--trust-network-code", help="Run the code in a --network file of unknown class or version", is_flag=True)
 @click.option("--steps", help="Sampling steps  [default: as generate.py]", metavar="INT", type=cli.Whole(min=1))
 @click.option(
     "--class", "class_idx", help="Classes, or a label vector  [default: random]", metavar="LIST", type=cli.Condition()

@@ -82,7 +82,7 @@ class Grid(click.ParamType):
     type=cli.Condition(),
 )
 @click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
-@click.option("--trust-network-code", help="Run the code inside a --network file of an unknown class", is_flag=True)
+@click.option("--trust-network-code", help="Run the code in a --network file of unknown class or version", is_flag=True)
 @cli.section("Sampling")
 @click.option("--steps", help="Sampling steps  [default: 18, or a student's own]", metavar="INT", type=cli.Whole(min=1))
 @click.option("--sigma_min", help="Lowest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)

@@ -172,7 +172,9 @@ NAMES = cli.Choice
     is_flag=False,
     flag_value=WANDB_PROJECT,
 )
-@click.option("--trust-network-code", help="Run the code inside a --transfer file of an unknown class", is_flag=True)
+@click.option(
+    "--trust-network-code", help="Run the code in a --transfer file of unknown class or version", is_flag=True
+)
 @click.option("-n", "--dry-run", help="Print training options and costs, then exit", is_flag=True)
 def command(device: str, dry_run: bool, **values: Any) -> None:
     """Train a diffusion model, or distil one into fewer steps.
