@@ -75,6 +75,8 @@ class EDMStudentPipeline(DiffusionPipeline):
         network = load_network(path_or_url)
         if network.sampling is None:
             raise ValueError(f"{network.source} is undistilled: it has no noise grid that a pipeline could follow")
+        if network.has_label_vectors:
+            raise ValueError(f"{network.source} was trained with label vectors; use training.sampling.sample")
         net = network.net
         names = ("img_resolution", "img_channels", "label_dim")
         arguments = {**dict(zip(names, net.init_args, strict=False)), **net.init_kwargs}

@@ -65,3 +65,8 @@ def test_mistakes(path: Path, tmp_path: Path) -> None:
     save_network(tmp_path / "teacher.pkl", small_network())
     with pytest.raises(ValueError, match="undistilled"):
         EDMStudentPipeline.from_network(tmp_path / "teacher.pkl")
+    net = small_network(label_dim=2)
+    vectors = {"label_kind": "vectors"}
+    save_network(tmp_path / "vectors.pkl", net, sampling=Sampling(network_grid(net, 4)), dataset_kwargs=vectors)
+    with pytest.raises(ValueError, match="trained with label vectors"):
+        EDMStudentPipeline.from_network(tmp_path / "vectors.pkl")
