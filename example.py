@@ -73,10 +73,10 @@ def command(
     check_target(out)
     loaded = dist.rank0_first(lambda: load_network(network or BUNDLED, trust_network_code=trust_network_code))
     if loaded.net.img_channels not in (1, 3):
-        raise cli.UserError(f"{network} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
+        raise cli.UserError(f"{loaded.source} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
     plan = plan_sampling(loaded, steps=steps)
     dist.print0(f"Found {loaded.describe()}")
-    dist.print0(f"Sampling {network or BUNDLED.name} with {plan.text} ...")
+    dist.print0(f"Sampling {loaded.source if network else BUNDLED.name} with {plan.text} ...")
     start = time.monotonic()
     made: dict[int, torch.Tensor] = {}
     for batch in iterate_images(loaded, seeds, steps=steps, class_idx=class_idx, labels=labels, device=where):

@@ -162,7 +162,7 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
             _say(f"wrote {path}: statistics of {stats.num} images by {stats.detector_id}")
             from training.next_steps import FID_IMAGES, images_to_measure
 
-            own = [] if spec == "inception" else [f"--detector={spec}"]
+            own = [] if spec == "inception" else [f"--detector={cli.public_url(spec)}"]
             own += [f"--num-images={num}"] if (num := images_to_measure()) != FID_IMAGES else []
             _propose("the Fréchet distance of a network to them", "gen", "--network=NETWORK.pkl", f"--ref={path}", *own)
 
@@ -263,8 +263,8 @@ def _generated(
 
     network = dist.rank0_first(lambda: load_network(path, trust_network_code=trust_network_code))
     plan = plan_sampling(network, steps=steps)
-    dist.check_agreement({f"the content of {path}": network.sha256})
-    dist.print0(f"sampling {path} with {plan.text}\n  {network.describe()}", file=sys.stderr)
+    dist.check_agreement({f"the content of {network.source}": network.sha256})
+    dist.print0(f"sampling {network.source} with {plan.text}\n  {network.describe()}", file=sys.stderr)
     note_if_grey(network.net.img_channels, detector)
     allow_tf32(False)
     device = dist.device()
@@ -274,7 +274,7 @@ def _generated(
     ):
         if not made.images.isfinite().all():
             raise cli.UserError(
-                f"{path}: some images of seeds {made.seeds[0]} to {made.seeds[-1]} hold NaN or infinities"
+                f"{network.source}: some images of seeds {made.seeds[0]} to {made.seeds[-1]} hold NaN or infinities"
             )
         yield to_uint8(made.images)
 

@@ -173,7 +173,9 @@ def command(
     def load() -> tuple[NetworkFile, Plan, Labels | None]:
         loaded = load_network(network, trust_network_code=trust_network_code)
         if loaded.net.img_channels not in (1, 3):
-            raise cli.UserError(f"{network} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
+            raise cli.UserError(
+                f"{loaded.source} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)"
+            )
         drawn_from = choose_labels(loaded, class_idx, labels)
         return loaded, plan_sampling(loaded, **sampler_options), drawn_from
 
@@ -199,10 +201,10 @@ def command(
             labelled=drawn_from is not None,
         )
 
-    dist.print0(f"Loading network from {network} ...")
+    dist.print0(f"Loading network from {cli.public_url(network)} ...")
     work = dist.from_rank0(find_work)
     loaded, plan, drawn_from = load()  # the other ranks meet a filled download cache
-    dist.check_agreement({f"the content of {network}": loaded.sha256})
+    dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
     todo = sum(map(len, work.batches))
     dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Using {plan.text}")

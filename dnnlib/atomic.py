@@ -111,54 +111,48 @@ def _remove_unless_held(path: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str], patience: float = 5.0) -> Iterator[None]:
-    """Holds the folder (made if need be) against other programs that ask for it: by a lock of the kernel on a file in
-    it, which goes with the process however that ends.
+    """Keeps other programs that ask for it from the folder (made if need be), by a lock of the kernel on a file in it,
+    which ends with the process.
 
-    patience: seconds to wait for a holder, which may be a killed process on its way out. Raises UserError where it
-    stays. File systems that know no locks are not guarded.
+    patience: seconds to wait for the process that has it, which may be a killed one on its way out. Raises UserError
+    where it stays. File systems that know no locks are not guarded, which a warning names.
     """
-    os.makedirs(folder, exist_ok=True)
-    if fcntl is None:
+    busy = f"{os.fspath(folder)}: another process is at work there; wait for it, or stop it"
+    with _lock(os.path.join(folder, ".lock"), patience, busy):
         yield
-        return
-    fd = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        end = time.monotonic() + patience
-        while _try_lock(fd) is False:
-            if time.monotonic() > end:
-                raise UserError(f"{os.fspath(folder)}: another process is at work there; wait for it, or stop it")
-            time.sleep(0.1)
-        yield
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
 def locked_file(path: str | os.PathLike[str], patience: float) -> Iterator[None]:
     """The same for a file that is to be written, by a lock beside it that is gone afterwards."""
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    lock = place.with_name(f".{place.name if len(os.fsencode(place.name)) < 250 else _short(place.name)}.lock")
-    end = time.monotonic() + patience
-    while True:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        is_held = _try_lock(fd)
-        with contextlib.suppress(FileNotFoundError):
-            if is_held is not False and os.path.samestat(os.fstat(fd), os.stat(lock)):  # or its holder has removed it
-                break
-        os.close(fd)
-        if time.monotonic() > end:
-            raise UserError(f"{os.fspath(path)}: another process is at work on it; wait for it, or stop it")
-        time.sleep(0.1)
+    name = Path(path).name
+    place = Path(path).with_name(f".{name if len(os.fsencode(name)) < 250 else _short(name)}.lock")
+    with _lock(place, patience, f"{os.fspath(path)}: another process is at work on it; wait for it, or stop it"):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                place.unlink()  # before it is released: whoever gets it then sees that it has no name
+
+
+@contextlib.contextmanager
+def _lock(file: str | os.PathLike[str], patience: float, busy: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout  # takes 0.2 s
+
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    lock = FileLock(file, timeout=patience, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(busy) from None
+    except OSError as exc:
+        if exc.filename is not None:  # it can't be opened
+            raise
+        print(f"Warning: {file}: no locks here ({exc.strerror}); start no second process there", file=sys.stderr)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            lock.unlink()
-        os.close(fd)
+        lock.release()
 
 
 def _try_lock(fd: int) -> bool | None:

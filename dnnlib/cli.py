@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UsageError, UserError, printable
+from .errors import UsageError, UserError, printable, public_url, without_secrets
 
 
 def missing_package(exc: ImportError) -> str:
@@ -115,9 +115,12 @@ class Command(click.Command):
         rest = super().parse_args(ctx, args)
         values = {} if ctx.resilient_parsing else given(ctx)
         for param in self.params:
-            if values.get(str(param.name)) == "":
-                name = max(param.opts, key=len)
+            name, value = max(param.opts, key=len), values.get(str(param.name))
+            if value == "":
                 raise UsageError(f"{name} is empty; write {name}={param.metavar or 'VALUE'}")
+            if value is not None and value != ctx.params[str(param.name)] and os.environ.get("RANK", "0") == "0":
+                note = "the rest of the address is neither shown nor kept in files; with --config, give it again"
+                print(f"Note: {name}={value}: {note}", file=sys.stderr)
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -186,10 +189,12 @@ def config_option(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[
 
 
 def given(ctx: click.Context) -> dict[str, Any]:
-    """The values that the command line or its --config gave, by the parameters' names: no defaults."""
+    """The values that the command line or its --config gave, as they may be kept (`public_url`), by the parameters'
+    names: no defaults."""
     default = click.core.ParameterSource.DEFAULT
     names = [str(param.name) for param in ctx.command.params if param.expose_value]
-    return {name: ctx.params[name] for name in names if ctx.get_parameter_source(name) is not default}
+    values = {name: ctx.params[name] for name in names if ctx.get_parameter_source(name) is not default}
+    return {name: public_url(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, str]:
@@ -407,7 +412,7 @@ def _fail(prog: str, message: str, status: int, exc: BaseException) -> int:
         time.sleep(3)  # a launcher kills all processes when the first one ends: let that be the one with the message
         return status
     if _debugging():
-        traceback.print_exception(exc)
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(exc))))
     try:
         sys.stdout.flush()
     except OSError:  # its reader is gone or its disk full: Python would try again at exit, and say so in many lines

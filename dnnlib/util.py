@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import io
 import itertools
 import json
+import logging
 import os
+import queue
 import re
 import stat
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from .atomic import atomic_write
-from .errors import UserError
+from .errors import UserError, printable, public_url
 
-if TYPE_CHECKING:
-    import requests
-
-CHUNK = 1 << 16  # bytes taken from a connection at a time: what is lost at most when it breaks off
+MINUTE = 60.0  # seconds that a server has for each
+CHUNK = 60_000  # bytes: 1 kB/s
 MAX_REDIRECTS = 10
 MAX_SILENT = 3  # a host that does not answer at all is given up after so many attempts
 CONNECT_TIMEOUT = 5.0  # seconds until a host that does not even take the connection counts as silent
@@ -41,6 +42,9 @@ LIMITS = {  # bytes that a file of a kind may have: many times what this program
     "a log": 1 << 28,
     "a picture": 1 << 28,
 }
+STARTS = {"statistics": (b"PK", b"\x93NUMPY", b"\x80"), "a detector": (b"PK", b"\x80")}  # zip, npy, pickle
+_SIGN_IN = "; where it needs a user name or a token, give them within the address (they are neither shown nor kept)"
+_HINTS = {401: _SIGN_IN, 403: _SIGN_IN, 404: "; check the address"}
 
 
 class EasyDict(dict[str, Any]):
@@ -100,15 +104,28 @@ def make_cache_dir_path(*paths: str) -> str:
     return os.path.join(root, *paths)
 
 
-def is_cached(url: str) -> bool:
-    """Whether `open_url` has the content here already."""
-    return bool(_cached(url, make_cache_dir_path("downloads"))[1])
-
-
-def _cached(url: str, folder: str) -> tuple[str, list[str]]:
-    """What the names of its files in a cache begin with, and those that there are."""
+def cache_path(url: str, folder: str | None = None) -> str:
+    """The file that keeps the content of a URL: in `folder`, or in `downloads` below `make_cache_dir_path()`."""
     key = hashlib.md5(url.encode("utf-8"), usedforsecurity=False).hexdigest()
-    return key, sorted(glob.glob(os.path.join(glob.escape(folder), f"{key}_*")))
+    name = re.sub(r"[^0-9a-zA-Z._-]", "_", _base(url))[-128:]
+    return os.path.join(folder or make_cache_dir_path("downloads"), f"{key}_{name}")
+
+
+def forget(source: str | os.PathLike[str]) -> None:
+    """Removes the cached content of a URL, which its reader found cut or spoilt: the next try fetches it anew."""
+    if is_url(source):
+        with contextlib.suppress(OSError):
+            os.unlink(cache_path(str(source)))
+
+
+@contextlib.contextmanager
+def forgotten_if_bad(source: str | os.PathLike[str]) -> Iterator[None]:
+    """For a reader of `source`: where it raises UserError, it would do so for ever with what is in the cache."""
+    try:
+        yield
+    except UserError:
+        forget(source)
+        raise
 
 
 def open_url(
@@ -121,16 +138,20 @@ def open_url(
     *,
     pause: float = 0.5,
     timeout: float = 60.0,
+    kind: str = "a network",
+    check: Callable[[bytes], None] | None = None,
 ) -> Any:
-    """Opens a local path, a file:// URL or an http(s) URL for reading in binary. EDM's signature, and two more options.
+    """Opens a local path, a file:// URL or an http(s) URL for reading in binary. EDM's signature and four more options.
 
     cache_dir: folder for downloads; default `downloads` below $DNNLIB_CACHE_DIR or ~/.cache/dnnlib.
-    num_attempts: how often a download is tried, each attempt going on where the last one stopped if the server allows.
+    num_attempts: how often a download is tried. Each attempt begins at the first byte.
     verbose: show a progress bar on standard error (rank 0 only).
     return_filename: return the name of the local file instead of an open file.
-    cache: keep the download; otherwise it is held in memory.
+    cache: keep the download; otherwise it stays in memory.
     pause: seconds before the second attempt, doubled for each one after it.
     timeout: seconds of silence after which a connection counts as lost.
+    kind: of `LIMITS`, whose size the file may not exceed.
+    check: gets the first bytes of a download, and raises what is wrong with them before the rest is fetched.
 
     A download reaches its cache name complete or not at all, so processes may share the cache. Raises UserError for
     whatever the user can mend: a missing file, an unreachable host, HTTP 404, a web page in place of data.
@@ -140,7 +161,19 @@ def open_url(
     if return_filename and not cache:
         raise ValueError("a file name can only be returned for a file that is kept: cache=True")
     name = os.fspath(url)
-    if not is_url(name):
+    if is_url(name):
+        path = cache_path(name, cache_dir)
+        verbose = verbose and os.environ.get("RANK", "0") == "0"
+        how = (num_attempts, verbose, pause, timeout, kind, check)
+        if not cache:
+            buffer = io.BytesIO()
+            _download(name, buffer, *how)
+            buffer.seek(0)
+            return buffer
+        if not os.path.exists(path):
+            with atomic_write(path) as file:
+                _download(name, file, *how)
+    else:
         path = local_path(name)
         if not path:
             raise UserError("the name of a file to read is empty; give a path or a URL")
@@ -148,23 +181,7 @@ def open_url(
             raise UserError(f"{name}: no such file")
         if os.path.isdir(path):
             raise UserError(f"{name}: is a folder, a file is needed")
-        return path if return_filename else open_file(path)
-
-    fetch = _Download(name, num_attempts, verbose and os.environ.get("RANK", "0") == "0", pause, timeout)
-    if not cache:
-        buffer = io.BytesIO()
-        fetch.into(buffer)
-        buffer.seek(0)
-        return buffer
-    folder = cache_dir or make_cache_dir_path("downloads")
-    key, found = _cached(name, folder)
-    if found:
-        return found[0] if return_filename else open(found[0], "rb")
-    base = os.path.basename(urllib.parse.urlsplit(name).path) or "download"
-    target = os.path.join(folder, f"{key}_{re.sub(r'[^0-9a-zA-Z._-]', '_', base)[-128:]}")
-    with atomic_write(target) as file:
-        fetch.into(file)
-    return target if return_filename else open(target, "rb")
+    return path if return_filename else open_file(path, kind)
 
 
 def open_file(
@@ -250,137 +267,148 @@ def local_path(name: str) -> str:
 
 
 class _Interrupted(Exception):
-    """An attempt failed in a way that may pass: the next one can go on. `answered`: the server did say something."""
+    """An attempt failed in a way that may pass. `answered`: the server did send something."""
 
     def __init__(self, reason: str, answered: bool = True) -> None:
         super().__init__(reason)
         self.answered = answered
 
 
-class _Download:
-    """Fetches one URL into a seekable file, in as many attempts as it takes and is allowed."""
+def _download(
+    url: str,
+    file: IO[bytes],
+    num_attempts: int,
+    verbose: bool,
+    pause: float,
+    timeout: float,
+    kind: str,
+    check: Callable[[bytes], None] | None,
+) -> None:
+    """Leaves the complete content in `file`. Raises UserError when it can't be had."""
+    silent = 0
+    for attempt in range(1, num_attempts + 1):
+        file.seek(0)
+        file.truncate()
+        try:
+            with contextlib.closing(_stream(url, timeout)) as stream:
+                return _receive(stream, file, public_url(url), verbose, kind, check)
+        except _Interrupted as exc:
+            silent = 0 if exc.answered else silent + 1
+            if attempt == num_attempts or silent == MAX_SILENT:
+                attempts = count(attempt, "attempt")
+                raise UserError(f"{public_url(url)}: download failed after {attempts}: {exc}") from None
+        time.sleep(min(pause * 2 ** (attempt - 1), MAX_PAUSE))
 
-    def __init__(self, url: str, num_attempts: int, verbose: bool, pause: float, timeout: float) -> None:
-        self.url = url
-        self.num_attempts = num_attempts
-        self.verbose = verbose
-        self.pause = pause
-        self.timeout = timeout
-        self.validator: str | None = None  # ETag or date of what has come so far: a changed file is not glued to it
-        self.total: int | None = None  # length of the whole file in bytes, where the server says
 
-    def into(self, file: IO[bytes]) -> None:
-        """Leaves the complete content in `file`. Raises UserError when that can't be had."""
-        silent = 0
-        for attempt in range(1, self.num_attempts + 1):
-            try:
-                return self._attempt(file)
-            except _Interrupted as exc:
-                silent = 0 if exc.answered else silent + 1
-                if attempt == self.num_attempts or silent == MAX_SILENT:
-                    raise UserError(f"{self.url}: download failed after {attempt} attempts: {exc}") from exc
-                time.sleep(min(self.pause * 2 ** (attempt - 1), MAX_PAUSE))
+def _receive(
+    stream: Iterator[Any],
+    file: IO[bytes],
+    source: str,
+    verbose: bool,
+    kind: str,
+    check: Callable[[bytes], None] | None,
+) -> None:
+    """Writes what an attempt brings. Raises _Interrupted for what may pass, UserError for the rest."""
+    from tqdm import tqdm
 
-    def _attempt(self, file: IO[bytes]) -> None:
-        import requests
+    response = next(stream)
+    status, headers, position = response.status_code, response.headers, 0
+    if status in (408, 429) or status >= 500:
+        raise _Interrupted(f"the server answered HTTP {status} {response.reason}")
+    if status != 200:
+        raise UserError(f"{source}: the server answered HTTP {status} {response.reason}{_HINTS.get(status, '')}")
+    length = headers.get("Content-Length", "") if "Content-Encoding" not in headers else ""
+    total = int(length[:20]) if length.isascii() and length.isdigit() else None  # or thousands of digits
+    if verbose and not sys.stderr.isatty():
+        print(f"Downloading {source} ...", file=sys.stderr, flush=True)
+    hide = None if verbose else True  # None: where standard error is no terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc=_base(source), disable=hide, leave=False) as bar:
+        for chunk in stream:
+            if position == 0 and _is_html(headers.get("Content-Type", ""), chunk):
+                raise UserError(f"{source}: is a web page, not a data file; give the address of the file itself")
+            if position == 0 and not chunk.startswith(STARTS.get(kind, b"")):
+                raise UserError(f"{source}: does not begin as {kind} does; check the address")
+            if position == 0 and check is not None:
+                check(chunk)
+            position += len(chunk)
+            if max(total or 0, position) > LIMITS[kind]:
+                raise UserError(f"{source}: {_too_large(kind)}")
+            file.write(chunk)
+            bar.update(len(chunk))
+    if total not in (None, position):
+        raise _Interrupted(f"got {position} of {total} bytes")
 
-        # Content-Length and Range count the bytes of the file itself only if the server doesn't compress it on the way.
-        headers = {"Accept-Encoding": "identity"}
-        start = file.seek(0, os.SEEK_END)
-        if start > 0:
-            headers["Range"] = f"bytes={start}-"
-            if self.validator is not None:
-                headers["If-Range"] = self.validator
+
+def _stream(url: str, timeout: float) -> Generator[Any]:
+    """The response to a GET, then its body in pieces of CHUNK bytes; each of them comes within a minute.
+
+    A thread fetches them, and is left alone where it takes longer: each byte restarts the timeout of its socket.
+    """
+    import requests
+
+    items: queue.Queue[Any] = queue.Queue(maxsize=16)
+    closed = threading.Event()
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show whole addresses
+
+    def work() -> None:
         try:
             with requests.Session() as session:
                 session.max_redirects = MAX_REDIRECTS
-                waits = (min(CONNECT_TIMEOUT, self.timeout), self.timeout)
-                with session.get(self.url, headers=headers, stream=True, timeout=waits) as response:
-                    self._receive(response, file, start)
-        except requests.TooManyRedirects as exc:
-            raise UserError(f"{self.url}: redirected more than {MAX_REDIRECTS} times") from exc
-        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as exc:
-            raise UserError(f"{self.url}: leads to an address that is not http(s): {exc}") from exc
-        except requests.exceptions.SSLError as exc:
-            raise UserError(f"{self.url}: the secure connection failed: {_reason(exc)}") from exc
-        except (requests.ConnectionError, requests.Timeout) as exc:
-            reason = f"the host can't be reached ({_reason(exc)}); check the address and the network"
-            raise _Interrupted(reason, answered=False) from exc
-        except requests.RequestException as exc:
-            raise UserError(f"{self.url}: download failed: {_reason(exc)}") from exc
+                waits = (min(CONNECT_TIMEOUT, timeout), timeout)
+                # Content-Length counts the bytes of the file itself only if the server doesn't compress it on the way.
+                headers = {"Accept-Encoding": "identity"}
+                with session.get(url, headers=headers, stream=True, timeout=waits) as response:
+                    items.put(response)
+                    for chunk in response.iter_content(CHUNK):
+                        if closed.is_set():
+                            return
+                        items.put(chunk)
+            items.put(None)
+        except BaseException as exc:
+            items.put(exc)
 
-    def _receive(self, response: requests.Response, file: IO[bytes], start: int) -> None:
-        status = response.status_code
-        if status in (408, 429) or status >= 500:
-            raise _Interrupted(f"the server answered HTTP {status} {response.reason}")
-        if status == 416:  # nothing lies beyond what we have, and yet it was not the whole: begin again
-            file.truncate(0)
-            raise _Interrupted("the server could not go on from where the connection broke off")
-        if status == 206 and self._continues(response, start):
-            position = start
-        elif status == 200:
-            position = 0
-            file.truncate(0)
-            self.validator = _validator(response)
-            length = response.headers.get("Content-Length", "")
-            encoded = response.headers.get("Content-Encoding", "identity") != "identity"
-            self.total = int(length) if length.isascii() and length.isdigit() and not encoded else None
-        elif status == 206:
-            file.truncate(0)
-            raise _Interrupted("the server went on at the wrong place")
-        else:
-            hint = "; check the address" if status == 404 else ""
-            raise UserError(f"{self.url}: the server answered HTTP {status} {response.reason}{hint}")
-
-        file.seek(position)
-        with self._progress(position) as bar:
-            try:
-                for chunk in response.iter_content(CHUNK):
-                    if position == 0 and _is_html(response.headers.get("Content-Type", ""), chunk):
-                        raise UserError(
-                            f"{self.url}: is a web page, not a data file; give the address of the file itself"
-                        )
-                    file.write(chunk)
-                    position += len(chunk)
-                    bar.update(len(chunk))
-            except OSError as exc:  # requests' exceptions are OSErrors too; those of our own disk are not the network's
-                if type(exc).__module__.startswith("requests"):
-                    raise _Interrupted(f"the connection broke off after {position} bytes") from exc
-                raise
-        if self.total is not None and position != self.total:
-            if position > self.total:
-                file.truncate(0)
-            raise _Interrupted(f"got {position} of {self.total} bytes")
-
-    def _continues(self, response: requests.Response, start: int) -> bool:
-        """Whether a 206 answer holds the rest of the same file, from byte `start` on."""
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-        if match is None or int(match[1]) != start or start == 0:
-            return False
-        return match[2] == "*" or self.total is None or int(match[2]) == self.total
-
-    def _progress(self, position: int) -> Any:
-        if not self.verbose:
-            return contextlib.nullcontext(_NoBar())
-        from tqdm import tqdm
-
-        if not sys.stderr.isatty():
-            print(f"Downloading {self.url} ...", file=sys.stderr, flush=True)
-        name = os.path.basename(urllib.parse.urlsplit(self.url).path) or self.url
-        return tqdm(total=self.total, initial=position, unit="B", unit_scale=True, desc=name, disable=None, leave=False)
+    threading.Thread(target=work, daemon=True).start()
+    answered = False
+    try:
+        while (item := items.get(timeout=MINUTE)) is not None:
+            if isinstance(item, BaseException):
+                raise _failure(item, public_url(url), answered) from None  # it holds the whole address
+            yield item
+            answered = True
+    except queue.Empty:
+        raise _Interrupted("the server sends less than 1 kB/s", answered) from None
+    finally:
+        closed.set()
+        while not items.empty():  # the thread may wait for a place
+            items.get()
 
 
-class _NoBar:
-    def update(self, count: int) -> None:
-        """Shows nothing."""
+def _failure(exc: BaseException, source: str, answered: bool) -> BaseException:
+    """What a failed request means: a UserError, or an _Interrupted. Other exceptions are returned as they are."""
+    import requests
+    import urllib3
+
+    if not isinstance(exc, (requests.RequestException, urllib3.exceptions.HTTPError, ValueError)):
+        return exc
+    cause: BaseException = exc
+    inner: Any = exc
+    while isinstance(inner, BaseException):  # 'Connection refused', not what the connection pool makes of it
+        cause, inner = inner, getattr(inner, "reason", None) or next(reversed(inner.args), None)
+    reason = printable(str(getattr(cause, "strerror", None) or cause).split(": ", 1)[-1].rstrip("."), 200)
+    if isinstance(exc, requests.TooManyRedirects):
+        return UserError(f"{source}: redirected more than {MAX_REDIRECTS} times")
+    if isinstance(exc, ValueError):
+        return UserError(f"{source}: leads to an address that is not http(s), or malformed: {reason}")
+    if answered:
+        return _Interrupted(f"the connection broke off ({reason})")
+    if isinstance(exc, requests.exceptions.SSLError):
+        return UserError(f"{source}: the secure connection failed: {reason}")
+    return _Interrupted(f"the host can't be reached ({reason}); check the address and the network", answered=False)
 
 
-def _validator(response: requests.Response) -> str | None:
-    """What tells this version of the file from another one in If-Range: a strong ETag or the date of last change."""
-    etag = response.headers.get("ETag")
-    if etag is not None and not etag.startswith("W/"):
-        return etag
-    return response.headers.get("Last-Modified")
+def _base(url: str) -> str:
+    """The file's name in a URL."""
+    return os.path.basename(urllib.parse.urlsplit(url).path) or "download"
 
 
 def _is_html(content_type: str, start: bytes) -> bool:
@@ -388,16 +416,3 @@ def _is_html(content_type: str, start: bytes) -> bool:
     return head.startswith((b"<!doctype html", b"<html")) or (
         content_type.lower().startswith("text/html") and head.startswith(b"<")
     )
-
-
-def _reason(exc: BaseException) -> str:
-    """The innermost cause of a requests error, in its own short words ('Connection refused', not the pool's story)."""
-    inner: Any = exc
-    for _ in range(8):
-        following = getattr(inner, "reason", None) or next(
-            (a for a in inner.args if isinstance(a, BaseException)), None
-        )
-        if not isinstance(following, BaseException):
-            break
-        inner = following
-    return str(getattr(inner, "strerror", None) or inner).split(": ", 1)[-1].rstrip(".")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
-from dnnlib.util import open_url, read_file
+from dnnlib.util import forgotten_if_bad, open_url, read_file
 from torch_utils import distributed as dist
 from torch_utils.misc import load_tensors
 
@@ -81,18 +81,19 @@ def load_detector(spec: str | os.PathLike[str] = "inception", device: torch.devi
     device = torch.device(device)
     content = dist.rank0_first(lambda: _read(os.fspath(spec)))
     digest = hashlib.sha256(content).hexdigest()
-    if digest == INCEPTION_SHA256:
-        net: nn.Module = _inception_from_state(load_tensors(io.BytesIO(content)), spec)
-        detector = Detector(INCEPTION, net, FEATURES, channels=3, resolution=None, device=device)
-    elif spec == "inception" or "inception" in os.path.basename(os.fspath(spec)).lower():
-        raise UserError(
-            f"{spec}: not the Inception weights of 2015-12-05, or a damaged copy: its SHA-256 begins with {digest[:8]} "
-            f"instead of {INCEPTION_SHA256[:8]}; fetch it again from {INCEPTION_URL}"
-        )
-    else:
-        classifier = classifier_from_file(content, os.fspath(spec))
-        net, kind = classifier, f"classifier:{digest[:16]}"
-        detector = Detector(kind, net, classifier.dim, classifier.channels, classifier.resolution, device)
+    with forgotten_if_bad(INCEPTION_URL if spec == "inception" else spec):
+        if digest == INCEPTION_SHA256:
+            net: nn.Module = _inception_from_state(load_tensors(io.BytesIO(content)), spec)
+            detector = Detector(INCEPTION, net, FEATURES, channels=3, resolution=None, device=device)
+        elif spec == "inception" or "inception" in os.path.basename(os.fspath(spec)).lower():
+            raise UserError(
+                f"{spec}: not the Inception weights of 2015-12-05, or a damaged copy: its SHA-256 begins with "
+                f"{digest[:8]} instead of {INCEPTION_SHA256[:8]}; fetch it again from {INCEPTION_URL}"
+            )
+        else:
+            classifier = classifier_from_file(content, os.fspath(spec))
+            net, kind = classifier, f"classifier:{digest[:16]}"
+            detector = Detector(kind, net, classifier.dim, classifier.channels, classifier.resolution, device)
     net.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return detector
 
@@ -112,9 +113,9 @@ def full_precision() -> Iterator[None]:
 def _read(spec: str) -> bytes:
     """The content of the weights file."""
     if spec != "inception":
-        return read_file(open_url(spec, return_filename=True), "a detector")
+        return read_file(open_url(spec, return_filename=True, kind="a detector"), "a detector")
     try:
-        return read_file(open_url(INCEPTION_URL, return_filename=True), "a detector")
+        return read_file(open_url(INCEPTION_URL, return_filename=True, kind="a detector"), "a detector")
     except UserError as exc:
         raise DetectorUnavailable(
             f"the Inception weights can't be downloaded ({exc}); name a local copy of "

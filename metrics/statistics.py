@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dnnlib.atomic import atomic_write
 from dnnlib.errors import UserError, printable
-from dnnlib.util import count, open_file, open_url
+from dnnlib.util import count, forgotten_if_bad, open_url
 from torch_utils import distributed as dist
 from training.dataset import ImageFolderDataset
 from training.loader import print_remarks
@@ -64,7 +64,7 @@ class Stats:
         """
         if os.path.isdir(source):
             raise UserError(f"{source}: is a folder, not statistics; fid.py ref makes such a file from a data set")
-        with open_file(open_url(source, return_filename=True), "statistics") as file:
+        with forgotten_if_bad(source), open_url(source, kind="statistics") as file:
             is_pickle = file.read(1) == b"\x80"
             file.seek(0)
             try:

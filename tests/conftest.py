@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,18 @@ def _plain_layers_again():
     networks = sys.modules.get("training.networks")
     if networks is not None:
         networks.fused_norm = None
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A local HTTP server whose `answer` a test sets, and an empty download cache in tmp_path / "cache"."""
+    from test_dnnlib import Server
+
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()

@@ -24,6 +24,7 @@ from PIL import Image
 
 import distill
 import fid
+import generate
 import train
 from dnnlib import atomic, util
 from dnnlib.cli import UserError
@@ -493,6 +494,38 @@ def test_a_given_reference_is_used(place, climbed, tmp_path, capsys):
     assert "the data itself" not in capsys.readouterr().out, "which data?"
     for ours, theirs in zip(rungs(tmp_path / "out"), rungs(climbed), strict=True):
         assert ours["fd"] != theirs["fd"] and ours["endpoint_rmse"] == theirs["endpoint_rmse"]
+
+
+def test_secrets_of_addresses_open_files_and_are_kept_nowhere(server, place, tmp_path, capfd):
+    """In no file of a ladder, of one of its stages or of images; nor in the commands that are proposed."""
+
+    def answer(handler, count):
+        known = handler.headers["Authorization"] == "Basic bWU6U0VDUkVU"  # me:SECRET
+        whole = known and handler.path.endswith("?token=SECRET")
+        handler.reply(200 if whole else 403, (place / handler.path.split("?")[0][1:]).read_bytes())
+
+    server.answer = answer
+    teacher, detector = (f"{server.url}/{name}?token=SECRET" for name in ("teacher.pkl", "detector.pt"))
+    teacher, detector = (each.replace("http://", "http://me:SECRET@") for each in (teacher, detector))
+    args = [f"--data={place / 'data.zip'}", *COMMON, "--num_steps=2", "--duration=0.001", "--curve=0", "--eval-sets=1"]
+    args += [f"--outdir={tmp_path / 'ladder'}"]
+    assert distill.main([*args, f"--transfer={teacher}", f"--detector={detector}"]) == 0
+    images = f"--outdir={tmp_path / 'images'}"
+    assert generate.main([f"--network={teacher}", "--seeds=0-1", "--steps=1", images]) == 0
+    out, err = capfd.readouterr()
+    assert "SECRET" not in out + err and err.count("Note: --transfer=http://127") == 1
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
+    assert not [path for path in files if b"SECRET" in path.read_bytes()]
+    shown = f"{server.url}/teacher.pkl"
+    for path in ("ladder/ladder-options.json", "ladder/stage-1-2to1/training_options.json", "images/manifest.json"):
+        assert shown in (tmp_path / path).read_text()
+    student = load_network(tmp_path / "ladder/stage-1-2to1/network-snapshot-000001.pkl")
+    assert student.sampling.lineage[0]["network"] == shown
+
+    again = [f"--config={tmp_path / 'ladder/ladder-options.json'}", "--dry-run"]
+    assert distill.main(again) == 1
+    assert f"error: {shown}: the server answered HTTP 403 Forbidden; where it needs a user" in capfd.readouterr().err
+    assert distill.main([*again, f"--transfer={teacher}", f"--detector={detector}"]) == 0
 
 
 # -- without a detector ------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""EasyDict, durations, and downloads against a local HTTP server that misbehaves on purpose."""
+"""EasyDict, durations, locks, and downloads from a local HTTP server that misbehaves on purpose."""
 
 from __future__ import annotations
 
 import copy
+import errno
 import http.server
 import multiprocessing
 import os
@@ -12,17 +13,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
+import click
+import psutil
 import pytest
 
 import dnnlib
-from dnnlib import EasyDict
+from dnnlib import EasyDict, cli
 from dnnlib.atomic import append_text, atomic_write, locked, locked_file, write_text
-from dnnlib.cli import UserError
-from dnnlib.errors import printable
-from dnnlib.util import CHUNK, LIMITS, format_time, is_url, make_cache_dir_path, open_file, open_url, read_file
+from dnnlib.errors import UserError, printable, public_url, without_secrets
+from dnnlib.util import LIMITS, forget, format_time, is_url, make_cache_dir_path, open_file, open_url, read_file
 
 BODY = bytes(range(256)) * 4096  # 1 MiB, more than one chunk and more than a socket buffers in one go
 
@@ -230,14 +235,14 @@ def test_import_is_light() -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers every path with `answer(handler, number of this request)`; remembers the requests' Range headers."""
+    """Answers every path with `answer(handler, number of this request)`; counts the requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer: Callable[[Handler, int], None] = lambda handler, count: handler.whole()
-        self.ranges: list[str | None] = []
+        self.asked = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -250,13 +255,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.close_connection = True
-        self.server.ranges.append(self.headers["Range"])
-        self.server.answer(self, len(self.server.ranges))
+        assert self.headers["Range"] is None
+        self.server.asked += 1
+        self.server.answer(self, self.server.asked)
 
     def reply(self, status: int, body: bytes = b"", send: int | None = None, **headers: str) -> None:
         """`send`: how much of the body really goes out before the line goes dead."""
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body)), "Connection": "close"} | headers).items():
+        for name, value in ({"Content_Length": str(len(body)), "Connection": "close"} | headers).items():
             if value:
                 self.send_header(name.replace("_", "-"), value)
         self.end_headers()
@@ -266,25 +272,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def whole(self, send: int | None = None, body: bytes = BODY, **headers: str) -> None:
         self.reply(200, body, send, **headers)
 
-    def rest(self, body: bytes = BODY, shift: int = 0) -> None:
-        """A proper 206 answer to the Range asked for (or, with `shift`, to another one)."""
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) + shift  # type: ignore[index]
-        self.reply(206, body[start:], Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
-
     def log_message(self, format: str, *args: object) -> None:
         pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
 
 
 def fetch(url: str, **options: object) -> bytes:
@@ -305,7 +294,7 @@ def test_download_is_kept_and_not_repeated(server: Server, tmp_path: Path) -> No
     server.answer = lambda handler, count: handler.reply(500)
     name = open_url(url, verbose=False, return_filename=True)
     assert name == str(cached(tmp_path)[0]) and Path(name).read_bytes() == BODY
-    assert len(server.ranges) == 1
+    assert server.asked == 1
     with pytest.raises(UserError):
         fetch(server.url + "/nets/other.pkl", num_attempts=1)  # another address is another file
 
@@ -315,62 +304,22 @@ def test_a_named_cache_folder_and_none_at_all(server: Server, tmp_path: Path) ->
     assert cached(tmp_path) == []
     assert fetch(server.url + "/x", cache_dir=str(tmp_path / "own[1]")) == BODY
     assert fetch(server.url + "/x", cache_dir=str(tmp_path / "own[1]")) == BODY
-    assert len(list((tmp_path / "own[1]").iterdir())) == 1 and len(server.ranges) == 2
+    assert len(list((tmp_path / "own[1]").iterdir())) == 1 and server.asked == 2
 
 
-def test_a_cut_connection_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
-    cut = 600_000
-    server.answer = lambda handler, count: handler.whole(send=cut, ETag='"v1"') if count == 1 else handler.rest()
+@pytest.mark.parametrize("first", [BODY, BODY[::-1]])
+def test_a_download_that_broke_off_starts_anew(server: Server, tmp_path: Path, first: bytes) -> None:
+    """Nothing of the first attempt stays, whether the server has another file by now or not."""
+    server.answer = lambda handler, count: handler.whole(send=600_000, body=first) if count == 1 else handler.whole()
     assert fetch(server.url + "/net.pkl") == BODY
-    assert server.ranges == [None, f"bytes={cut // CHUNK * CHUNK}-"]  # nothing but the last, incomplete chunk is lost
-    assert len(cached(tmp_path)) == 1
-
-
-def test_a_server_that_cannot_continue_starts_again(server: Server) -> None:
-    server.answer = lambda handler, count: handler.whole(send=600_000 if count == 1 else None)
-    assert fetch(server.url + "/net.pkl") == BODY
-    assert len(server.ranges) == 2
-
-
-@pytest.mark.parametrize("second", ["wrong place", "beyond the end", "other length"])
-def test_a_continuation_that_does_not_fit_is_not_glued_on(server: Server, second: str) -> None:
-    def answer(handler: Handler, count: int) -> None:
-        if count == 1:
-            handler.whole(send=600_000)
-        elif count == 2 and second == "wrong place":
-            handler.rest(shift=10)
-        elif count == 2 and second == "beyond the end":
-            handler.reply(416)
-        elif count == 2:
-            handler.rest(body=BODY + b"longer")
-        else:
-            handler.whole()
-
-    server.answer = answer
-    assert fetch(server.url + "/net.pkl") == BODY
-    assert server.ranges[2] is None
-
-
-def test_a_file_that_changed_meanwhile_is_fetched_anew(server: Server) -> None:
-    new = BODY[::-1]
-
-    def answer(handler: Handler, count: int) -> None:
-        if count == 1:
-            handler.whole(send=600_000, ETag='"v1"')
-        elif handler.headers["If-Range"] == '"v2"':
-            handler.rest(body=new)
-        else:
-            handler.whole(body=new, ETag='"v2"')
-
-    server.answer = answer
-    assert fetch(server.url + "/net.pkl") == new
+    assert server.asked == 2 and len(cached(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(server: Server, status: int) -> None:
     server.answer = lambda handler, count: handler.reply(status) if count < 4 else handler.whole()
     assert fetch(server.url + "/net.pkl") == BODY
-    assert len(server.ranges) == 4
+    assert server.asked == 4
 
 
 def test_a_server_without_lengths_is_believed(server: Server) -> None:
@@ -387,7 +336,7 @@ def test_a_broken_chunked_transfer_is_noticed(server: Server) -> None:
 
     server.answer = answer
     assert fetch(server.url + "/net.pkl") == BODY
-    assert len(server.ranges) == 2
+    assert server.asked == 2
 
 
 def test_truncated_for_good(server: Server, tmp_path: Path) -> None:
@@ -401,13 +350,14 @@ def test_truncated_for_good(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(404, "HTTP 404 Not Found; check the address"), (403, "HTTP 403"), (204, "HTTP 204")]
+    ("status", "words"),
+    [(404, "HTTP 404 Not Found; check the address"), (403, "HTTP 403 Forbidden; where"), (204, "HTTP 204")],
 )
 def test_an_answer_that_will_not_change_is_final(server: Server, tmp_path: Path, status: int, words: str) -> None:
     server.answer = lambda handler, count: handler.reply(status)
     with pytest.raises(UserError, match=re.escape(words)):
         fetch(server.url + "/net.pkl")
-    assert len(server.ranges) == 1 and cached(tmp_path) == []
+    assert server.asked == 1 and cached(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -418,7 +368,7 @@ def test_a_web_page_is_no_data_file(server: Server, tmp_path: Path, body: bytes,
     server.answer = lambda handler, count: handler.whole(body=body, Content_Type=content_type)
     with pytest.raises(UserError, match="is a web page"):
         fetch(server.url + "/net.pkl")
-    assert len(server.ranges) == 1 and cached(tmp_path) == []
+    assert server.asked == 1 and cached(tmp_path) == []
 
 
 def test_binary_data_mislabelled_as_html_is_fine(server: Server) -> None:
@@ -428,17 +378,161 @@ def test_binary_data_mislabelled_as_html_is_fine(server: Server) -> None:
 
 def test_redirects(server: Server) -> None:
     def answer(handler: Handler, count: int) -> None:
-        places = {"/once": "/net.pkl", "/loop": "/loop", "/file": "file:///etc/hostname", "/ftp": "ftp://127.0.0.1/x"}
-        place = places.get(handler.path)
+        place = {"/once": "/net.pkl", "/loop": "/loop"}.get(handler.path)
         handler.reply(302, Location=place) if place else handler.whole()
 
     server.answer = answer
     assert fetch(server.url + "/once") == BODY
     with pytest.raises(UserError, match="redirected more than 10 times"):
         fetch(server.url + "/loop")
-    for path in ("/file", "/ftp"):
-        with pytest.raises(UserError, match=r"not http\(s\)"):
-            fetch(server.url + path)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "file:///etc/hostname",
+        "ftp://127.0.0.1/x",
+        "http://[::1",
+        "http://127.0.0.1:99999/x",
+        f"http://{'a' * 70}.org/x?SECRET",
+    ],
+)
+def test_redirects_to_what_is_no_address(server: Server, place: str) -> None:
+    server.answer = lambda handler, count: handler.reply(302, Location=place)
+    with pytest.raises(
+        UserError, match=r"net\.pkl: leads to an address that is not http\(s\), or malformed: "
+    ) as caught:
+        fetch(server.url + "/net.pkl")
+    assert server.asked == 1 and len(str(caught.value)) < 300 and "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", ["", str(len(BODY) + 1), "9" * 5000])
+def test_a_download_has_a_largest_size(
+    server: Server, tmp_path: Path, length: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LIMITS, "JSON", len(BODY))
+    server.answer = lambda handler, count: handler.whole(body=BODY + b"x", Content_Length=length)
+    with pytest.raises(UserError, match=r"net\.pkl: larger than 1 MiB, the limit for JSON"):
+        fetch(server.url + "/net.pkl", kind="JSON")
+    assert server.asked == 1 and cached(tmp_path) == []
+
+
+def test_the_first_bytes_are_checked_before_the_rest_comes(server: Server, tmp_path: Path) -> None:
+    def answer(handler: Handler, count: int) -> None:
+        handler.reply(200, BODY, send=100_000)
+        received.wait(30)
+
+    def check(start: bytes) -> None:
+        received.set()
+        raise UserError(f"begins with {start[:2]!r}")
+
+    received = threading.Event()
+    server.answer = answer
+    with pytest.raises(UserError, match="begins with b"):
+        fetch(server.url + "/net.pkl", check=check)
+    assert received.is_set() and server.asked == 1 and cached(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["status line", "headers", "body"])
+def test_a_server_that_drips_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Every byte comes in time, and all together never."""
+
+    def answer(handler: Handler, count: int) -> None:
+        if where != "status line":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: " + (b"y\r\n\r\n" if where == "body" else b""))
+        for _ in range(200):
+            handler.wfile.write(b"x")
+            if done.wait(0.02):
+                return
+
+    done = threading.Event()
+    monkeypatch.setattr("dnnlib.util.MINUTE", 0.2)
+    server.answer = answer
+    try:
+        with pytest.raises(UserError, match=r"net\.pkl: download failed after 2 attempts: .* less than 1 kB/s"):
+            fetch(server.url + "/net.pkl", num_attempts=2)
+    finally:
+        done.set()
+    assert server.asked == 2
+
+
+def test_what_its_reader_found_cut_leaves_the_cache(server: Server, tmp_path: Path) -> None:
+    url = server.url + "/ref.npz?token=1"
+    for source in (url, str(tmp_path / "local.npz")):
+        Path(source).write_bytes(BODY) if source != url else fetch(url)
+        forget(source)
+    assert cached(tmp_path) == [] and (tmp_path / "local.npz").exists()
+    forget(url)  # nothing there: nothing to do
+    assert fetch(url) == BODY and server.asked == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Secrets in addresses
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("https://me:SE@CRET@host.org:81/a b/n.pkl?token=SECRET with more#SECRET", "https://host.org:81/a b/n.pkl"),
+        ("HTTP://SECRET@host.org", "HTTP://host.org"),
+        ("--network=http://host.org/a@b.pkl?SECRET", "--network=http://host.org/a@b.pkl"),
+        ("s3://KEY:SECRET@bucket/n.pkl", "s3://bucket/n.pkl"),
+        ("folder/a@b?.pkl", "folder/a@b?.pkl"),
+        ("file:///folder/a@b?c#d.pkl", "file:///folder/a@b?c#d.pkl"),
+        ("C:\\nets\\x?.pkl", "C:\\nets\\x?.pkl"),
+    ],
+)
+def test_public_url(source: str, shown: str) -> None:
+    assert public_url(source) == shown
+    assert without_secrets(f"a {shown}: 'x' ({shown}), or {shown}.") == f"a {shown}: 'x' ({shown}), or {shown}."
+
+
+def test_secrets_leave_a_text_and_its_words_stay() -> None:
+    text = "http://me:SECRET@h/n.pkl?t=SECRET: failed ('https://h/?SECRET'), see http://h/SECRET#no."
+    assert without_secrets(text) == "http://h/n.pkl: failed ('https://h/'), see http://h/SECRET."
+
+
+@pytest.mark.parametrize("kind", ["refused", "redirected", "404", "html", "cut", "header"])
+def test_a_download_shows_no_secret(
+    server: Server, kind: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(handler: Handler, count: int) -> None:
+        if kind == "redirected":
+            handler.reply(302, Location="http://me:SECRET@[::1/?token=SECRET")
+        elif kind == "header":  # which urllib3 would report with the whole address
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nbroken\r\nX: y\r\n\r\n<html>")
+        else:
+            body = b"<html>" if kind == "html" else BODY
+            handler.reply(404 if kind == "404" else 200, body, send=100 if kind == "cut" else None)
+
+    server.answer = answer
+    host = server.url.removeprefix("http://") if kind != "refused" else "127.0.0.1:9"
+    monkeypatch.setenv("EDM_DEBUG", "1")
+    command = cli.command(name="x")(
+        lambda: open_url(f"http://me:SECRET@{host}/n.pkl?t=SECRET", num_attempts=1, pause=0)
+    )
+    assert cli.run(command, []) == 1
+    out, err = capfd.readouterr()
+    assert f"http://{host}/n.pkl" in err and "Traceback" in err and "SECRET" not in out + err
+
+
+def test_an_option_with_a_secret_is_noted_and_kept_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @cli.command(name="x")
+    @click.option("--ref")
+    @click.option("--network")
+    def command(ref: str, network: str) -> None:
+        used.append(ref)
+        kept.append(cli.given(click.get_current_context()))
+
+    used, kept = [], []  # type: ignore[var-annotated]
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert cli.run(command, ["--ref=http://h/x?SECRET", "--network=http://h/y"]) == 0
+    assert used == ["http://h/x?SECRET"] * 2 and kept == [{"ref": "http://h/x", "network": "http://h/y"}] * 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Note: --ref=http://h/x: ") and "SECRET" not in line
 
 
 def test_unreachable_host(server: Server, tmp_path: Path) -> None:
@@ -505,19 +599,124 @@ def test_progress_goes_to_standard_error_of_rank_0(
     assert out == "" and "a.pkl" in err and "b.pkl" not in err
 
 
-def test_a_folder_is_held_against_other_programs(tmp_path):
-    code = "import sys; from dnnlib.atomic import locked\nwith locked(sys.argv[1]): print('in', flush=True); sys.stdin.read()"
-    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+@pytest.fixture(params=["folder", "file"])
+def lock(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], AbstractContextManager[None]]:
+    """`locked` and `locked_file`, of one place, given the patience."""
+    return partial(locked if request.param == "folder" else locked_file, tmp_path / "place")
+
+
+Lock = Callable[[float], AbstractContextManager[None]]
+
+
+def is_free(lock: Lock, patience: float = 0) -> bool:
+    try:
+        with lock(patience):
+            return True
+    except UserError as exc:
+        assert re.fullmatch(r".*/place: another process is at work (there|on it); wait for it, or stop it", str(exc))
+        return False
+
+
+def test_a_lock_is_for_one_thread_of_one_process_at_a_time(lock: Lock, tmp_path: Path) -> None:
+    with lock(0):
+        results: list[bool] = []
+        thread = threading.Thread(target=lambda: results.append(is_free(lock)))
+        thread.start()
+        thread.join()
+        assert results == [False] and not is_free(lock, 0.1)
+        with locked(tmp_path / "elsewhere", patience=0):
+            pass
+    assert is_free(lock)
+
+
+@pytest.mark.parametrize("kind", ["locked", "locked_file"])
+def test_a_lock_ends_with_its_process(tmp_path: Path, kind: str) -> None:
+    """However it ends, and whatever children it leaves; a file of another lock that is left over is no obstacle."""
+    code = """if True:
+        import os, sys, time
+        from dnnlib.atomic import locked, locked_file
+        with LOCK(sys.argv[1], 0):
+            if os.fork() == 0:
+                os.close(1)
+                time.sleep(60)
+                os._exit(0)
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+            print("in", flush=True)
+            sys.stdin.read()""".replace("LOCK", kind)
+    words = [sys.executable, "-c", code, str(tmp_path / "place")]
     root = Path(__file__).parent.parent
-    other = subprocess.Popen(words, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "in\n"
-    with pytest.raises(UserError, match="another process is at work there"), locked(tmp_path / "run", patience=0.2):
-        raise AssertionError("two at once")
-    with locked(tmp_path / "elsewhere"):  # is another matter
-        pass
-    other.kill()
-    other.wait()
-    with locked(tmp_path / "run", patience=5):  # a killed process holds nothing
-        pass
-    with locked(tmp_path / "run", patience=0):  # nor does one that is done
-        pass
+    lock = partial(locked if kind == "locked" else locked_file, tmp_path / "place")
+    with subprocess.Popen(words, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "in\n"
+        children = psutil.Process(other.pid).children()
+        try:
+            assert not is_free(lock)
+            other.kill()
+            other.wait()
+            assert is_free(lock, 5) and len(children) == 1 and children[0].is_running()
+        finally:
+            for child in children:
+                child.kill()
+
+
+def test_the_lock_of_a_file_is_gone_afterwards_and_a_waiting_process_gets_a_new_one(tmp_path: Path) -> None:
+    inside: list[str] = []
+
+    def work(name: str) -> None:
+        with locked_file(tmp_path / "x.zip", 30):
+            inside.append(name)
+            assert len(inside) == 1
+            time.sleep(0.02)
+            inside.remove(name)
+            done.append(name)
+
+    done: list[str] = []
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcde"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == list("abcde") and list(tmp_path.iterdir()) == []
+
+
+def test_no_link_is_followed_to_a_lock(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place/.lock").symlink_to(tmp_path / "other")
+    command = cli.command(name="x")(lambda: locked(tmp_path / "place", 0).__enter__())
+    assert cli.run(command, []) == 1 and not (tmp_path / "other").exists()
+
+
+def test_a_pipe_in_the_place_of_a_lock_stops_nobody(lock: Lock, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    os.mkfifo(tmp_path / "place/.lock")
+    assert is_free(lock)
+
+
+def test_a_file_system_without_locks_is_named(
+    lock: Lock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert is_free(lock)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Warning: ") and "place" in line and "no locks here (Function not implemented)" in line
+
+
+def test_a_folder_that_takes_no_lock_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def readonly(path: object, *args: object, **kwargs: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    command = cli.command(name="x")(lambda: locked(tmp_path, 0).__enter__())
+    monkeypatch.setattr("os.open", readonly)
+    assert cli.run(command, []) == 1
+    assert capsys.readouterr().err == f"x.py: error: Read-only file system: {tmp_path}/.lock\n"

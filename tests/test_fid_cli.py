@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import os
 import pickle
 import shlex
 import subprocess
 import sys
-import threading
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -220,22 +217,24 @@ def test_missing_inception(place, capsys, tmp_path, monkeypatch):
     refused(capsys, 1, "instead of 6726825d", *make, weights)
 
 
-def test_reference_from_a_url(place, capsys):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(place))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            address = f"http://127.0.0.1:{server.server_port}"
-            args = ("calc", f"--images={place}/other.zip", "--num=150", f"--detector={address}/detector.pt")
-            status, out, _ = run(capsys, *args, f"--ref={address}/ref.npz")
-            assert status == 0
-            assert run(capsys, *args, f"--ref={place}/ref.npz")[1] == out
-            assert run(capsys, *args, f"--ref={address}/none.npz")[0] == 1
-        finally:
-            server.shutdown()
+def test_reference_from_a_url(place, capsys, server):
+    """What came cut off, or is another file, is not kept: the next start fetches it anew."""
+    names = ("ref.npz", "detector.pt")
+    whole = {f"/{name}": (place / name).read_bytes() for name in names}
+    left = {path: [b"what is this?", data[: len(data) // 2], data] for path, data in whole.items()}
+    server.answer = lambda handler, count: handler.whole(body=left[handler.path].pop(0), Content_Length="")
+    ref, detector = (f"{server.url}/{name}" for name in names)
+    args = ("calc", f"--images={place}/other.zip", "--num=150", f"--detector={detector}")
+    for message in (
+        f"{ref}: does not begin as statistics",
+        f"{ref}: not a readable npz file",
+        f"{detector}: does not begin as a detector",
+        f"{detector}: not a detector file",
+    ):
+        status, _, err = run(capsys, *args, f"--ref={ref}")
+        assert status == 1 and message in err
+    status, out, _ = run(capsys, *args, f"--ref={ref}")
+    assert status == 0 and run(capsys, *args, f"--ref={place}/ref.npz")[1] == out and server.asked == 6
 
 
 def test_detector_command(place, capsys):

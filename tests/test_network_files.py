@@ -7,7 +7,6 @@ writer. Their "source text" is a trap: it makes a file if anything ever runs it.
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -18,10 +17,8 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 import types
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from torch import nn
 
 from dnnlib import EasyDict
 from dnnlib.cli import UserError
+from test_dnnlib import Server
 from torch_utils import persistence
 from training import network_files, networks
 from training.grids import NoiseGrid, Sampling, network_grid
@@ -356,31 +354,22 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url(tmp_path: Path, server: Server) -> None:
     data = edm_file(tmp_path / "net.pkl")
-    (tmp_path / "page.pkl").write_bytes(b"<!DOCTYPE html><p>please log in")
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "*")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{server.server_address[1]}"
-            file = load_network(url + "/net.pkl")
-            assert file.source == url + "/net.pkl"
-            assert_golden(file.net, data, "EDMPrecond")
-            for name, words in (("/none.pkl", "HTTP 404"), ("/page.pkl", "web page")):
-                with pytest.raises(UserError, match=words):
-                    load_network(url + name)
-        finally:
-            server.shutdown()
-            thread.join()
-    assert_golden(load_network(url + "/net.pkl").net, data, "EDMPrecond")  # from the cache
+    pages = {"/net.pkl?a=SECRET": (tmp_path / "net.pkl").read_bytes(), "/page.pkl": b"<!DOCTYPE html><p>please log in"}
+    pages["/set.zip"] = b"PK\x03\x04" + bytes(1000)
+    server.answer = lambda handler, count: handler.reply(
+        200 if handler.path in pages else 404, pages.get(handler.path, b"")
+    )
+    file = load_network(server.url + "/net.pkl?a=SECRET")
+    assert file.source == server.url + "/net.pkl"
+    assert_golden(file.net, data, "EDMPrecond")
+    for name, words in (("/none.pkl", "HTTP 404"), ("/page.pkl", "web page"), ("/set.zip", "is an archive")):
+        with pytest.raises(UserError, match=rf"http.*{name}: .*{words}"):
+            load_network(server.url + name)
+    assert server.asked == 4 and len(list((tmp_path / "cache/downloads").iterdir())) == 1
+    assert_golden(load_network(server.url + "/net.pkl?a=SECRET").net, data, "EDMPrecond")  # from the cache
+    assert server.asked == 4
 
 
 def test_a_file_that_changes_while_it_is_read_has_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,36 +388,19 @@ def test_a_file_that_changes_while_it_is_read_has_no_hash(tmp_path: Path, monkey
         _ = load_network(path).sha256
 
 
-def test_a_download_that_was_cut_off_unnoticed_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_was_cut_off_unnoticed_is_not_kept(tmp_path: Path, server: Server) -> None:
     """A server that gives no length can break off without anybody seeing: the content tells, and the next try fetches."""
     edm_file(tmp_path / "net.pkl")
     whole = (tmp_path / "net.pkl").read_bytes()
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "*")
-    answers = [whole[: len(whole) // 2], whole]
-
-    class NoLength(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(answers.pop(0))
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoLength) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{server.server_address[1]}/net.pkl"
-            with pytest.raises(UserError, match="is cut off"):
-                load_network(url)
-            assert not list((tmp_path / "cache").rglob("*.pkl"))
-            assert load_network(url).sha256 == hashlib.sha256(whole).hexdigest() == load_network(url).sha256
-        finally:
-            server.shutdown()
-            thread.join()
-    assert not answers
+    server.answer = lambda handler, count: handler.whole(len(whole) // count, whole, Content_Length="")
+    server.asked = 1  # so that half of it comes first
+    url = f"{server.url}/net.pkl"
+    with pytest.raises(UserError, match="is cut off"):
+        load_network(url)
+    assert not list((tmp_path / "cache").rglob("*.pkl"))
+    server.asked = 0
+    assert load_network(url).sha256 == hashlib.sha256(whole).hexdigest() == load_network(url).sha256
+    assert server.asked == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dnnlib.errors import public_url
 from dnnlib.version import git_revision
 
 from . import distributed as dist
@@ -21,7 +22,7 @@ def describe_environment() -> dict[str, Any]:
     device = dist.device()
     gpu = device.type == "cuda"
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(public_url, sys.argv[1:])]),
         "git_revision": git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,

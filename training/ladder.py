@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.atomic import atomic_write, check_no_link, locked, write_text
-from dnnlib.cli import UsageError, UserError
+from dnnlib.errors import UsageError, UserError, public_url
 from dnnlib.util import count, read_json
 from torch_utils import distributed as dist
 
@@ -94,7 +94,7 @@ class Ladder:
         num_steps = options.num_steps or (self.teacher.sampling.grid.steps if self.teacher.sampling else None)
         if num_steps is None:
             raise UsageError(
-                f"--num_steps is needed: {stage_options.transfer} is undistilled and has no noise grid of its own"
+                f"--num_steps is needed: {self.teacher.source} is undistilled and has no noise grid of its own"
             )
         self.ratios = plan_ladder(num_steps, options.until, options.ratios)
         self.chain = [num_steps]
@@ -258,7 +258,7 @@ class Ladder:
             self.base,
             outdir=str(self.stage_dir(index)),
             nosubdir=True,
-            transfer=str(teacher.source),
+            transfer=str(teacher.source) if index else self.base.transfer,
             num_steps=self.chain[index],
             ratio=self.ratios[index],
             teacher_solver=self.base.teacher_solver if index == 0 else None,
@@ -434,7 +434,7 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
     if last.fd is not None and ladder.options.eval_num < FID_IMAGES:
         distance = [*launched("fid.py"), "gen", student, f"--ref={ladder.measuring.reference_source}", *drawn]
         if ladder.options.detector != "inception":
-            distance.append(f"--detector={ladder.options.detector}")
+            distance.append(f"--detector={public_url(ladder.options.detector)}")
         commands.append((f"its distance by {FID_IMAGES} images, as is the custom", distance))
     return [(title, shlex.join(words)) for title, words in commands]
 

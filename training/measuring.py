@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dnnlib.atomic import atomic_write, write_text
-from dnnlib.cli import UserError
-from dnnlib.util import count, is_cached, open_file, open_url, read_json
+from dnnlib.errors import UserError, public_url
+from dnnlib.util import cache_path, count, open_file, open_url, read_json
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import (
@@ -134,7 +134,7 @@ class Measuring:
             self.reference_id = hashlib.sha256(given.mu.tobytes() + given.sigma.tobytes()).hexdigest()
         else:
             self.reference_id = str(config.extras["data_fingerprint"])
-        self.reference, self.reference_source = given, ref
+        self.reference, self.reference_source = given, ref and public_url(ref)
         self.labels: Labels | None = None  # vectors to draw from, where the data set has no classes
         if config.dataset_kwargs["use_labels"]:
             dataset = ImageFolderDataset(self.data, use_labels=True)
@@ -371,7 +371,7 @@ class Past:
         inception = options.detector == "inception"
         own = detectors.INCEPTION if inception else detectors.load_detector(options.detector, dist.device()).id
         self.detectors: list[str | None] = [own]
-        if inception and not is_cached(detectors.INCEPTION_URL):  # then distances may have been done without
+        if inception and not Path(cache_path(detectors.INCEPTION_URL)).exists():  # distances may be lacking
             self.detectors.append(None)
         if options.ref is not None:
             check_same_detector(own, load_reference(options.ref).detector_id)
@@ -433,7 +433,7 @@ def try_inception() -> str | None:
     Gives up within seconds where there is no network: a ladder can do without.
     """
     try:
-        open_url(detectors.INCEPTION_URL, return_filename=True, timeout=PATIENCE)
+        open_url(detectors.INCEPTION_URL, return_filename=True, timeout=PATIENCE, kind="a detector")
     except UserError as exc:
         return f"the Inception weights can't be had ({exc})"
     return None

@@ -14,7 +14,6 @@ text: class_name, init_args, init_kwargs, attributes (those set after constructi
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import inspect
@@ -40,8 +39,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dnnlib.atomic import atomic_write
-from dnnlib.errors import UserError, printable
-from dnnlib.util import count, is_url, open_file, open_url
+from dnnlib.errors import UserError, printable, public_url
+from dnnlib.util import count, forget, open_url
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.misc import load_tensors, save_tensors
@@ -103,7 +102,7 @@ class NetworkFile:
     net             eval mode, requires_grad off, on the CPU, float32
     sampling        noise grid and solver of a distilled network, else None
     digest          SHA-256 of the file, in hexadecimal, or a promise of it: `sha256` waits for that
-    source          path or URL as it was given
+    source          path, or URL without user name, password and query
     dataset_kwargs  options of the data set it was trained on, if the file says
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
     format          what kind of file it was found to be: FORMATS
@@ -175,23 +174,20 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
     it was written with, is unknown here.
     Raises UserError, naming the file, for anything that is no such file or doesn't fit together.
     """
-    source = os.fspath(path_or_url)
+    source = public_url(os.fspath(path_or_url))
     if os.path.isdir(source):
         raise UserError(f"{source}: is a folder, a file is needed{_network_in(Path(source))}")
-    path = open_url(source, return_filename=True)
-    with open_file(path, "a network") as file:
-        try:
+    try:
+        with open_url(path_or_url, check=_check_start) as file:
             start = file.read(1024)
             _check_start(start)
             data = _contents(file, start)
             return _understand(data, source, _hash(file, data, source), trust_network_code)
-        except ForeignNetworkError:
-            raise
-        except (UserError, ContentError) as exc:
-            if is_url(source):  # cut off by a server that gave no length, say: the next try downloads it again
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            raise exc if isinstance(exc, UserError) else UserError(f"{source}: {exc}") from exc
+    except ForeignNetworkError:
+        raise
+    except (UserError, ContentError) as exc:
+        forget(os.fspath(path_or_url))  # cut off by a server that gave no length, say
+        raise exc if isinstance(exc, UserError) else UserError(f"{source}: {exc}") from exc
 
 
 def _network_in(folder: Path) -> str:
@@ -338,7 +334,7 @@ def _read(data: Buffer) -> _Content:
 
 def _check_start(start: bytes) -> None:
     """Refuses what the first bytes show to be no network, before gigabytes of it are read. Raises ContentError."""
-    text = start.lstrip().lower()
+    text = start[:1024].lstrip().lower()
     if not start:
         raise ContentError("is empty")
     if text.startswith((b"<!doctype html", b"<html")):

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from dnnlib import cli
-from dnnlib.cli import UsageError, UserError
+from dnnlib.errors import UsageError, UserError, public_url
 
 from .config import ARCHITECTURES, PRECONDS, Kwargs, check_batch, differences, plain
 from .steps import check_steps
@@ -191,7 +191,8 @@ def given(options: Options) -> Kwargs:
     """The options that differ from their defaults, as a file tells them. Not `resume`: that is about one start."""
     values = {each.name: getattr(options, each.name) for each in fields(Options) if each.name != "resume"}
     defaults = {each.name: each.default for each in fields(Options) if each.default is not MISSING}
-    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    told = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    return {name: public_url(value) if isinstance(value, str) else value for name, value in told.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -172,14 +172,16 @@ def prepare(options: Options) -> Run:
             _check_foreign(options, stage)
     elif teacher is not None and teacher.sampling is not None:
         raise UsageError(
-            f"--transfer={options.transfer} is a distilled network; only --precond=edm_distillation takes those"
+            f"--transfer={teacher.source} is a distilled network; only --precond=edm_distillation takes those"
         )
     _check_apart(options)
     cond = bool(options.cond) if options.cond is not None or stage is None else stage.teacher.net.label_dim > 0
     dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
     if stage is not None and options.cond is False and stage.teacher.net.label_dim > 0:
         classes = stage.teacher.net.label_dim
-        raise UserError(f"--cond=0, but {options.transfer} has {classes} classes, and so has its student; leave it out")
+        raise UserError(
+            f"--cond=0, but {stage.teacher.source} has {classes} classes, and so has its student; leave it out"
+        )
     asked_for = stage is None or stage.teacher.net.label_dim == 0  # otherwise it is the teacher that wants labels
     if cond and not dataset.has_labels and asked_for:
         raise UserError(
@@ -187,7 +189,7 @@ def prepare(options: Options) -> Run:
         )
     if stage is not None:
         check_compatible(
-            stage.teacher.net, dataset.resolution, dataset.num_channels, dataset.label_dim, str(options.transfer)
+            stage.teacher.net, dataset.resolution, dataset.num_channels, dataset.label_dim, stage.teacher.source
         )
         if not stage.teacher.own_code:
             _check_architecture(options, stage.teacher.net)
@@ -285,7 +287,7 @@ def _config(
         save_every_min=options.save_every,
         tensorboard=options.tensorboard,
         wandb=options.wandb,
-        transfer=options.transfer,
+        transfer=transfer.source if transfer else None,
         transfer_sha256=transfer.sha256 if transfer else None,
         distillation=describe_distillation(stage) if stage else None,
         trust_network_code=options.trust_network_code,
