@@ -40,7 +40,7 @@ from torch.overrides import TorchFunctionMode
 
 from dnnlib.atomic import atomic_write
 from dnnlib.errors import UserError, printable, public_url
-from dnnlib.util import count, forget, open_url
+from dnnlib.util import count, forget, forgotten_if_bad, open_url
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.misc import load_tensors, save_tensors
@@ -805,14 +805,13 @@ def convert_network(file: NetworkFile, path: str | os.PathLike[str], *, half: bo
 
 def with_weights(like: NetworkFile, source: str) -> NetworkFile:
     """`like` with the weights of a bare state dict, as `convert_network` or torch.save writes it. Raises UserError."""
-    path = open_url(source, return_filename=True)
-    try:
-        with open_file(path) as file:
+    with forgotten_if_bad(source), open_url(source) as file:
+        try:
             tensors = load_tensors(file)
-    except OSError:
-        raise
-    except Exception as exc:  # torch.load has a different one for every way in which a file can be wrong
-        raise UserError(f"{source}: is no state dict that torch.save wrote ({type(exc).__name__})") from exc
+        except OSError:
+            raise
+        except Exception as exc:  # torch.load has a different one for every way in which a file can be wrong
+            raise UserError(f"{source}: is no state dict that torch.save wrote ({type(exc).__name__})") from exc
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{source}: is no bare state dict (name -> tensor), as --like needs it")
     net = copy.deepcopy(like.net)
@@ -822,7 +821,7 @@ def with_weights(like: NetworkFile, source: str) -> NetworkFile:
         _fill(net, {str(name): list(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
     except ForeignError as exc:
         raise UserError(f"{source}: {exc} ({like.source})") from exc
-    return replace(like, net=net.eval().requires_grad_(False), source=source, half=half)
+    return replace(like, net=net.eval().requires_grad_(False), source=public_url(source), half=half)
 
 
 def _write_checked(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -> None:
