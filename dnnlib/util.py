@@ -106,7 +106,7 @@ def make_cache_dir_path(*paths: str) -> str:
 
 def cache_path(url: str, folder: str | None = None) -> str:
     """The file that keeps the content of a URL: in `folder`, or in `downloads` below `make_cache_dir_path()`."""
-    key = hashlib.md5(url.encode("utf-8"), usedforsecurity=False).hexdigest()
+    key = hashlib.md5(url.encode("utf-8", "backslashreplace"), usedforsecurity=False).hexdigest()
     name = re.sub(r"[^0-9a-zA-Z._-]", "_", _base(url))[-128:]
     return os.path.join(folder or make_cache_dir_path("downloads"), f"{key}_{name}")
 

@@ -545,6 +545,15 @@ def test_unreachable_host(server: Server, tmp_path: Path) -> None:
     assert cached(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "host", ["a" * 70 + ".org", "127.0.0.1:99999", "127.0.0.1:x", "127.0.0.1:9\udcff", "h\x00.org"]
+)
+def test_an_address_that_cannot_be(tmp_path: Path, host: str) -> None:
+    with pytest.raises(UserError, match=r"net\.pkl: .*malformed") as caught:
+        fetch(f"http://{host}/net.pkl?SECRET", cache_dir=str(tmp_path / "cache/downloads"), num_attempts=1)
+    assert cached(tmp_path) == [] and len(str(caught.value)) < 300 and "SECRET" not in str(caught.value)
+
+
 def test_unknown_host(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*args: object, **kwargs: object) -> object:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
