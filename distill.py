@@ -41,7 +41,7 @@ POSITIVE = cli.Number(min=0, min_open=True)
     "--ratio",
     help="Teacher steps per student step, for all stages or each",
     metavar="LIST",
-    type=cli.IntList(),
+    type=cli.IntList(2, 100_000),
     default="2",
 )
 @click.option(
@@ -101,7 +101,12 @@ POSITIVE = cli.Number(min=0, min_open=True)
 @click.option("--seed", help="Random seed", metavar="INT", type=cli.Whole(min=0), default=0)
 @cli.section("Measuring")
 @click.option("--ref", help="Reference statistics  [default: computed from --data]", metavar="NPZ|URL")
-@click.option("--detector", help="Features for the Fréchet distance", metavar="inception|FILE", default="inception")
+@click.option(
+    "--detector",
+    help="Features for the Fréchet distance; none: endpoint_rmse alone",
+    metavar="inception|none|FILE",
+    default="inception",
+)
 @click.option(
     "--eval-num",
     help="Images that measure a rung (endpoint_rmse: the first 2048)",
@@ -220,7 +225,9 @@ def command(
         eval_sets=eval_sets,
         curve=curve,
         stop_if_worse=stop_if_worse,
-        command_line=cli.given(click.get_current_context()),
+        command_line={
+            k: v for k, v in cli.given(click.get_current_context()).items() if k not in cli.COMMAND_LINE_ONLY
+        },
     )
     ladder = Ladder(stages, options)
     if dry_run:

@@ -45,7 +45,7 @@ NAMES = cli.Choice
 @click.option("--transfer", help="Teacher, or weights to start from", metavar="PATH|URL")
 @cli.config_option(options_of_file)
 @cli.section("Distillation")
-@click.option("--num_steps", help="Teacher's sampling steps; the student gets N / ratio", metavar="N", type=int)
+@click.option("--num_steps", help="Teacher's sampling steps; the student gets N / ratio", metavar="N", type=cli.Whole())
 @click.option("--ratio", help="Teacher steps per student step", metavar="INT", type=cli.Whole(min=2), default=2)
 @click.option(
     "--teacher-solver",
@@ -209,22 +209,16 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
 
     run = setup.prepare(options)
 
-    def tell() -> None:
-        dist.print0()
-        dist.print0("Training options:")
-        dist.print0(json.dumps(run.config.to_options(), indent=2))
-        dist.print0()
-        run.announce()
-
     if dry_run:
         found = setup.find_state(options, run)
-        tell()
+        dist.print0(f"\nTraining options:\n{json.dumps(run.config.to_options(), indent=2)}\n")
+        run.announce()
         for line in costs.describe_cost(run):
             dist.print0(line)
         dist.print0(f"Would {describe_start(found, run.config.total_nimg)}")
         dist.print0("Dry run; exiting.")
     else:
-        snapshot = setup.train(options, run, tell=tell)
+        snapshot = setup.train(options, run, tell=run.announce)
         for line in next_steps.describe_end(options, run, snapshot):
             dist.print0(line)
     dist.shutdown()

@@ -46,6 +46,8 @@ except ModuleNotFoundError as missing:
     sys.exit(f"{os.path.basename(sys.argv[0])}: error: {missing_package(missing)}")
 
 MAX_CLASSES = 1_000_000  # to choose from
+COMMAND_LINE_ONLY = frozenset(("trust_network_code",))  # options that lower a guard: no --config switches them on
+LARGEST = 2**63  # a number on the command line stays below it
 MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
 
 
@@ -111,16 +113,22 @@ class Command(click.Command):
         self.params.append(_version_option())
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does; then text that is empty, of a shell's variable that isn't set perhaps, is refused by name."""
+        """As click does; then empty text, of a shell's variable that isn't set perhaps, is refused by name, and a URL
+        that a --config names is printed, before anything is fetched."""
         rest = super().parse_args(ctx, args)
         values = {} if ctx.resilient_parsing else given(ctx)
         for param in self.params:
             name, value = max(param.opts, key=len), values.get(str(param.name))
             if value == "":
                 raise UsageError(f"{name} is empty; write {name}={param.metavar or 'VALUE'}")
-            if value is not None and value != ctx.params[str(param.name)] and os.environ.get("RANK", "0") == "0":
+            if os.environ.get("RANK", "0") != "0":
+                continue
+            if value is not None and value != ctx.params[str(param.name)]:
                 note = "the rest of the address is neither shown nor kept in files; with --config, give it again"
                 print(f"Note: {name}={value}: {note}", file=sys.stderr)
+            source = ctx.get_parameter_source(str(param.name))
+            if source is click.core.ParameterSource.DEFAULT_MAP and "://" in str(value):
+                print(f"From --config: {name}={printable(value)}", flush=True)
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -198,10 +206,12 @@ def given(ctx: click.Context) -> dict[str, Any]:
 
 
 def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, str]:
-    """The values of a --config file as they would be typed. Raises UserError or UsageError for what is no option."""
+    """The values of a --config file as they would be typed. Raises UserError or UsageError for what is no option, or
+    one of COMMAND_LINE_ONLY."""
+    from .util import read_file
+
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(read_file(path, "JSON"))
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
         values = read(content)
@@ -211,6 +221,14 @@ def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[
         raise UserError(f"--config={path}: can't be used: {exc}") from exc
     except OSError as exc:
         raise UserError(f"--config={path}: {exc.strerror or exc}") from exc
+    except UserError as exc:
+        raise UserError(f"--config={exc}") from exc
+    for name in COMMAND_LINE_ONLY.intersection(values):
+        typed_as = f"--{name.replace('_', '-')}"
+        raise UsageError(
+            f"--config={path}: it sets '{name}', which only the command line may; remove it from the file, and type "
+            f"{typed_as} if that is what you want"
+        )
     params = {str(param.name): param for param in ctx.command.params if param.expose_value}
     typed = {}
     for name, value in values.items():
@@ -417,14 +435,14 @@ def _fail(prog: str, message: str, status: int, exc: BaseException) -> int:
         sys.stdout.flush()
     except OSError:  # its reader is gone or its disk full: Python would try again at exit, and say so in many lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print_error(prog, message)
+    print_error(prog, message, "" if isinstance(exc, (Stopped, KeyboardInterrupt)) else "error: ")
     return status
 
 
-def print_error(prog: str, message: str) -> None:
+def print_error(prog: str, message: str, kind: str = "error: ") -> None:
     """The one line on standard error, with the rank of a process that isn't alone."""
     rank = f" [rank {os.environ.get('RANK', '?')}]" if _launched() else ""
-    sys.stderr.write(f"{prog}{rank}: error: {printable(message)}\n")  # at once: print() would let others between
+    sys.stderr.write(f"{prog}{rank}: {kind}{printable(message)}\n")  # at once: print() would let others between
     sys.stderr.flush()
 
 
@@ -443,13 +461,20 @@ def _debugging() -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kinds of values. Their names complete the sentence "'abc' is not a valid ...".
+# Kinds of values. LARGEST bounds every number, so that none overflows in what is computed from it.
+# Their names complete the sentence "'abc' is not a valid ...".
 
 
 class Whole(click.IntRange):
-    """A whole number within bounds."""
+    """A whole number within bounds, of 64 bits at most."""
 
     name = "whole number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number is not None and abs(number) >= LARGEST:
+            self.fail(f"'{value}' is too large a number", param, ctx)
+        return number
 
 
 class WholeOrAuto(Whole):
@@ -465,7 +490,7 @@ class WholeOrAuto(Whole):
 
 
 class Number(click.FloatRange):
-    """A finite number within bounds; with `infinite`, 'inf' is one too."""
+    """A finite number within bounds, below LARGEST; with `infinite`, 'inf' is one too."""
 
     name = "number"
 
@@ -477,6 +502,8 @@ class Number(click.FloatRange):
         number = float(super().convert(value, param, ctx))
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
             self.fail(f"'{value}' is not a finite number", param, ctx)
+        if LARGEST <= abs(number) < math.inf:
+            self.fail(f"'{value}' is too large a number", param, ctx)
         return number
 
 
@@ -604,6 +631,6 @@ class FloatList(click.ParamType):
             values = [float(part) for part in str(value).split(",")] if isinstance(value, str) else list(value)
         except ValueError:
             values = []
-        if not values or not all(0 < number < float("inf") for number in values):
+        if not values or not all(0 < number < LARGEST for number in values):
             self.fail(f"'{value}' is not a list of positive numbers such as 20 or 10,10,20", param, ctx)
         return values

@@ -206,7 +206,7 @@ def test_near_misses_are_answered(module: Any, args: list[str], words: str, caps
     ("args", "words"),
     [
         (["--precond=edm_distillation"], "needs a teacher"),
-        (["--num_steps=4"], "belong to --precond=edm_distillation"),
+        (["--num_steps=4"], "error: --num_steps belongs to --precond=edm_distillation"),
         (["--precond=edm_distillation", "--transfer=x", "--num_steps=5"], "not divisible by --ratio=2"),
         (["--batch=9", "--batch-gpu=2"], "does not divide"),
         (["--wandb"], "--wandb needs the package wandb: pip install wandb"),
@@ -227,6 +227,38 @@ def test_contradictions_are_answered_before_torch_is_loaded(args: list[str], wor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --config
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--ratio=4"], "error: --ratio belongs to --precond=edm_distillation"),
+        (["--weighting=edm", "--ratio=4"], "error: --ratio and --weighting belong to --precond=edm_distillation"),
+        (["--targets=1", "--num_steps=4", "--self-teacher"], "--num_steps, --self-teacher and --targets belong to"),
+        (["--precond=vp", "--p-std=1"], "error: --p-std belongs to --precond=edm"),
+        (["--precond=vp", "--p-mean=0", "--sigma-data=1"], "error: --p-mean and --sigma-data belong to --precond=edm"),
+        (["--precond=edm_distillation", "--transfer=x", "--p-std=1"], "error: --p-std has no meaning in distillation"),
+        (["--tick=1e308"], "Invalid value for '--tick': '1e308' is too large a number"),
+        (["--seed=1" + 30 * "0"], "is too large a number"),
+        (["--duration=1e300"], "'--duration': 1e+300 is not in the range"),
+        (["--batch=1000000000"], "'--batch': 1000000000 is not in the range"),
+        (["--workers=1000000000"], "'--workers': 1000000000 is not in the range"),
+    ],
+)
+def test_options_are_refused_by_name(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, error = fails(capsys, train, "--outdir=o", "--data=d", *args)
+    assert status == 2 and words in error
+
+
+@pytest.mark.parametrize(
+    "arg",
+    ["--duration=1e300", "--lr=1e300", "--eval-num=1" + 30 * "0", "--eval-num=9999999999999", "--ratio=2-9999999"],
+)
+def test_extreme_options_of_a_ladder(arg: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_network(tmp_path / "net.pkl", small_network())
+    files = ["--data=d.zip", f"--outdir={tmp_path / 'o'}", f"--transfer={tmp_path / 'net.pkl'}"]
+    status, error = fails(capsys, distill, *files, "--num_steps=4", "--device=cpu", arg)
+    assert status == 2 and "--" + arg[2:].partition("=")[0] in error
 
 
 def printed_options(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -336,6 +368,41 @@ def test_config_files_that_cannot_be_used(
     )
     found, error = fails(capsys, train, f"--config={path}")
     assert (found, words in error) == (status, True), error
+
+
+def test_config_lowers_no_guard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does this program write a file that would; and what a file has fetched is printed first."""
+    data = make_dataset(tmp_path / "data.zip")
+    config = tmp_path / "options.json"
+    for module in (train, distill):
+        for value in (True, "yes", False):
+            config.write_text(json.dumps({COMMAND_LINE: {"data": str(data), "trust_network_code": value}}))
+            status, error = fails(capsys, module, f"--config={config}", "--outdir=o", "--trust-network-code", "-n")
+            assert status == 2 and "it sets 'trust_network_code', which only the command line may" in error
+        url = "http://127.0.0.1:1/net.pkl"
+        monkeypatch.setattr("training.setup.load_network", lambda *_, **__: print("fetched") or 1 / 0)
+        config.write_text(json.dumps({COMMAND_LINE: {"data": str(data), "transfer": url}}))
+        args = [f"--config={config}", f"--outdir={tmp_path / 'o'}", "--num_steps=2", "--device=cpu", "-n"]
+        assert module.main([*args, *["--precond=edm_distillation"] * (module is train)]) == 1
+        out = capsys.readouterr().out
+        assert out.index(f"From --config: --transfer={url}\n") < out.index("fetched")
+    args = [f"--data={data}", f"--outdir={tmp_path / 'run'}", "--nosubdir", "--trust-network-code", *SMALL]
+    assert train.main([*args, "--duration=0.001"]) == 0
+    written = json.loads((tmp_path / "run/training_options.json").read_text())
+    assert written["trust_network_code"] and "trust_network_code" not in written[COMMAND_LINE]
+
+
+@pytest.mark.parametrize("option", ["config", "outdir"])
+def test_a_pipe_is_refused(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_dataset(tmp_path / "data.zip")
+    save_network(tmp_path / "net.pkl", small_network())
+    os.mkfifo(tmp_path / "pipe")
+    for module in (train, distill):
+        args = [f"--data={data}", f"--outdir={tmp_path / 'o'}", f"--{option}={tmp_path / 'pipe'}", "--device=cpu"]
+        args += [f"--transfer={tmp_path / 'net.pkl'}", "--num_steps=2"] if module is distill else SMALL
+        assert "pipe" in fails(capsys, module, *args)[1]
 
 
 def test_config_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -462,12 +529,16 @@ def test_the_next_commands_run_as_they_are_printed(
         assert generate.main([*generated[2:], "--seeds=0-1", "--device=cpu"]) == 0
         assert [first for name, first in by_script if name == "fid"] == ["detector", "ref", "gen"], "grey and tiny"
         for name, first in by_script:
+            if name == "distill":
+                assert distill.main([*by_script[name, first][2:], "--detector=none", "-n"]) == 0
+                assert "4 -> 2 -> 1 steps, heun teacher" in capsys.readouterr().out
             if name == "fid":
                 words = by_script[name, first][2:]
                 with fid.command.make_context("fid.py", list(words)):
                     pass
                 assert fid.command.commands[words[0]].make_context(words[0], words[1:])
         stage = next((words for (name, _), words in by_script.items() if name == "train"), None)
+        assert ("distill" in {name for name, _ in by_script}) == (not stages)
         if stage is None:
             break
         stages.append(re.findall(r"^  (.* steps)$", text, re.MULTILINE)[-1])

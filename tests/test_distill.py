@@ -571,6 +571,22 @@ def test_without_inception_the_end_point_error_judges(place, climbed, tmp_path, 
     assert timeless(tmp_path / "out") == timeless(climbed)
 
 
+def test_without_a_detector_the_end_point_error_judges(place, climbed, tmp_path, capsys, monkeypatch):
+    """By --detector=none nothing is fetched; what all stages have in common is noted once."""
+    monkeypatch.setattr(measuring, "try_inception", lambda: pytest.fail("fetched"))
+    args = [*options(place, *STAGES, detector=None), "--detector=none", f"--outdir={tmp_path / 'out'}"]
+    refused(capsys, 2, "--ref is for Fréchet distances, --detector=none measures none", *args, "--ref=x.npz")
+    assert distill.main(args) == 0
+    said = capsys.readouterr().out
+    table = rungs(tmp_path / "out")
+    assert [rung["fd"] for rung in table] == [None] * 3
+    assert [rung["endpoint_rmse"] for rung in table] == [rung["endpoint_rmse"] for rung in rungs(climbed)]
+    assert said.count("Note: 200 images are few, and easily memorised") == 1
+    assert distill.main([*args, "-n"]) == 0
+    assert "FLOP, all of them done\n" in capsys.readouterr().out
+    refused(capsys, 1, "was measured with a --detector", *args[:-1], f"--outdir={climbed}")
+
+
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
@@ -717,7 +733,7 @@ def test_a_signal_while_measuring_says_how_to_go_on(place, tmp_path, monkeypatch
         patch.setattr(measuring, "statistics_of_images", interrupted)
         assert distill.main(args) == 128 + number
     words = f"interrupted by {number.name}; what is finished is kept, and the same command goes on"
-    assert capsys.readouterr().err.endswith(f"\ndistill.py: error: {words}\n") and signal.getsignal(number) == before
+    assert capsys.readouterr().err.endswith(f"\ndistill.py: {words}\n") and signal.getsignal(number) == before
     seen = watch_measuring(monkeypatch, die_before=(1, 0, True))
     with pytest.raises(Killed):
         distill.main(args)
@@ -990,7 +1006,7 @@ def test_the_proposed_measurement_runs_as_it_is_printed(place, climbed, capsys, 
     assert distill.main([*options(place, *STAGES), f"--outdir={climbed}"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " gen " in line]
     words = shlex.split(line)
-    assert "--num" not in line
+    assert line.endswith(" --num-images=2000"), "on a CPU"
     assert fid.main([*words[2:], f"--num={NUM}", f"--batch={BATCH}", "--device=cpu"]) == 0
     assert float(capsys.readouterr().out) == pytest.approx(rungs(climbed)[-1]["fd_sets"][0], rel=1e-5)
 

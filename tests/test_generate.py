@@ -444,7 +444,7 @@ def test_a_signal_says_how_to_go_on(
         interrupt_at(patch, 4)
         assert run(files.plain, out, *SOME) == 128 + signal.SIGTERM
     advice = "a zip is made in one go" if to == "out.zip" else GO_ON
-    assert capsys.readouterr().err.endswith(f"error: interrupted by SIGTERM; {advice}\n")
+    assert capsys.readouterr().err.endswith(f".py: interrupted by SIGTERM; {advice}\n")
     assert out.is_dir() == (to == "out") and not out.is_file() and not list(tmp_path.glob(".*"))
     made = interrupt_at(monkeypatch, -1)
     assert run(files.plain, out, *SOME, "--skip-existing") == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from helpers import make_dataset
@@ -32,6 +33,7 @@ class FakeWandb(types.ModuleType):
         self.rows: list[dict[str, float]] = []
         self.metrics: list[tuple[str, str]] = []
         self.finished = 0
+        self.step = 0
 
     def init(self, **options: Any) -> FakeWandb:
         if self.fail == "init":
@@ -42,10 +44,11 @@ class FakeWandb(types.ModuleType):
     def define_metric(self, name: str, step_metric: str) -> None:
         self.metrics.append((name, step_metric))
 
-    def log(self, row: dict[str, float]) -> None:
+    def log(self, row: dict[str, float], step: int) -> None:
         if self.fail == "log" and len(self.rows) == 1:
             raise OSError("disk full")
         self.rows.append(row)
+        self.step = step
 
     def finish(self) -> None:
         self.finished += 1
@@ -82,6 +85,22 @@ def test_wandb_gets_the_figures_and_goes_on_under_one_number(
             wanted = {name: value["mean"] for name, value in line.items() if name != "timestamp"}
             assert row == {**wanted, "nimg": round(wanted["Progress/kimg"] * 1000)}
     assert 3 <= len(fake.rows) < len(stats)  # those after going on
+
+
+def test_what_a_resumed_run_repeats_is_shown_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the figures of steps that its newest state does not have."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        stats, _ = run(data, tmp_path, 1, "--tensorboard", "--wandb", "--dump=1")
+        for path in tmp_path.glob("training-state-*.pt"):
+            if path.name > "training-state-000000.pt":
+                path.unlink()
+        fake.step += 1  # where a resumed run begins there
+    steps = [round(line["Progress/kimg"]["mean"] * 1000) for line in stats]
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("Loss/loss")
+    assert [event.step for event in events] == steps == [row["nimg"] for row in fake.rows] and len(steps) >= 5
+    assert [event.value for event in events] == pytest.approx([line["Loss/loss"]["mean"] for line in stats])
 
 
 @pytest.mark.parametrize(("fail", "words"), [("init", "ConnectionError: no network"), ("log", "OSError: disk full")])

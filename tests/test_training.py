@@ -400,8 +400,8 @@ def test_four_processes_with_everything_resume_exactly(data, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capsys, number):
-    """It is finished as if nothing had been; exit status 128 + signal."""
+def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capfd, number):
+    """It is finished as if nothing had been; exit status 128 + signal. A line comes at once: no step has to end first."""
     args = [f"--data={data}", *SMALL, "--nosubdir", "--duration=0.001", "--dump=1000"]
     assert run(*args, f"--outdir={tmp_path / 'whole'}") == 0
     original, before = Trainer.step, signal.getsignal(number)
@@ -409,14 +409,21 @@ def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capsys,
     def step(self, loader):
         if self.step_count == 5:
             signal.raise_signal(number)
+            for _ in range(100):
+                seen.append(capfd.readouterr().err)
+                if seen[-1]:
+                    break
+                time.sleep(0.05)
         original(self, loader)
 
+    seen = []
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", step)
         assert run(*args, f"--outdir={tmp_path / 'stopped'}") == 128 + number
-    error = capsys.readouterr().err
-    assert f"interrupted by {number.name}" in error and error.endswith(", the same command goes on\n")
-    assert error.count("\n") == 1
+    error = capfd.readouterr().err
+    assert seen[-1] == f"{number.name}: finishing this step, then saving; Ctrl-C again stops at once\n"
+    assert error.startswith(f"train.py: interrupted by {number.name} at ")
+    assert error.endswith(", the same command goes on\n") and error.count("\n") == 1
     assert newest_nimg(tmp_path / "stopped") == 6 * 12 and signal.getsignal(number) == before
     assert run(*args, f"--outdir={tmp_path / 'stopped'}") == 0
     assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "stopped")))
@@ -543,7 +550,7 @@ def test_going_on_again_does_nothing_and_a_changed_option_is_named(data, tmp_pat
     }
     capsys.readouterr()
     assert run(*args) == 0
-    assert "done already" in capsys.readouterr().out
+    assert "Its --duration is 0.001; a longer --duration trains on" in capsys.readouterr().out
     after = {
         path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir() if path.suffix in (".pkl", ".pt")
     }
@@ -551,6 +558,50 @@ def test_going_on_again_does_nothing_and_a_changed_option_is_named(data, tmp_pat
     assert run(*args, "--lr=1e-3", "--duration=0.002") == 1
     error = capsys.readouterr().err
     assert "lr (was" in error and "duration" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_finished_run_whose_rate_has_decayed_cannot_be_made_longer(data, tmp_path, capsys):
+    """And that is what it says: the rate is 0 by then, so that neither the old options nor a resume would help."""
+    args = [f"--data={data}", *SMALL, f"--outdir={tmp_path / 'run'}", "--lr-decay=linear", "--duration=0.001"]
+    words = "the learning rate reaches 0 at --duration, so a longer run must start anew"
+    for more in ([], []):
+        assert run(*args, "--nosubdir", *more) == 0
+    assert f"Its --duration is 0.001; {words} (another --outdir)\n" in capsys.readouterr().out
+    assert run(*args, "--nosubdir", "--duration=0.002") == 1
+    assert f"--duration (was 0.001, now 0.002). Use those, or another --outdir: {words}\n" in capsys.readouterr().err
+    elsewhere = [*args, f"--outdir={tmp_path / 'new'}", f"--resume={tmp_path / 'run/training-state-000001.pt'}"]
+    assert run(*elsewhere) == 0
+    (folder,) = (tmp_path / "new").iterdir()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Written to ")]
+    named = line.removeprefix(f"Written to {folder}: ").split(", ")
+    assert set(named) == {path.name for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+
+
+def test_what_is_printed_at_the_start(data, tmp_path, capsys):
+    """The summary once; the JSON in its file, and in a dry run; on a CPU no memory of a GPU."""
+    args = [f"--data={data}", *SMALL, f"--outdir={tmp_path}", "--nosubdir", "--duration=0.001"]
+    assert run(*args, "-n") == 0
+    dry = capsys.readouterr().out
+    assert dry.count("GFLOP an image (3 ") == 1 and dry.count('"batch_size"') == 1 and "1 dump," in dry
+    assert run(*args) == 0
+    said = capsys.readouterr().out
+    assert "Batch size:" in said and '"batch_size"' not in said and "gpumem" not in said and "reserved" not in said
+    assert json.loads((tmp_path / "training_options.json").read_text())["batch_size"] == 12
+    assert run(*args[:-3], f"--outdir={tmp_path / 'b'}", "--duration=0.001", "--tick=1", "-n") == 0
+    assert "the run is no longer than a tick of 1 kimg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "absurd"), [(1.0, True), (0.001, False)])
+def test_a_run_of_years_is_announced(monkeypatch, size, absurd):
+    """EDM's defaults at 32x32 on two cores, and a thousandth of them."""
+    monkeypatch.setattr(costs.os, "cpu_count", lambda: 2)
+    config = SimpleNamespace(total_nimg=200_000_000, batch_size=512)
+    line = costs.describe_absurdity(SimpleNamespace(flops_per_image=size * 6.3e10, config=config, stage=None))
+    assert (line is not None) == absurd
+    assert (
+        not absurd
+        or "takes 2 years at the least on 2 CPU cores, a step of --batch=512 2.7 minutes: --duration=0.27 " in line
+    )
 
 
 def test_resume_latest_finds_the_newest_run_of_the_same_options(data, tmp_path, capsys, monkeypatch):
@@ -1071,7 +1122,7 @@ def test_cut_lines(tmp_path):
 def test_dry_run_tells_the_cost(data, tmp_path, capsys):
     assert run(f"--data={data}", *SMALL, "--outdir=out", "-n") == 0
     output = capsys.readouterr().out
-    assert "Parameters:" in output and "FLOPs of the run" in output and "Disk:" in output
+    assert "Parameters:" in output and "Work:" in output and "Disk:" in output
     assert not Path("out").exists()
     less = [
         f"--data={data}",

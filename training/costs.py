@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from dnnlib.cli import UserError
+from dnnlib.util import count
 from torch_utils import distributed as dist
 
 from . import state
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .setup import Run
 
 OVERHEAD = 128 << 10  # bytes of a snapshot or a state besides tensors
+CPU_FLOPS = 1e11  # a second and core: more than convolutions reach
+ABSURD_DAYS = 30
 SPARE = 0.1  # part of a GPU's memory that --batch-gpu=auto leaves free
 SHARE = 0.5  # part of a machine's free memory that it takes
 
@@ -102,8 +105,8 @@ def training_calls(solver: str | None, ratio: int = 1, self_teacher: bool = Fals
 
 
 def describe_cost(run: Run) -> list[str]:
-    """Lines for `--dry-run`, beyond those of every start: parameters, FLOPs per image and of the run, memory."""
-    config, cost, per_image = run.config, run.cost, run.flops_per_image
+    """Lines for `--dry-run`, beyond those of every start: parameters, FLOPs of a network call, memory."""
+    config, cost = run.config, run.cost
     if config.batch_gpu == AUTO:
         size = largest_counted(run)
     else:
@@ -112,9 +115,7 @@ def describe_cost(run: Run) -> list[str]:
     return [
         f"Parameters:              {cost.parameters / 1e6:.2f} M",
         f"FLOPs per network call:  {cost.flops / 1e9:.4g} GFLOP an image",
-        f"FLOPs per image trained: {per_image / 1e9:.4g} GFLOP ({run.calls:g} calls' worth)",
-        f"FLOPs of the run:        {per_image * config.total_nimg:.3g}",
-        f"Memory with activations: about {gib(memory)} per process, of {size} images at fp32",
+        f"Memory with activations: about {gib(memory)} per process, of {count(size, 'image')} at fp32",
     ]
 
 
@@ -137,6 +138,25 @@ def free_memory() -> int:
     if dist.device().type == "cuda":
         return int(torch.cuda.mem_get_info(dist.device())[0])
     return int(psutil.virtual_memory().available)
+
+
+def describe_absurdity(run: Run) -> str | None:
+    """A line for a run that takes a CPU a month or more even at CPU_FLOPS a core; None for any other."""
+    config = run.config
+    if dist.device().type != "cpu":
+        return None
+    days = run.flops_per_image / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
+    total = days * config.total_nimg
+    if total < ABSURD_DAYS:
+        return None
+    step = days * config.batch_size * 1440
+    shorter = f"--duration={1 / days / 1e6:.2g} is what it does in a day"
+    fits = "--cbase=32 --cres=1,2 --blocks=1 --batch=64 fits a CPU (docs/your-own-data.md)"
+    smaller = "" if run.stage else f"; {fits}"
+    return (
+        f"Note: this takes {total / 365:.2g} years at the least on {count(os.cpu_count() or 1, 'CPU core')}, a step of "
+        f"--batch={config.batch_size} {step:.2g} minutes: {shorter}{smaller}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +248,9 @@ class DiskNeed:
     def describe(self, run_dir: str) -> str:
         """In words, beside what is free there, and a warning where the run can't end."""
         text = (
-            f"at most {gib(self.total)} ({self.snapshots} snapshots of {gib(self.snapshot_bytes)}; {self.dumps} dumps, "
-            f"{state.KEPT_ROLLING} rolling states and one being written, of {gib(self.state_bytes)}), "
+            f"at most {gib(self.total)} ({count(self.snapshots, 'snapshot')} of {gib(self.snapshot_bytes)}; "
+            f"{count(self.dumps, 'dump')}, {state.KEPT_ROLLING} rolling states and one being written, of "
+            f"{gib(self.state_bytes)}), "
             f"{gib(free_disk(run_dir))} free"
         )
         if self.total - written_before(run_dir) > free_disk(run_dir):
@@ -248,8 +269,8 @@ def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | N
         """Ticks first ... last_tick that are multiples of `ticks`, and the last one; names tell thousands apart."""
         if ticks is None:
             return 0
-        count = last_tick // ticks + 1 - first + (last_tick % ticks > 0 or last_tick < first)
-        return min(count, config.total_kimg + 1)
+        number = last_tick // ticks + 1 - first + (last_tick % ticks > 0 or last_tick < first)
+        return min(number, config.total_kimg + 1)
 
     snapshots, sheets = times(config.snapshot_ticks, 0), times(config.targets_ticks, 0)
     image = math.prod(dataset.image_shape)  # of one byte a value, as a PNG has at most

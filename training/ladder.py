@@ -45,7 +45,15 @@ from .ladder_report import (
 )
 from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, Past, curve_plan
 from .network_files import NetworkFile
-from .next_steps import FID_IMAGES, has_classes, inception_fits, launched, train_command, trusting
+from .next_steps import (
+    by_images,
+    has_classes,
+    images_to_measure,
+    inception_fits,
+    launched,
+    train_command,
+    trusting,
+)
 from .options import ALTERING, COMMAND_LINE, Options, by_content, flag
 from .samplers import nfe
 from .setup import Run, load_everywhere, prepare, train
@@ -106,6 +114,7 @@ class Ladder:
         self.lengths = [max(int(duration * 1000), 1) for duration in self.durations]  # kimg
         self.lrs = one_per_stage("--lr", options.lrs, self.chain)
         self.held = contextlib.ExitStack()  # the folder, from the first file on
+        self.noted: set[str] = set()
         self.measured: list[Measured] = []
         self.curve: list[CurvePoint] = []
         self.written: Any = None  # what the files say, as far as this start of the program knows
@@ -314,7 +323,7 @@ class Ladder:
         self.say(f"{title}: {self.chain[index]} -> {self.chain[index + 1]} steps")
         options = self.stage_options(index, teacher)
         run = prepare(options)
-        run.announce(self.say)
+        run.announce(self.say_once)
         command = train_command(options, dist.device().type)  # whose kind alters the result
         self.say(f"The same stage by itself (name another --outdir): {command}")
         self.say("")
@@ -330,6 +339,13 @@ class Ladder:
         student = load_everywhere(str(path), self.base.trust_network_code)
         self.write_record(folder, {**record, "student": path.name, "sha256": student.sha256})
         return student, run.config.total_kimg
+
+    def say_once(self, line: str) -> None:
+        """Prints a line, unless it is a note that an earlier stage had too."""
+        if line not in self.noted:
+            self.say(line)
+        if line.startswith("Note: "):
+            self.noted.add(line)
 
     def train(self, options: Options, run: Run) -> Path:
         """What `train.py` does."""
@@ -415,7 +431,7 @@ def one_per_stage(name: str, values: list[float], chain: Sequence[int]) -> list[
 
 def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
     """(what for, command) after a ladder: images of its last student, a picture of them, a report, and its distance by
-    as many images as are the custom, if it was measured by fewer."""
+    more images, if there is time for more."""
     outdir, last = ladder.outdir, ladder.measured[-1].rung
     student = f"--network={last.network}"
     data = str(ladder.config.dataset_kwargs["path"])
@@ -431,11 +447,11 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
         file = outdir / "detector.pt"
         own = [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={file}"]
         commands.append((f"a detector of its own, then the same command with --detector={file} adds distances", own))
-    if last.fd is not None and ladder.options.eval_num < FID_IMAGES:
+    if last.fd is not None and ladder.options.eval_num < images_to_measure():
         distance = [*launched("fid.py"), "gen", student, f"--ref={ladder.measuring.reference_source}", *drawn]
-        if ladder.options.detector != "inception":
+        if ladder.options.detector not in ("inception", "none"):
             distance.append(f"--detector={public_url(ladder.options.detector)}")
-        commands.append((f"its distance by {FID_IMAGES} images, as is the custom", distance))
+        commands.append(by_images("its distance by more images", distance))
     return [(title, shlex.join(words)) for title, words in commands]
 
 

@@ -36,12 +36,12 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run directory."""
+    """Event files in the run directory. What an earlier start wrote beyond `begin` images is not shown any more."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, begin: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: Any = SummaryWriter(config.run_dir)
+        self.writer: Any = SummaryWriter(config.run_dir, purge_step=begin + 1)
 
     def write(self, figures: Figures, nimg: int) -> None:
         for name, value in figures.items():
@@ -53,7 +53,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, named after the run directory; its x axis is the number of images, `nimg`."""
+    """A run of Weights & Biases, named after the run directory; its steps and its x axis are numbers of images, `nimg`.
+
+    Steps only grow there: what a resumed run repeats, to the same figures, is left out.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         import wandb
@@ -72,7 +75,8 @@ class Wandb:
         self.run.define_metric("*", step_metric="nimg")
 
     def write(self, figures: Figures, nimg: int) -> None:
-        self.run.log({**figures, "nimg": nimg})
+        if nimg >= self.run.step:
+            self.run.log({**figures, "nimg": nimg}, step=nimg)
 
     def close(self) -> None:
         self.run.finish()
@@ -150,11 +154,12 @@ class Loggers:
             logger.close()
 
 
-def open_loggers(config: TrainConfig, say: Callable[[str], None]) -> Loggers:
-    """Those that `config` asks for, on rank 0; none elsewhere."""
+def open_loggers(config: TrainConfig, say: Callable[[str], None], begin: Callable[[], int] = lambda: 0) -> Loggers:
+    """Those that `config` asks for, on rank 0; none elsewhere. begin: how many images the run has behind it, asked for
+    when the first figures come."""
     wanted: list[tuple[str, Callable[[], Logger]]] = []
     if config.tensorboard:
-        wanted.append(("tensorboard", lambda: TensorBoard(config)))
+        wanted.append(("tensorboard", lambda: TensorBoard(config, begin())))
     if config.wandb is not None:
         wanted.append(("wandb", lambda: Wandb(config)))
     return Loggers([Background(name, make, say) for name, make in wanted] if dist.is_main() else [])

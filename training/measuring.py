@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.atomic import atomic_write, write_text
-from dnnlib.errors import UserError, public_url
+from dnnlib.errors import UsageError, UserError, public_url
 from dnnlib.util import cache_path, count, open_file, open_url, read_json
 from metrics import detectors
 from metrics.detectors import Detector
@@ -122,6 +122,8 @@ class Measuring:
         self.told_why = False  # that it was measured in another way before
         self.warned = False  # that there are few images for the detector's features
         spec, ref = options.detector, options.ref
+        if ref is not None and spec == "none":
+            raise UsageError("--ref is for Fréchet distances, --detector=none measures none; leave one of them out")
         given = None if ref is None else load_reference(ref)
         if given is not None and spec == "inception":
             check_same_detector(detectors.INCEPTION, given.detector_id)  # a download comes after this
@@ -143,6 +145,9 @@ class Measuring:
 
     def find_detector(self) -> Detector | None:
         """The detector that --detector names, or None where that is Inception and its weights can't be had."""
+        if self.options.detector == "none":
+            dist.from_rank0(self.check_nothing_is_lost)
+            return None
         if self.options.detector == "inception":
             problem = dist.broadcast_object(try_inception() if dist.is_main() else None)
             if problem is not None:
@@ -368,10 +373,11 @@ class Past:
 
     def __init__(self, outdir: Path, options: MeasuringOptions) -> None:
         self.folder, self.options = outdir / "rungs", options
-        inception = options.detector == "inception"
-        own = detectors.INCEPTION if inception else detectors.load_detector(options.detector, dist.device()).id
+        inception, none = options.detector == "inception", options.detector == "none"
+        own = detectors.INCEPTION if inception or none else detectors.load_detector(options.detector, dist.device()).id
         self.detectors: list[str | None] = [own]
-        if inception and not Path(cache_path(detectors.INCEPTION_URL)).exists():  # distances may be lacking
+        cached = Path(cache_path(detectors.INCEPTION_URL)).exists()
+        if none or (inception and not cached):  # distances may be lacking
             self.detectors.append(None)
         if options.ref is not None:
             check_same_detector(own, load_reference(options.ref).detector_id)

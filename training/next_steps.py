@@ -30,9 +30,9 @@ def describe_end(options: Options, run: Run, snapshot: Path) -> list[str]:
     config = run.config
     folder = Path(config.run_dir)
     kimg = snapshot.stem.rpartition("-")[2]
-    names = (f"samples-{kimg}.png", f"targets-{kimg}.png", f"training-state-{kimg}.pt")
-    left = [snapshot.name, *(name for name in names if (folder / name).is_file())]
-    left += ["stats.jsonl", "log.txt", "training_options.json"]
+    names: tuple[str, ...] = (f"samples-{kimg}.png", f"targets-{kimg}.png", f"training-state-{kimg}.pt")
+    names += (snapshot.name, "stats.jsonl", "log.txt", "training_options.json")
+    left = [name for name in names if (folder / name).is_file()]
     lines = ["", green(f"Written to {folder}: {', '.join(left)}"), bold("Next:")]
     for title, commands in next_commands(options, run, snapshot):
         lines += [f"  {title}", *(f"    {command}" for command in commands)]
@@ -40,7 +40,8 @@ def describe_end(options: Options, run: Run, snapshot: Path) -> list[str]:
 
 
 def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str, list[str]]]:
-    """(what for, commands): images, the Fréchet distance, and the next stage where there is one."""
+    """(what for, commands): images, the Fréchet distance, and where there are steps to halve, the whole ladder after a
+    teacher, and the next stage."""
     folder, data = Path(run.config.run_dir), str(run.config.dataset_kwargs["path"])
     network = f"--network={snapshot}"
     drawn = [*([f"--labels={data}"] if run.dataset.has_label_vectors else []), *trusting(options)]
@@ -56,8 +57,10 @@ def next_commands(options: Options, run: Run, snapshot: Path) -> list[tuple[str,
         steps, chosen = following
         device = dist.device().type
         here = "cuda" if torch.cuda.is_available() else "cpu"  # --device=auto
-        command = train_command(chosen, None if device == here else device)
-        found.append((f"{steps} -> {steps // chosen.ratio} steps", [command]))
+        other = None if device == here else device
+        if run.stage is None:
+            found.append((f"all stages, {steps} -> 1 steps, each measured", [ladder_command(chosen, run, other)]))
+        found.append((f"{steps} -> {steps // chosen.ratio} steps", [train_command(chosen, other)]))
     return found
 
 
@@ -71,24 +74,33 @@ def measure_commands(
 ) -> tuple[str, list[list[str]]]:
     """How to measure the network: by Inception, or where its features don't fit the images and there are classes to
     learn others from, by a detector of the data's own; by as many images as there is time for."""
-    dataset, ref, own = run.dataset, folder / "ref.npz", folder / "detector.pt"
-    num = images_to_measure()
-    title = "FID: the data's statistics, then the network's distance"
-    commands = [
-        [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"],
-        [*launched("fid.py"), "gen", network, f"--ref={ref}", *drawn],
-    ]
-    if num != FID_IMAGES:
-        title += f" (by {num} images; {FID_IMAGES} are the custom)"
-        commands[1].append(f"--num-images={num}")
-    fits = inception_fits(dataset)
-    if not fits and not (has_classes(data) and len(dataset) >= FEWEST_IMAGES):
+    ref = folder / "ref.npz"
+    gen = [*launched("fid.py"), "gen", network, f"--ref={ref}", *drawn]
+    title, gen = by_images("FID: the data's statistics, then the network's distance", gen)
+    commands = [[*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"], gen]
+    own = suitable_detector(run.dataset, data, folder)
+    if own == "none":
         title += "; Inception was made for photographs, and says little of such images"
-    elif not fits:
+    elif own != "inception":
         title = title.replace("FID: ", "Fréchet distance (Inception does not fit such images): a detector, ")
         commands = [[*words, f"--detector={own}"] for words in commands]
         commands.insert(0, [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={own}"])
     return title, commands
+
+
+def suitable_detector(dataset: ImageFolderDataset, data: str, folder: Path) -> str:
+    """A --detector for a data set: Inception, else a file to be made of its classes, where it has enough, or none."""
+    if inception_fits(dataset):
+        return "inception"
+    return str(folder / "detector.pt") if has_classes(data) and len(dataset) >= FEWEST_IMAGES else "none"
+
+
+def by_images(title: str, words: list[str]) -> tuple[str, list[str]]:
+    """What for, and the command, of a measurement by `images_to_measure`."""
+    num = images_to_measure()
+    if num == FID_IMAGES:
+        return title, words
+    return f"{title} (by {num} images; {FID_IMAGES} are the custom)", [*words, f"--num-images={num}"]
 
 
 def inception_fits(dataset: ImageFolderDataset) -> bool:
@@ -134,12 +146,28 @@ def next_stage(options: Options, run: Run, snapshot: Path) -> tuple[int, Options
     return steps, replace(chosen, transfer=str(snapshot))
 
 
+def ladder_command(stage: Options, run: Run, device: str | None = None) -> str:
+    """The distill.py command whose first stage is `stage`, with a detector and a number of images that suit the run."""
+    run_dir = Path(run.config.run_dir)
+    beside = run_dir if stage.nosubdir else Path(stage.outdir)
+    outdir = str(beside.with_name(f"{beside.name}-ladder"))
+    options = replace(stage, precond=Options.precond, nosubdir=False, outdir=outdir)
+    detector, num = suitable_detector(run.dataset, stage.data, run_dir), images_to_measure()
+    more = [f"--detector={detector}"] * (detector != "inception") + [f"--eval-num={num}"] * (num != FID_IMAGES)
+    return typed("distill.py", options, device, *more)
+
+
 def train_command(options: Options, device: str | None = None) -> str:
-    """The train.py command that runs a stage by itself, for a shell in the folder in which this program was started.
+    """The train.py command that runs a stage by itself."""
+    return typed("train.py", options, device)
+
+
+def typed(script: str, options: Options, device: str | None, *more: str) -> str:
+    """The command that starts a script with these options, for a shell in the folder in which this program was started.
 
     What has train.py's own default is left out. device: to be named too.
     """
-    words = launched("train.py")
+    words = launched(script)
     for name, value in given(options).items():
         option = flag(name)
         if isinstance(value, bool) and name in FLAGS:
@@ -148,7 +176,7 @@ def train_command(options: Options, device: str | None = None) -> str:
             words.append(f"{option}={','.join(map(str, value))}")
         else:
             words.append(f"{option}={int(value) if isinstance(value, bool) else value}")
-    return shlex.join([*words, *([f"--device={device}"] if device else [])])
+    return shlex.join([*words, *more, *([f"--device={device}"] if device else [])])
 
 
 def launched(script: str, alone: bool = False) -> list[str]:

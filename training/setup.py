@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dnnlib.atomic import append_text, locked, write_text
-from dnnlib.cli import UsageError, UserError, printable
+from dnnlib.cli import COMMAND_LINE_ONLY, UsageError, UserError, printable
 from dnnlib.util import count, read_json
 from torch_utils import distributed as dist
 from torch_utils.environment import describe_environment
@@ -38,6 +38,7 @@ from .config import (
 from .costs import (
     Cost,
     check_disk,
+    describe_absurdity,
     describe_memory,
     disk_need,
     divisors,
@@ -122,8 +123,9 @@ class Run:
             fit, total = len(matching(self.transfer.net, self.meta)), len(self.meta.state_dict())
             say(f"                         {fit} of its tensors fit this network, which has {total}")
             if fit < total:
+                start = f"{count(total - fit, 'tensor')} start{'s' * (total - fit == 1)}"
                 say(
-                    f"Warning: {total - fit} tensors start at random. Is the network meant to be another than that of "
+                    f"Warning: {start} at random. Is the network meant to be another than that of "
                     "the file? (--arch, --cbase, --cres, --blocks, --cond; --precond=edm_distillation takes the file's)"
                 )
         say(f"Processes:               {dist.get_world_size()} on {dist.device().type}")
@@ -144,10 +146,14 @@ class Run:
         for note in dataset.notes:
             say(f"Note: {printable(note)}")
         if len(dataset) < FEW_IMAGES:
-            say(f"Note: {len(dataset)} images are few, and soon learnt by heart (docs/your-own-data.md)")
+            say(f"Note: {count(len(dataset), 'image')} are few, and easily memorised (docs/your-own-data.md)")
+        if (absurd := describe_absurdity(self)) is not None:
+            say(absurd)
+        if config.precision == "fp16" and dist.device().type != "cuda":
+            say(f"Note: fp16 is for CUDA; on {dist.device().type} the network computes in fp32")
         if config.kimg_per_tick * 1000 >= config.total_nimg > config.batch_size:
             tick = f"{config.kimg_per_tick:g}"
-            say(f"Note: the run is shorter than a tick of {tick} kimg (--tick), so it says nothing before its end")
+            say(f"Note: the run is no longer than a tick of {tick} kimg (--tick), so nothing is printed before its end")
         if config.batch_size > config.total_nimg:
             say(f"Note: the run is a single step: --batch={config.batch_size} is more than its images")
         if config.lr_rampup_kimg >= config.total_nimg / 1000:
@@ -291,7 +297,10 @@ def _config(
         transfer_sha256=transfer.sha256 if transfer else None,
         distillation=describe_distillation(stage) if stage else None,
         trust_network_code=options.trust_network_code,
-        extras={"data_fingerprint": fingerprint(options.data), "command_line": given(options)},
+        extras={
+            "data_fingerprint": fingerprint(options.data),
+            "command_line": {k: v for k, v in given(options).items() if k not in COMMAND_LINE_ONLY},
+        },
     )
 
 

@@ -7,7 +7,9 @@ every step. Work that keeps what is finished as it goes (`stopping_at_once`) end
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +23,11 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 
 class StopSignals:
-    """While this is entered, the first signal is only noted; a second Ctrl-C stops at once.
+    """While this is entered, the first signal is noted, with a line on standard error; a second Ctrl-C stops at once.
 
-    A signal that the process was started to ignore (nohup, a shell's background job) stays ignored. Only a process's
-    main thread gets signals: elsewhere this notes nothing.
+    The line comes from a thread, since Python calls handlers only between two operations of a step. A signal that the
+    process was started to ignore (nohup, a shell's background job) stays ignored. Only a process's main thread gets
+    signals: elsewhere this notes nothing.
     """
 
     def __init__(self) -> None:
@@ -33,12 +36,30 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         self.usual = _set_handlers(self.note)
+        if self.usual:
+            self.numbers, numbers = socket.socketpair()
+            self.numbers.setblocking(False)
+            self.wakeup = signal.set_wakeup_fd(self.numbers.fileno(), warn_on_full_buffer=False)
+            self.thread = threading.Thread(target=self.announce, args=[numbers], daemon=True)
+            self.thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
     ) -> None:
+        if self.usual:
+            signal.set_wakeup_fd(self.wakeup)
+            self.numbers.close()
+            self.thread.join()
         _restore_handlers(self.usual)
+
+    def announce(self, numbers: socket.socket) -> None:
+        """Prints a line for the first signal, by the numbers that the system's handler writes at once."""
+        with numbers:
+            number = next((byte for byte in iter(lambda: numbers.recv(1), b"") if byte[0] in self.usual), b"")
+        if number and dist.is_main():
+            name = signal.Signals(number[0]).name
+            os.write(2, f"{name}: finishing this step, then saving; Ctrl-C again stops at once\n".encode())
 
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.noted and number == signal.SIGINT:

@@ -53,6 +53,7 @@ MAX_ROWS = 64  # of a sheet of targets
 TARGET_IMAGES = 4
 TARGET_COLUMNS = 3 * TARGET_IMAGES  # input, target and answer
 MAX_SAMPLES = 64  # in a picture of samples
+RATE_IS_ZERO = "the learning rate reaches 0 at --duration, so a longer run must start anew"
 LARGEST_GRADIENT = 1e18  # Adam adds up squares, which would be infinite soon beyond that
 NETWORKS = {name: getattr(networks, name) for name in ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")}
 LOSSES = {name: getattr(losses, name) for name in ("EDMLoss", "VPLoss", "VELoss")}
@@ -223,8 +224,6 @@ class Trainer:
             self.net.load_state_dict(matching(transfer.net, self.net), strict=False)
         self.net.train().requires_grad_(True).to(self.device)
         self.net.compute_dtype = compute_dtype(config.precision, self.device)
-        if config.precision == "fp16" and self.device.type != "cuda":
-            self.say(f"Note: fp16 is for CUDA; on {self.device.type} the network computes in fp32")
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         if config.recompute:
             recompute_blocks(self.net)
@@ -245,7 +244,7 @@ class Trainer:
         self.elapsed_before = 0.0
         self.told_duration = False
         self.bar: Any = tqdm(disable=True)  # until `run`
-        self.loggers = open_loggers(config, self.say)
+        self.loggers = open_loggers(config, self.say, lambda: self.timed_from)
 
     def _make_loss(self) -> Any:
         kwargs = dict(self.config.loss_kwargs)
@@ -402,7 +401,10 @@ class Trainer:
         if dist.is_main() and not path.is_file():
             self.save_snapshot()
         dist.barrier()
-        self.say(f"This run is done already: {path}")
+        longer = "a longer --duration trains on"
+        if self.config.lr_decay != "none":
+            longer = f"{RATE_IS_ZERO} (another --outdir)"
+        self.say(f"This run is done already: {path}. Its --duration is {self.config.total_kimg / 1000:g}; {longer}")
         return path
 
     def snapshot_path(self) -> Path:
@@ -452,12 +454,15 @@ class Trainer:
         self.collector.update()
         if gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
+        gpu_memory = (
+            f"gpumem {figures['Resources/peak_gpu_mem_gb']:<6.2f} "
+            f"reserved {figures['Resources/peak_gpu_mem_reserved_gb']:<6.2f} "
+        )
         self.say(
             f"tick {self.tick:<5d} kimg {self.nimg / 1e3:<9.1f} time {format_time(elapsed):<12s} "
             f"sec/tick {tick_seconds:<7.1f} sec/kimg {figures['Timing/sec_per_kimg']:<7.2f} "
             f"maintenance {maintenance:<6.1f} cpumem {figures['Resources/cpu_mem_gb']:<6.2f} "
-            f"gpumem {figures['Resources/peak_gpu_mem_gb']:<6.2f} "
-            f"reserved {figures['Resources/peak_gpu_mem_reserved_gb']:<6.2f} loss {self.collector['Loss/loss']:<.5g}"
+            f"{gpu_memory if gpu else ''}loss {self.collector['Loss/loss']:<.5g}"
         )
         self.bar.set_postfix_str(f"loss {self.collector['Loss/loss']:.4g}", refresh=False)
         left = self.config.total_nimg - self.nimg
@@ -667,9 +672,10 @@ def check_same_options(where: object, saved: dict[str, Any], config: TrainConfig
     """Raises UserError, naming every option that alters the result and differs from what an earlier run had."""
     wrong = other_options(saved, config)
     if wrong:
-        raise UserError(
-            f"{where} belongs to a run with other options: {'; '.join(wrong)}. Use those, or another --outdir"
-        )
+        advice = "Use those, or another --outdir"
+        if any(each.startswith("--duration ") for each in wrong):
+            advice = f"{advice}: {RATE_IS_ZERO}"
+        raise UserError(f"{where} belongs to a run with other options: {'; '.join(wrong)}. {advice}")
 
 
 def other_options(saved: dict[str, Any], config: TrainConfig) -> list[str]:
