@@ -45,7 +45,7 @@ $(TEACHER): | $(DEMO)/digits.zip
 
 # The student that example.py brings along: a demo's 4-step one, in half precision (of the version it was made with).
 assets/digits-student.pkl: demo
-	$(BIN)/python -c 'from training.network_files import load_network, save_network; \
+	$(BIN)/python -c 'from formats.network_files import load_network, save_network; \
 	    student = load_network("$(DEMO)/stage-2-8to4/network-snapshot-000030.pkl"); \
 	    save_network("$@", student.net, sampling=student.sampling, dataset_kwargs=student.dataset_kwargs, half=True)'
 

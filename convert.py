@@ -67,7 +67,7 @@ def command(src: str, dst: str, half: bool | None, like: str | None, overwrite: 
         if not overwrite:
             raise cli.UserError(f"{dst} exists already; choose another name, or --overwrite")
 
-    from training.network_files import convert_network, load_network, with_weights
+    from formats.network_files import convert_network, load_network, with_weights
 
     file = load_network(like or src, trust_network_code=trust_network_code)
     print(f"Found {file.describe()}")

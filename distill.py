@@ -11,8 +11,7 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 # isort: split
 import click
 
-from training.config import INTERVALS
-from training.options import (
+from engine.options import (
     WANDB_PROJECT,
     Options,
     batch_gpu_option,
@@ -21,6 +20,7 @@ from training.options import (
     recompute_option,
     teacher_precision_option,
 )
+from training.config import INTERVALS
 from training.steps import plan_ladder
 from training.weighting import WEIGHTINGS
 
@@ -208,9 +208,9 @@ def command(
     from torch_utils import distributed as dist
 
     dist.init(device, cli.options_in_use())
-    from training.ladder import Ladder, LadderOptions, next_commands
-    from training.ladder_report import format_table
-    from training.stopping import stopping_at_once
+    from engine.stopping import stopping_at_once
+    from ladders.ladder import Ladder, LadderOptions, next_commands
+    from ladders.results import format_table
 
     options = LadderOptions(
         num_steps=num_steps,

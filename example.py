@@ -64,9 +64,9 @@ def command(
 
     import torch
 
+    from formats.network_files import load_network
     from torch_utils import distributed as dist
     from training import pictures
-    from training.network_files import load_network
     from training.sampling import iterate_images, plan_sampling
 
     where = dist.init(device)

@@ -160,7 +160,7 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
         if dist.is_main():
             stats.save(path)
             _say(f"wrote {path}: statistics of {stats.num} images by {stats.detector_id}")
-            from training.next_steps import FID_IMAGES, images_to_measure
+            from engine.next_steps import FID_IMAGES, images_to_measure
 
             own = [] if spec == "inception" else [f"--detector={cli.public_url(spec)}"]
             own += [f"--num-images={num}"] if (num := images_to_measure()) != FID_IMAGES else []
@@ -253,10 +253,10 @@ def _generated(
     detector: Detector,
 ) -> Iterator[Tensor]:
     """This process's share of the network's images for a detector, in batches uint8 [n, C, H, W]."""
+    from formats.network_files import load_network
     from metrics.statistics import note_if_grey
     from torch_utils import distributed as dist
     from torch_utils.misc import allow_tf32
-    from training.network_files import load_network
     from training.pictures import to_uint8
     from training.sampling import iterate_images, plan_sampling
     from training.speed import use_cpu_kernels
@@ -290,7 +290,7 @@ def _with_processes(device: str, work: Callable[[Any], None]) -> None:
 
 def _propose(title: str, *words: str) -> None:
     """Tells people the next command."""
-    from training.next_steps import launched
+    from engine.next_steps import launched
 
     command = shlex.join([*launched("fid.py"), *words])
     _say(f"Next:\n  {title}\n    {command}")

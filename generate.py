@@ -28,9 +28,9 @@ from training.sampler_table import SOLVERS
 if TYPE_CHECKING:
     import torch
 
-    from training.image_files import ImageFolder, ImageZip, Manifest, Work
+    from formats.image_files import ImageFolder, ImageZip, Manifest, Work
+    from formats.network_files import NetworkFile
     from training.labels import Labels
-    from training.network_files import NetworkFile
     from training.samplers import StackedRandomGenerator as StackedRandomGenerator
     from training.samplers import ablation_sampler as ablation_sampler
     from training.samplers import edm_sampler as edm_sampler
@@ -154,12 +154,12 @@ def command(
         raise cli.UsageError(
             f"--outdir={outdir}: many images go into a folder or a .zip; one picture of all: example.py --out"
         )
+    from engine.stopping import stopping_at_once
+    from formats.image_files import ImageZip, Manifest, open_output, prepare
+    from formats.network_files import load_network
     from torch_utils import distributed as dist
-    from training.image_files import ImageZip, Manifest, open_output, prepare
     from training.labels import choose_labels
-    from training.network_files import load_network
     from training.sampling import plan_sampling
-    from training.stopping import stopping_at_once
 
     seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
     if not seeds:
@@ -225,7 +225,7 @@ def command(
         seconds = time.monotonic() - start
         dist.print0(f"Done: {count(todo, 'image')} in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")
     if len(seeds) >= ENOUGH:
-        from training.next_steps import launched
+        from engine.next_steps import launched
 
         measure = [*launched("fid.py"), "calc", f"--images={outdir}", f"--num-images={len(seeds)}", "--ref=REF.npz"]
         dist.print0(cli.bold("Next:"))
@@ -251,10 +251,10 @@ def _make_images(
     net: Any, plan: Plan, work: Work, output: ImageFolder | ImageZip, where: torch.device, labels: Labels | None
 ) -> None:
     """Makes this process's share of the images; the network works while threads write what it made before."""
+    from formats.image_files import BackgroundWriter
     from torch_utils import distributed as dist
-    from training.image_files import BackgroundWriter
+    from torch_utils.progress import show_progress
     from training.pictures import to_uint8
-    from training.progress import show_progress
     from training.sampling import own_share, sample_batch
 
     known: dict[int, Any] = {}

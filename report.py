@@ -45,7 +45,7 @@ def command(run_dir: str, out: str | None, max_mb: float, overwrite: bool) -> No
     if not target.lower().endswith((".html", ".htm")):
         raise cli.UsageError(f"--out={target}: the page is HTML; use a name that ends in .html")
 
-    from training import run_files, run_report
+    from reporting import run_files, run_report
 
     subject = run_files.read(Path(run_dir), max_mb)
     check_target(target)

@@ -13,8 +13,7 @@ from dnnlib import cli  # before packages: it says what to do where they are mis
 # isort: split
 import click
 
-from training.config import ARCHITECTURES, INTERVALS
-from training.options import (
+from engine.options import (
     WANDB_PROJECT,
     Options,
     batch_gpu_option,
@@ -23,6 +22,7 @@ from training.options import (
     recompute_option,
     teacher_precision_option,
 )
+from training.config import ARCHITECTURES, INTERVALS
 from training.weighting import WEIGHTINGS
 
 NAMES = cli.Choice
@@ -205,7 +205,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
     from torch_utils import distributed as dist
 
     dist.init(device, cli.options_in_use())
-    from training import costs, next_steps, setup
+    from engine import costs, next_steps, setup
 
     run = setup.prepare(options)
 

@@ -23,7 +23,7 @@ import click
 from bench.recipe import spread
 from dnnlib import cli
 from dnnlib.atomic import atomic_write, check_target
-from training.ladder_report import Rung
+from ladders.results import Rung
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -27,14 +27,14 @@ import click
 from torch import Tensor
 
 from dnnlib import cli
+from engine import setup
+from engine.setup import Options, Run
+from formats.network_files import NetworkFile
+from ladders.ladder import Ladder, LadderOptions
+from ladders.results import format_table
 from torch_utils import distributed as dist
-from training import setup
 from training.distillation import EDMDistillationLoss
 from training.grids import Solver, network_grid
-from training.ladder import Ladder, LadderOptions
-from training.ladder_report import format_table
-from training.network_files import NetworkFile
-from training.setup import Options, Run
 from training.training_loop import Trainer
 
 HABITS = ("clamp", "regrid", "heun", "rate", "dropout", "augment")

@@ -29,7 +29,7 @@ from dnnlib import cli
 ROOT = Path(__file__).resolve().parent.parent
 LOAD = """
 import json, re, resource, sys, time, torch
-from training.network_files import load_network
+from formats.network_files import load_network
 import training.training_loop  # as every script has by then
 def peak():
     try:  # rusage counts what a parent had before, too
@@ -79,8 +79,8 @@ def command(repeats: int, cbase: int, blocks: int) -> None:
     """Time the loading of network files against torch.load of their tensors."""
     import torch
 
+    from formats.network_files import convert_network, load_network, save_network
     from training.config import ARCHITECTURES
-    from training.network_files import convert_network, load_network, save_network
     from training.training_loop import build_network
 
     with tempfile.TemporaryDirectory() as name:

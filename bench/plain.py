@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from formats.network_files import load_network
 from training import networks
 from training.draws import StepDraws
 from training.grids import NoiseGrid
-from training.network_files import load_network
 from training.weighting import WEIGHTINGS
 
 

@@ -126,11 +126,11 @@ def trainer_and_plain(setting: Setting, solver: str | None) -> tuple[Any, Any, A
     import torch
 
     from bench.plain import PlainTraining
-    from training import setup
-    from training.costs import network_cost
+    from engine import setup
+    from engine.costs import network_cost
+    from engine.setup import Options
+    from formats.network_files import load_network, save_network
     from training.loader import Loader
-    from training.network_files import load_network, save_network
-    from training.setup import Options
     from training.training_loop import Trainer, build_network
 
     size, teacher_file = setting.size, setting.folder / "teacher.pkl"
@@ -192,8 +192,8 @@ def training(solver: str | None) -> Callable[[Setting], Pair]:
         def quickly() -> float:
             trainer.step(loaders[1])
             sync()
-            loss = float(trainer.collector["Loss/loss"])
-            trainer.collector.reset()
+            loss = float(trainer.stats["Loss/loss"])
+            trainer.stats.reset()
             return loss
 
         def check(a: float, b: float) -> str:
@@ -210,8 +210,8 @@ def training(solver: str | None) -> Callable[[Setting], Pair]:
 def sampling(setting: Setting) -> Pair:
     """Network calls of a student of 4 steps, without files."""
     from bench import plain
+    from formats.network_files import load_network
     from training.grids import Sampling, network_grid
-    from training.network_files import load_network
     from training.sampling import iterate_images
 
     _, _, _, _ = trainer_and_plain(setting, "heun")
@@ -246,9 +246,9 @@ def sampling(setting: Setting) -> Pair:
 
 def call_flops(setting: Setting) -> float:
     """Of one network call for one image."""
-    from training import setup
-    from training.costs import network_cost
-    from training.setup import Options
+    from engine import setup
+    from engine.costs import network_cost
+    from engine.setup import Options
 
     size = setting.size
     options = Options(outdir=str(setting.folder / "t"), data=str(setting.data()), cond=False, nosubdir=True, seed=0)
@@ -263,9 +263,9 @@ def generating(name: str) -> Callable[[Setting], Pair]:
     def case(setting: Setting) -> Pair:
         import generate
         from bench import plain
+        from formats.network_files import load_network, save_network
         from training.dataset import ImageFolderDataset
         from training.grids import Sampling, network_grid
-        from training.network_files import load_network, save_network
 
         trainer_and_plain(setting, "heun")
         teacher = load_network(setting.folder / "teacher.pkl")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from dnnlib.atomic import atomic_write
 from dnnlib.errors import UserError, printable
+from formats.pickle_reader import StoredTensor, read_torch_archive
 from torch_utils.misc import save_tensors
 from training.dataset import ImageFolderDataset
-from training.pickle_reader import StoredTensor, read_torch_archive
 
 from .images import read_images
 

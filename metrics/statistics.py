@@ -17,11 +17,11 @@ from torch import Tensor
 from dnnlib.atomic import atomic_write
 from dnnlib.errors import UserError, printable
 from dnnlib.util import count, forgotten_if_bad, open_url
+from formats.pickle_reader import StoredArray, read_arrays
 from torch_utils import distributed as dist
+from torch_utils.progress import show_progress
 from training.dataset import ImageFolderDataset
 from training.loader import print_remarks
-from training.pickle_reader import StoredArray, read_arrays
-from training.progress import show_progress
 from training.sampling import count_batches, own_share, split_seeds
 
 from .detectors import INCEPTION, Detector

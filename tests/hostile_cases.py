@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from formats.network_files import MAX_HEADER, METADATA, _write_safetensors
+from formats.pickle_reader import _INSTRUCTIONS, MAX_INSTRUCTIONS
+from formats.pickle_writer import NetworkPickler
 from test_network_files import Call, Persistent, module_state, small
-from training.network_files import MAX_HEADER, METADATA, _write_safetensors
-from training.pickle_reader import _INSTRUCTIONS, MAX_INSTRUCTIONS
-from training.pickle_writer import NetworkPickler
 
 Builder = Callable[[str], bytes]
 State = dict[str, Any]
@@ -452,7 +452,7 @@ TRAPS: dict[str, Builder] = {
     ),
     "dnnlib.atomic": calls("dnnlib.atomic", "write_text", "TRAP", "x"),
     "this project's exec": trap_with(
-        lambda trap: call("training.network_files", "_run_and_reconstruct", {**META, "module_src": open_in(trap)})
+        lambda trap: call("formats.network_files", "_run_and_reconstruct", {**META, "module_src": open_in(trap)})
     ),
     # paths of attributes that begin at modules and functions with names on the list
     "dnnlib.util.os.mkdir": trap_with(lambda trap: calling(path("dnnlib.util", "os.mkdir"), text(trap))),
@@ -530,8 +530,8 @@ NAMES = """
     collections:OrderedDict.fromkeys collections:OrderedDict.__class__ collections.defaultdict collections.namedtuple
     dnnlib.util.open_url dnnlib.util:EasyDict.__class__ dnnlib:EasyDict.__init__ dnnlib:util.EasyDict
     torch_utils.persistence.import_hook torch_utils.persistence.persistent_class torch_utils.persistence._hooks
-    torch_utils.persistence:_reconstruct_persistent_obj.__globals__ training.network_files.load_network
-    training.networks.EDMPrecond training.state.load_state example.main generate.main
+    torch_utils.persistence:_reconstruct_persistent_obj.__globals__ formats.network_files.load_network
+    training.networks.EDMPrecond formats.state.load_state example.main generate.main
 """.split()  # noqa: SIM905 (a list of them would fill a page)
 
 

@@ -36,12 +36,12 @@ import fid
 import generate
 import train
 from dnnlib import atomic, cli, util
+from formats import state
+from formats.network_files import load_network, save_network
 from helpers import make_dataset, small_network
 from torch_utils.misc import load_tensors
-from training import state
 from training.distillation import plan_stage
 from training.loader import Loader
-from training.network_files import load_network, save_network
 from training.training_loop import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -813,9 +813,9 @@ def test_every_file_of_a_run_meets_a_full_disk(
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "open_for_append", full_open)
-        patch.setattr("training.training_loop.append_text", append)
+        patch.setattr("engine.loop.append_text", append)
         patch.setattr(atomic, "atomic_write", write)
-        patch.setattr("training.network_files.atomic_write", write)
+        patch.setattr("formats.network_files.atomic_write", write)
         fails(1, ["disk is full", name], train, *run)
     if (tmp_path / "stats.jsonl").exists():
         for line in (tmp_path / "stats.jsonl").read_text().splitlines():

@@ -9,11 +9,11 @@ import pytest
 
 import distill
 from bench import compare, earlier_attempt, load, plain, recipe, run
+from formats.network_files import load_network, save_network
 from helpers import load_recipe, make_dataset, small_network
+from ladders.results import Rung
 from metrics.classifier import train_detector
 from training.grids import network_grid
-from training.ladder_report import Rung
-from training.network_files import load_network, save_network
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,14 @@ import fid
 import generate
 import train
 from dnnlib import cli, version
+from engine.next_steps import measure_commands
+from engine.options import COMMAND_LINE, Options, given, options_of_file
+from formats.network_files import save_network
 from helpers import GOLDEN, load_recipe, make_dataset, small_network
 from test_dataset_tool import cifar
 from training.config import ARCHITECTURES
 from training.dataset import ImageFolderDataset
 from training.grids import Sampling, network_grid
-from training.network_files import save_network
-from training.next_steps import measure_commands
-from training.options import COMMAND_LINE, Options, given, options_of_file
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {module.__name__: module for module in (train, distill, generate, fid, example, convert, dataset_tool)}
@@ -382,7 +382,7 @@ def test_config_lowers_no_guard(
             status, error = fails(capsys, module, f"--config={config}", "--outdir=o", "--trust-network-code", "-n")
             assert status == 2 and "it sets 'trust_network_code', which only the command line may" in error
         url = "http://127.0.0.1:1/net.pkl"
-        monkeypatch.setattr("training.setup.load_network", lambda *_, **__: print("fetched") or 1 / 0)
+        monkeypatch.setattr("engine.setup.load_network", lambda *_, **__: print("fetched") or 1 / 0)
         config.write_text(json.dumps({COMMAND_LINE: {"data": str(data), "transfer": url}}))
         args = [f"--config={config}", f"--outdir={tmp_path / 'o'}", "--num_steps=2", "--device=cpu", "-n"]
         assert module.main([*args, *["--precond=edm_distillation"] * (module is train)]) == 1
@@ -515,7 +515,7 @@ def test_the_next_commands_run_as_they_are_printed(
     """From scratch, then down to a single step, with nothing but what the run before has proposed."""
     data = make_dataset(tmp_path / "my data.zip", size=8)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.next_steps.FIRST_STEPS", 4)
+    monkeypatch.setattr("engine.next_steps.FIRST_STEPS", 4)
     less = ["--batch=8", "--tick=1", "--device=cpu"]
     small = [*SMALL, "--duration=0.001", *less]
     assert train.main([f"--data={data}", "--outdir=runs", "--desc=a b", "--seed=0", *small]) == 0
@@ -576,7 +576,7 @@ def test_a_nosubdir_run_proposes_another_folder(
     text = capsys.readouterr().out
     assert f"--outdir={tmp_path / 'a-32to16'} " in text and "--nosubdir" in text
     monkeypatch.chdir(ROOT)
-    from training.next_steps import launched
+    from engine.next_steps import launched
 
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert launched("train.py") == ["python", "train.py"]

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^### (.*?)\n.*?^```diff\n(.*?)^```\n+```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-CODE = ("dnnlib", "metrics", "torch_utils", "training", "assets")
+CODE = ("dnnlib", "engine", "formats", "ladders", "metrics", "reporting", "torch_utils", "training", "assets")
 SHIPPED = ("A sampler",)  # is taken out and put in again
 LAST_WORDS = {"A metric": r"^\d+(\.\d+)?\n$", "A loss weighting": "weighting late"}
 

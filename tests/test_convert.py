@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import convert
+from formats.network_files import load_network, save_network
 from helpers import load_recipe, small_network
 from test_network_files import FOREIGN, SAMPLING, Persistent, edm_file, module_state
-from training.network_files import load_network, save_network
 
 EXTRA = {"loss_fn": {"class_name": "EDMLoss", "P_mean": -1.2}, "training_options": {"kimg": 0.5, "lr": [1e-3, [0.9]]}}
 

@@ -14,9 +14,9 @@ from helpers import GaussianDenoiser, gaussian
 from training.grids import NoiseGrid, karras_levels, network_grid
 from training.intervals import UNIFORM_PART, Intervals
 from training.networks import EDMPrecond
+from training.optimizer import ema_exponent
 from training.samplers import grid_sampler, nfe
 from training.solvers import euler_jump, heun_step, jump_target, teacher_landing
-from training.training_loop import ema_exponent
 from training.weighting import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from extras.diffusers_pipeline import EDMStudentPipeline
+from formats.network_files import load_network, save_network
 from helpers import load_recipe, small_network
 from training.grids import Sampling, network_grid
-from training.network_files import load_network, save_network
 from training.samplers import grid_sampler
 
 

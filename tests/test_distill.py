@@ -28,7 +28,13 @@ import generate
 import train
 from dnnlib import atomic, util
 from dnnlib.cli import UserError
+from engine import setup
+from formats.network_files import load_network, save_network
 from helpers import load_recipe, make_dataset, small_network
+from ladders import ladder as ladder_module
+from ladders import measuring
+from ladders.measuring import Checked, FirstImages, Measuring, Timing
+from ladders.results import CurvePoint, Floor, Rung, format_table, ladder_figure, plot_ladder, plus_minus
 from metrics import detectors
 from metrics.classifier import train_detector
 from metrics.statistics import (
@@ -38,14 +44,11 @@ from metrics.statistics import (
     statistics_of_dataset,
     statistics_of_images,
 )
-from training import ladder as ladder_module
-from training import measuring, pictures, progress, setup
+from torch_utils import progress
+from torch_utils.progress import show_progress
+from training import pictures
 from training.dataset import ImageFolderDataset
 from training.distillation import plan_stage
-from training.ladder_report import CurvePoint, Floor, Rung, format_table, ladder_figure, plot_ladder, plus_minus
-from training.measuring import Checked, FirstImages, Measuring, Timing
-from training.network_files import load_network, save_network
-from training.progress import show_progress
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler
 from training.sampling import Batch
 from training.training_loop import Trainer

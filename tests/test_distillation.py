@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import gaussian
-from torch_utils import training_stats
+from torch_utils.training_stats import Collector
 from training.distillation import EDMDistillationLoss, SelfTeacherLoss
 from training.draws import StepDraws
 from training.grids import NoiseGrid, network_grid
@@ -310,17 +310,16 @@ def test_intervals_forget_and_survive_bad_numbers_and_a_state():
 
 def test_losses_by_interval_are_reported_and_weighed():
     """What `Loss/interval` says is each interval's mean loss, before the correction of its rarity."""
-    training_stats.clear()
     teacher, net = gaussian(), gaussian(seed=3)
     loss = EDMDistillationLoss(teacher, network_grid(teacher, 8), 2, intervals="loss")
     loss.intervals = taught([4.0, 1.0, 0.5, 9.0])
     images = torch.rand(64, 2, 4, 4)
     source = lambda: StepDraws(1, 0, 64, "cpu").part(0, 64)  # noqa: E731
     value = loss(net, images, draws=source())
-    collector = training_stats.Collector()
+    collector = Collector()
     drawn_with = Intervals(4, "loss")
     drawn_with.load_state_dict(loss.intervals.state_dict())
-    training_stats.report_moments("Loss/interval", loss.intervals.end_step())
+    collector.report_moments("Loss/interval", loss.intervals.end_step())
     collector.update()
     interval, correction = drawn_with.draw(source(), 64)
     each = (value.double() / correction.reshape(-1, 1, 1, 1)).flatten(1).mean(1)

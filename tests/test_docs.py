@@ -102,7 +102,8 @@ def test_links(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_named_in_prose_exist(name):
     for path in re.findall(
-        r"`((?:training|metrics|torch_utils|dnnlib|docs|tests|bench|assets)/[\w/.-]+\.\w+)`", text_of(name)
+        r"`((?:training|formats|metrics|engine|ladders|reporting|torch_utils|dnnlib|docs|tests|bench|assets)/[\w/.-]+\.\w+)`",
+        text_of(name),
     ):
         assert (ROOT / path).exists(), f"{name} names {path}"
 
@@ -244,7 +245,11 @@ def templates() -> str:
     found = []
     for path in [
         *ROOT.glob("*.py"),
-        *(file for name in ("training", "metrics", "torch_utils", "dnnlib") for file in (ROOT / name).rglob("*.py")),
+        *(
+            file
+            for name in ("training", "formats", "metrics", "engine", "ladders", "reporting", "torch_utils", "dnnlib")
+            for file in (ROOT / name).rglob("*.py")
+        ),
     ]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):

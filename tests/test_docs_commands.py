@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 import fid
+from engine.options import COMMAND_LINE
+from formats.network_files import save_network
 from helpers import load_recipe, make_dataset, small_network
 from test_dataset_tool import cifar
 from test_docs import NAMES, SCRIPTS, commands, text_of
-from training.network_files import save_network
-from training.options import COMMAND_LINE
 
 NOT_HERE = {
     "make demo": "ten minutes; it is made of these commands",

@@ -14,11 +14,12 @@ from PIL import Image
 
 import generate
 from dnnlib.cli import UsageError, UserError
+from formats.network_files import save_network
 from helpers import load_recipe, small_network
 from metrics.classifier import train_detector
 from training.grids import Sampling, network_grid
-from training.network_files import save_network
-from training.sampling import load_network, sample
+from training.network_files import load_network
+from training.sampling import sample
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")

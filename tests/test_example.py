@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import example
+from formats.network_files import load_network, save_network
 from helpers import load_recipe, make_dataset, small_network
 from test_network_files import Persistent, module_state
 from training.grids import Sampling, network_grid
-from training.network_files import load_network, save_network
 from training.pictures import to_uint8
 from training.sampling import iterate_images
 

@@ -17,9 +17,9 @@ import train
 from dnnlib import atomic
 from dnnlib.cli import UserError
 from faults import ERRORS, Faults, die_at, enumerate_calls, failing
+from formats import state
+from formats.network_files import load_network, save_network
 from helpers import make_dataset, small_network
-from training import state
-from training.network_files import load_network, save_network
 
 # -- every write, flush and rename --------------------------------------------------------------------------------------
 
@@ -294,7 +294,7 @@ def test_files_left_unfinished_are_removed_unless_somebody_writes_them(tmp_path)
 CONVERT = """
 import os, signal, sys
 import convert, torch_utils.misc
-from training import network_files
+from formats import network_files
 
 def write(stream, *rest):
     stream.write(b"half of it")

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 import fid
+from formats.network_files import load_network, save_network
 from helpers import make_dataset, small_network
 from metrics import detectors
 from metrics.classifier import train_detector
 from metrics.statistics import Stats
 from training.dataset import ImageFolderDataset
 from training.grids import NoiseGrid, Sampling
-from training.network_files import load_network, save_network
 from training.pictures import to_uint8
 from training.sampling import iterate_images
 

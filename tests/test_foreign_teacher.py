@@ -15,10 +15,10 @@ import torch
 import distill
 import generate
 import train
+from formats.network_files import ForeignNetworkError, load_network
 from helpers import make_dataset
 from torch_utils import persistence
 from training import networks
-from training.network_files import ForeignNetworkError, load_network
 
 TRUST = "--trust-network-code"
 Capture = pytest.CaptureFixture[str]

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import train
+from formats.network_files import load_network, save_network
+from formats.pickle_reader import GLOBALS
 from helpers import load_recipe, make_dataset, small_network
+from ladders.results import Rung
 from metrics import load_detector, train_detector
 from training.grids import NoiseGrid, Sampling
-from training.ladder_report import Rung
-from training.network_files import load_network, save_network
-from training.pickle_reader import GLOBALS
 
 PAGE = (Path(__file__).parent.parent / "docs/formats.md").read_text(encoding="utf-8")
 GRID = NoiseGrid((80.0, 0.1 + 0.2, 1 / 3e5, 0.0))

@@ -28,6 +28,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dnnlib.cli import UserError
+from formats.network_files import METADATA, NetworkFile, _write_safetensors, load_network
+from formats.pickle_reader import GLOBALS, STORAGES
+from formats.pickle_writer import NetworkPickler
 from hostile_cases import (
     HEAD,
     META,
@@ -44,9 +47,6 @@ from hostile_cases import (
     value,
 )
 from test_network_files import small
-from training.network_files import METADATA, NetworkFile, _write_safetensors, load_network
-from training.pickle_reader import GLOBALS, STORAGES
-from training.pickle_writer import NetworkPickler
 from watch import watch
 
 KWARGS: dict[str, Any] = {
@@ -407,7 +407,8 @@ def main() -> None:
 
     import atheris  # type: ignore[import-not-found]
 
-    from training import grids, network_files, pickle_reader
+    from formats import network_files, pickle_reader
+    from training import grids
 
     for module in (pickle_reader, network_files, grids):
         own = [v for v in vars(module).values() if getattr(v, "__module__", None) == module.__name__]

@@ -25,10 +25,10 @@ from PIL import Image
 import fid
 import generate
 from dnnlib.cli import UsageError, UserError, parse_int_list
+from formats.image_files import ImageFolder, ImageZip, Manifest, Run, format_int_list, prepare
+from formats.network_files import load_network, save_network
 from helpers import GOLDEN, golden, load_recipe, small_network
 from training.grids import NoiseGrid, Sampling, network_grid
-from training.image_files import ImageFolder, ImageZip, Manifest, Run, format_int_list, prepare
-from training.network_files import load_network, save_network
 from training.pictures import to_uint8
 from training.samplers import StackedRandomGenerator, ablation_sampler, dpmpp2m_sampler, edm_sampler, grid_sampler
 from training.sampling import count_batches, iterate_images, plan_sampling, sample_batch, split_seeds
@@ -476,7 +476,7 @@ def test_two_at_once(
 ) -> None:
     """The second is told that the first is at work."""
     out, real = tmp_path / to, sample_batch
-    monkeypatch.setattr("training.image_files.PATIENCE", 0.2)
+    monkeypatch.setattr("formats.image_files.PATIENCE", 0.2)
     seen = []
 
     def twice(net: Any, seeds: Any, *rest: Any) -> Any:
@@ -576,7 +576,7 @@ def test_a_short_manifest_takes_little_memory(runs: Any, monkeypatch: pytest.Mon
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e6
-    monkeypatch.setattr("training.image_files.MAX_IMAGES", 10)
+    monkeypatch.setattr("formats.image_files.MAX_IMAGES", 10)
     fine = {"network": {}, "options": {}, "runs": [{"seeds": "0-4", "batches": 2}] * 2}
     assert len(Manifest.from_json(json.dumps(fine), "here").names()) == 10
     with pytest.raises(UserError, match="more than 10"):
@@ -653,7 +653,7 @@ def test_failed_zip_leaves_the_old_one(
     def full(image: np.ndarray) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("training.image_files.encode_png", full)
+    monkeypatch.setattr("formats.image_files.encode_png", full)
     assert run(files.other, tmp_path / "out.zip", "--seeds=0-1", "--steps=1") == 1
     assert "the disk is full" in capsys.readouterr().err
     assert (tmp_path / "out.zip").read_bytes() == before

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from formats.network_files import load_network
 from hostile_cases import CHANNELS, GOOD, HEAD, HOSTILE, TRAPS, call, network, under
 from hostile_runner import LINUX
-from training.network_files import load_network
 
 RUNNER = Path(__file__).parent / "hostile_runner.py"
 MAX_SECONDS = 20.0  # of the processor, for one file; the slowest takes three

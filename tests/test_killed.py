@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from formats import state
+from formats.network_files import load_network, save_network
 from helpers import load_recipe, make_dataset, small_network
 from test_dnnlib import BODY, Server
 from test_training import SMALL, assert_same_state, newest_nimg, timeless
-from training import state
-from training.network_files import load_network, save_network
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("EDM_TEST_KILLS", "50"))

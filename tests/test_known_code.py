@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from formats import known_code, network_files
+from formats.known_code import hashes, unknown_definitions
+from formats.network_files import load_network, save_network
 from helpers import small_network
 from torch_utils import persistence
-from training import known_code, network_files, networks
+from training import networks
 from training.distillation import Stage
 from training.grids import NoiseGrid, network_grid
-from training.known_code import hashes, unknown_definitions
-from training.network_files import load_network, save_network
 
 ROOT = Path(__file__).parent.parent
 OWN = networks.EDMPrecond._orig_module_src  # type: ignore[attr-defined]
@@ -50,7 +51,7 @@ def test_every_version_that_was_ever_written_is_known() -> None:
             if found - known.get(name, set()):
                 missing.setdefault(name, set()).update(found - known.get(name, set()))
     table = {name: sorted(found) for name, found in missing.items()}
-    assert not table, f"add to training/known_code.json: {json.dumps(table)}"
+    assert not table, f"add to formats/known_code.json: {json.dumps(table)}"
 
 
 def test_what_is_hashed() -> None:
@@ -96,7 +97,7 @@ def test_hostile_texts_take_little_time(piece: str) -> None:
 
 
 def test_edms_and_other_projects_versions_are_in_the_table() -> None:
-    table = json.loads((ROOT / "training" / "known_code.json").read_text())
+    table = json.loads((ROOT / "formats" / "known_code.json").read_text())
     assert len(table["EDMPrecond"]) >= 3 and {"AttentionOp", "ECMPrecond", "MPConv", "weight_init"} <= table.keys()
     assert all(len(each) == 64 for found in table.values() for each in found)
 

@@ -17,13 +17,13 @@ import fid
 import generate
 import train
 from dnnlib.cli import UsageError, UserError
+from formats.network_files import NetworkFile, load_network, save_network
 from helpers import load_recipe, make_dataset, small_network
 from metrics.classifier import train_detector
 from test_generate import expected, pixels, read
 from training.dataset import ImageFolderDataset
 from training.grids import Sampling, network_grid
 from training.labels import Labels, choose_labels, read_labels
-from training.network_files import NetworkFile, load_network, save_network
 from training.samplers import edm_sampler
 from training.sampling import sample
 

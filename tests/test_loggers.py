@@ -15,9 +15,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from engine import loggers
+from engine.loggers import Background
 from helpers import make_dataset
-from training import loggers
-from training.loggers import Background
 
 SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=8", "--tick=0.2", "--warmup=0", "--device=cpu", "--seed=0"]
 

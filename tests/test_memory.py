@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
+from engine import costs
+from engine.options import Options
+from engine.setup import prepare
+from formats.network_files import load_network, save_network
 from helpers import make_dataset, small_network
 from test_training import SMALL, assert_same_state, losses, run
-from training import costs
-from training.network_files import load_network, save_network
-from training.options import Options
-from training.setup import prepare
 from training.speed import recompute_blocks
 
 

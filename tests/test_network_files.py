@@ -29,11 +29,12 @@ from torch import nn
 
 from dnnlib import EasyDict
 from dnnlib.cli import UserError
+from formats import network_files
+from formats.network_files import ForeignNetworkError, load_network, save_network
 from test_dnnlib import Server
 from torch_utils import persistence
-from training import network_files, networks
+from training import networks
 from training.grids import NoiseGrid, Sampling, network_grid
-from training.network_files import ForeignNetworkError, load_network, save_network
 
 GOLDEN = Path(__file__).parent / "golden"
 PRECONDS = ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
@@ -869,7 +870,7 @@ def test_our_pickles_have_edms_structure(tmp_path: Path) -> None:
     tree = json.loads((GOLDEN / "pickle_structure.json").read_text())["network_snapshot"]["tree_ema"]
     kwargs = tree["scalars"]["_init_kwargs"]
     save_network(tmp_path / "net.pkl", networks.EDMPrecond(**kwargs))
-    from training.pickle_reader import StoredObject, read_pickle
+    from formats.pickle_reader import StoredObject, read_pickle
 
     def compare(stored: StoredObject, node: dict[str, Any]) -> int:
         state = stored.state
@@ -1072,7 +1073,7 @@ def test_a_header_that_nobody_would_read_is_not_written(tmp_path: Path) -> None:
 
 
 def test_the_list_of_names_is_as_short_as_documented() -> None:
-    from training.pickle_reader import GLOBALS
+    from formats.pickle_reader import GLOBALS
 
     structure = json.loads((GOLDEN / "pickle_structure.json").read_text())
     snapshot = structure["network_snapshot"]

@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 
+from engine.loop import check_same_weights
 from helpers import make_dataset
 from test_training import SMALL, assert_same_state, finish, launch, newest_nimg, timeless, wait_for
 from torch_utils import distributed as dist
-from training.training_loop import check_same_weights
 
 ROOT = Path(__file__).parent.parent
 ARGS = [*SMALL, "--nosubdir", "--duration=0.001", "--tick=0.012", "--dropout=0", "--dump=1000"]

@@ -20,11 +20,11 @@ from PIL import Image
 import distill
 import report
 import train
+from formats.network_files import save_network
 from helpers import make_dataset, small_network
-from training import charts
-from training.charts import BINS, new_figure, plot, scale_y, smooth, to_svg
-from training.network_files import save_network
-from training.run_files import MAX_PROBLEMS, read_run
+from ladders import charts
+from ladders.charts import BINS, new_figure, plot, scale_y, smooth, to_svg
+from reporting.run_files import MAX_PROBLEMS, read_run
 
 VOID = {"meta", "img", "input", "link", "br"}
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"

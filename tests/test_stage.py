@@ -7,11 +7,11 @@ from math import prod
 import pytest
 
 from dnnlib.cli import UsageError, UserError
+from engine.setup import check_compatible
+from formats.network_files import NetworkFile
 from helpers import small_network
 from training.distillation import Stage, plan_stage
 from training.grids import NoiseGrid, Sampling, karras_levels, network_grid
-from training.network_files import NetworkFile
-from training.setup import check_compatible
 from training.steps import check_steps, plan_ladder
 
 

@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 
 import generate
+from formats.image_files import ImageZip, Manifest
+from formats.network_files import save_network
 from helpers import make_dataset, small_network
 from metrics.classifier import FORMAT, Classifier
-from training.image_files import ImageZip, Manifest
-from training.network_files import save_network
 
 RUNNER = Path(__file__).parent / "untrusted_runner.py"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pipes, devices and limits of memory as Linux has them")

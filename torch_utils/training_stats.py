@@ -7,37 +7,11 @@ that every process holds the same totals and a run that is stopped and resumed g
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
 
 from . import distributed
-
-# name -> float64 [3]: count, sum, sum of squares since the last update; [k, 3] for a statistic of k kinds of values
-_pending: dict[str, torch.Tensor] = {}
-
-
-def report(name: str, value: Any) -> Any:
-    """Adds every element of `value` (tensor, number or list) to the statistic `name`; returns `value`.
-
-    Nothing waits for the device. All processes must report the same names between two updates.
-    """
-    values = torch.as_tensor(value).detach().flatten().to(torch.float64)
-    moments = torch.stack([torch.full_like(values.sum(), values.numel()), values.sum(), values.square().sum()])
-    _pending[name] = _pending[name] + moments if name in _pending else moments
-    return value
-
-
-def report_moments(name: str, moments: torch.Tensor) -> None:
-    """Adds to the statistics `name`/0, `name`/1, ... their counts, sums and sums of squares: float64 [k, 3]."""
-    _pending[name] = _pending[name] + moments if name in _pending else moments.clone()
-
-
-def report0(name: str, value: Any) -> Any:
-    """Like `report`, with the value of rank 0 alone (every rank still has to call)."""
-    report(name, value if distributed.is_main() else [])
-    return value
 
 
 class Collector:
@@ -46,18 +20,36 @@ class Collector:
     latest: name -> moments, on the device, of what the last `update` took in.
     """
 
-    def __init__(self, regex: str = ".*") -> None:
-        self._regex = re.compile(regex)
+    def __init__(self) -> None:
+        # name -> float64 [3]: count, sum, sum of squares; [k, 3] for a statistic of k kinds of values
+        self._pending: dict[str, torch.Tensor] = {}
         self._totals: dict[str, torch.Tensor] = {}
         self.latest: dict[str, torch.Tensor] = {}
 
+    def report(self, name: str, value: Any) -> None:
+        """Adds every element of `value` (tensor, number or list) to the statistic `name`.
+
+        Nothing waits for the device. All processes must report the same names between two updates.
+        """
+        values = torch.as_tensor(value).detach().flatten().to(torch.float64)
+        count = torch.full_like(values.sum(), values.numel())
+        self.report_moments(name, torch.stack([count, values.sum(), values.square().sum()]))
+
+    def report_moments(self, name: str, moments: torch.Tensor) -> None:
+        """Adds counts, sums and sums of squares: float64 [3], or [k, 3] for statistics `name`/0, `name`/1, ..."""
+        self._pending[name] = self._pending[name] + moments if name in self._pending else moments.clone()
+
+    def report0(self, name: str, value: Any) -> None:
+        """Like `report`, with the value of rank 0 alone (every rank still has to call)."""
+        self.report(name, value if distributed.is_main() else [])
+
     def update(self) -> None:
         """Takes in everything reported since the last update, summed over processes in one exchange."""
-        names = sorted(name for name in _pending if self._regex.fullmatch(name))
+        names = sorted(self._pending)
         if not names:
             return
         target = distributed.device()
-        parts = [_pending.pop(name).to(target) for name in names]
+        parts = [self._pending.pop(name).to(target) for name in names]
         moments = torch.cat([part.reshape(-1, 3) for part in parts])
         distributed.all_reduce_sum([moments])
         split = moments.split([part.numel() // 3 for part in parts])
@@ -122,15 +114,3 @@ def _moments(row: torch.Tensor | None) -> tuple[int, float, float]:
     mean = total / count
     deviation = math.sqrt(max(squares / count - mean * mean, 0.0)) if math.isfinite(mean) else float("nan")
     return int(count), mean, deviation
-
-
-def init_multiprocessing(rank: int, sync_device: torch.device | None) -> None:
-    """Kept for programs written against EDM: `torch_utils.distributed.init` has set everything up."""
-
-
-def clear() -> None:
-    """Forgets what was reported and not yet taken in (a new run in the same process)."""
-    _pending.clear()
-
-
-default_collector = Collector()

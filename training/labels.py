@@ -20,7 +20,8 @@ from dnnlib.util import count, read_file
 from .dataset import Dataset, ImageFolderDataset
 
 if TYPE_CHECKING:
-    from .network_files import NetworkFile
+    from formats.network_files import NetworkFile
+
     from .samplers import StackedRandomGenerator
 
 

@@ -2,7 +2,8 @@
 
 `sample` is the whole of it in one call, for notebooks and programs:
 
-    from training.sampling import load_network, sample
+    from training.network_files import load_network
+    from training.sampling import sample
     student = load_network("assets/digits-student.pkl")
     images = sample(student, seeds=range(16))  # uint8 [16, 8, 8, 1]
 
@@ -16,7 +17,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -29,14 +30,15 @@ from torch_utils import distributed as dist
 from . import samplers
 from .grids import Sampling, network_grid
 from .labels import Condition, Labels, LabelSource, choose_labels, every_class
-from .network_files import NetworkFile
-from .network_files import load_network as load_network  # for notebooks: one import for all they need
 from .pictures import to_uint8
 from .sampler_table import SOLVERS
 from .samplers import RandnLike, StackedRandomGenerator, grid_sampler, nfe, noise_levels
 from .steps import ratios_that_work
 
-__all__ = ["Batch", "Plan", "iterate_images", "load_network", "plan_sampling", "sample", "sample_batch"]
+if TYPE_CHECKING:
+    from formats.network_files import NetworkFile
+
+__all__ = ["Batch", "Plan", "iterate_images", "plan_sampling", "sample", "sample_batch"]
 
 DEFAULT_STEPS = 18
 ABLATION_OPTIONS = ("solver", "discretization", "schedule", "scaling")
@@ -345,7 +347,7 @@ def sample(
 
     Raises UsageError for what contradicts a distilled network's grid or its classes, UserError for images that are NaN.
     """
-    if not isinstance(network, NetworkFile):
+    if not hasattr(network, "sampling"):
         raise UsageError(f"the first argument is what load_network(path) returns, not a {type(network).__name__}")
     if not isinstance(seeds, Sequence | np.ndarray):
         raise UsageError(f"seeds are a list or a range, such as range(16), not a {type(seeds).__name__}")

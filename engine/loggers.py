@@ -18,8 +18,7 @@ from dnnlib.atomic import check_no_link, write_text
 from dnnlib.errors import printable
 from dnnlib.util import read_file
 from torch_utils import distributed as dist
-
-from .config import TrainConfig
+from training.config import TrainConfig
 
 PATIENCE = 30.0  # seconds at the end of a run for what a logger has still to send
 RUN_ID = "wandb-run-id.txt"  # in the run directory: a resumed run goes on under the same number

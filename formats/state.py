@@ -9,7 +9,7 @@ A state is a dict for `torch.save`, read back with `weights_only=True`, so that 
     scaler      loss scale and growth count under fp16
     stats       name -> [count, sum, sum of squares] since the last tick, or a list of such
     intervals   of a distillation: `seen`, fading numbers of images and sums of losses of every interval
-    losses      of the last steps (training.health)
+    losses      of the last steps (engine.health)
     options     what the run was started with, as far as it alters the result
     batch_gpu   images that a process took at once: with another number the same sums may round differently
     world_size, device

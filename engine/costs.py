@@ -14,15 +14,16 @@ import torch
 
 from dnnlib.cli import UserError
 from dnnlib.util import count
+from formats import state
 from torch_utils import distributed as dist
+from training.config import AUTO, TrainConfig, check_batch
+from training.dataset import ImageFolderDataset
+from training.distillation import Stage
+from training.networks import UNetBlock
+from training.speed import compute_dtype, recompute_blocks
+from training.training_loop import build_network, run_network
 
-from . import state
-from .config import AUTO, TrainConfig, check_batch
-from .dataset import ImageFolderDataset
-from .distillation import Stage
-from .networks import UNetBlock
-from .speed import compute_dtype, recompute_blocks
-from .training_loop import MAX_ROWS, MAX_SAMPLES, TARGET_COLUMNS, build_network, run_network
+from .previews import MAX_ROWS, MAX_SAMPLES, TARGET_COLUMNS
 
 if TYPE_CHECKING:
     from .setup import Run

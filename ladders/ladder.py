@@ -30,22 +30,8 @@ from typing import Any
 from dnnlib.atomic import atomic_write, check_no_link, locked, write_text
 from dnnlib.errors import UsageError, UserError, public_url
 from dnnlib.util import count, read_json
-from torch_utils import distributed as dist
-
-from . import pictures
-from .config import check_run_dir, differences
-from .costs import describe_cost, disk_need, free_disk, gib, training_calls
-from .grids import Sampling, Solver
-from .ladder_report import (
-    CurvePoint,
-    Rung,
-    describe_rung,
-    plot_ladder,
-    to_csv,
-)
-from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, Past, curve_plan
-from .network_files import NetworkFile
-from .next_steps import (
+from engine.costs import describe_cost, disk_need, free_disk, gib, training_calls
+from engine.next_steps import (
     by_images,
     has_classes,
     images_to_measure,
@@ -54,11 +40,25 @@ from .next_steps import (
     train_command,
     trusting,
 )
-from .options import ALTERING, COMMAND_LINE, Options, by_content, flag
-from .samplers import nfe
-from .setup import Run, load_everywhere, prepare, train
-from .state import images_seen, list_states
-from .steps import plan_ladder
+from engine.options import ALTERING, COMMAND_LINE, Options, by_content, flag
+from engine.setup import Run, load_everywhere, prepare, train
+from formats.network_files import NetworkFile
+from formats.state import images_seen, list_states
+from torch_utils import distributed as dist
+from training import pictures
+from training.config import check_run_dir, differences
+from training.grids import Sampling, Solver
+from training.samplers import nfe
+from training.steps import plan_ladder
+
+from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, Past, curve_plan
+from .results import (
+    CurvePoint,
+    Rung,
+    describe_rung,
+    plot_ladder,
+    to_csv,
+)
 
 LONGEST = 1e6  # Mimg, as in train.py
 

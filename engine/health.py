@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import TrainConfig
-from .loader import Order
+from dnnlib.errors import UserError
+from training.config import TrainConfig
+from training.loader import Order
 
 WINDOW = 100  # steps; the run ends when MOST of them had to be skipped
 MOST = 50
@@ -46,14 +47,13 @@ class Health:
         """Step number `step`: its loss as count, sum, sum of squares (float64 [3]), and 1.0 where it was skipped."""
         self.waiting.append((step, loss, skipped))
 
-    def look(self, tick_so_far: str) -> int | None:
-        """Takes in the steps since the last look, and says what is wrong with them.
+    def check(self, tick_so_far: str) -> None:
+        """Prints what is wrong with the steps since the last check.
 
-        tick_so_far: the loss of the whole tick, in words. Returns the last step that was skipped, if MOST of WINDOW
-        steps were, so that the run should end.
+        tick_so_far: the loss of the whole tick, in words. Raises UserError if MOST of WINDOW steps were skipped.
         """
         if not self.waiting:
-            return None
+            return
         steps = [step for step, _, _ in self.waiting]
         moments = torch.stack([loss for _, loss, _ in self.waiting]).tolist()
         flags = torch.stack([skipped for _, _, skipped in self.waiting]).tolist()
@@ -83,7 +83,13 @@ class Health:
                 f"Loss spike: {loss:.5g} at step {step}{more}, where the mean of the steps before was {mean:.5g}; "
                 f"{tick_so_far}"
             )
-        return bad[-1] if bad and sum(self.window) >= MOST else None
+        if bad and sum(self.window) >= MOST:
+            precision = ", --precision=fp32" if self.config.precision != "fp32" else ""
+            raise UserError(
+                f"{MOST} of the last {WINDOW} steps had no finite gradients, the last of them "
+                f"{self.describe(bad[-1])}; what was saved before is intact. Try a lower --lr{precision}, "
+                "or look at the data"
+            )
 
     def images(self, step: int) -> list[int]:
         """Which images of the data set a step was of, as numbers in the order of its files."""

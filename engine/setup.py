@@ -19,11 +19,11 @@ import torch
 from dnnlib.atomic import append_text, locked, write_text
 from dnnlib.cli import COMMAND_LINE_ONLY, UsageError, UserError, printable
 from dnnlib.util import count, read_json
+from formats import state
+from formats.network_files import NetworkFile, check_storable, load_network
 from torch_utils import distributed as dist
 from torch_utils.environment import describe_environment
-
-from . import state
-from .config import (
+from training.config import (
     ARCHITECTURES,
     AUGMENTATION,
     AUTO,
@@ -35,6 +35,13 @@ from .config import (
     describe_run,
     next_run_number,
 )
+from training.dataset import ImageFolderDataset
+from training.distillation import EDMDistillationLoss, Stage, plan_stage
+from training.grids import NoiseGrid
+from training.loader import print_remarks
+from training.samplers import grid_sampler
+from training.training_loop import Trainer, matching
+
 from .costs import (
     Cost,
     check_disk,
@@ -47,14 +54,8 @@ from .costs import (
     network_cost,
     training_calls,
 )
-from .dataset import ImageFolderDataset
-from .distillation import EDMDistillationLoss, Stage, plan_stage
-from .grids import NoiseGrid
-from .loader import print_remarks
-from .network_files import NetworkFile, check_storable, load_network
+from .loop import Log, Loop, check_same_options, other_options
 from .options import Options, check_options, flag, given
-from .samplers import grid_sampler
-from .training_loop import Trainer, check_same_options, matching, other_options
 
 STRANGE_KIMG = 5_000_000  # twice EDM's longest run
 FEW_IMAGES = 1000
@@ -565,15 +566,15 @@ def train(
     dist.from_rank0(lambda: check_disk(run))
     with contextlib.ExitStack() as stack:
         dist.from_rank0(lambda: stack.enter_context(locked(run.config.run_dir)))
-        trainer = _trainer(run, found, trainer_class)
+        loop = _loop(run, found, trainer_class)
         del found  # as large as all that the trainer holds, which has copied it
-        snapshot = trainer.run()
+        snapshot = loop.run()
         print_remarks(run.dataset)
         return snapshot
 
 
-def _trainer(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Trainer:
-    """The trainer of a run, at the state to go on from, with its directory made and its options written."""
+def _loop(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Loop:
+    """The loop of a run, at the state to go on from, with its directory made and its options written."""
     config = run.config
     if config.batch_gpu == AUTO:
         config.batch_gpu = _batch_gpu(run, found and found[1])
@@ -586,10 +587,11 @@ def _trainer(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Tr
         if found is None:
             run.announce(lambda line: append_text(Path(config.run_dir, "log.txt"), line + "\n"))
     dist.barrier()
-    trainer = trainer_class(config, run.dataset, run.stage, run.transfer)
+    log = Log(Path(config.run_dir, "log.txt"))
+    loop = Loop(trainer_class(config, run.dataset, run.stage, run.transfer, log), log)
     if found is not None:
-        trainer.load_state(*found)
-    return trainer
+        loop.load_state(*found)
+    return loop
 
 
 def _batch_gpu(run: Run, saved: Kwargs | None) -> int:

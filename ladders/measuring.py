@@ -25,6 +25,7 @@ from torch import Tensor
 from dnnlib.atomic import atomic_write, write_text
 from dnnlib.errors import UsageError, UserError, public_url
 from dnnlib.util import cache_path, count, open_file, open_url, read_json
+from formats.network_files import NetworkFile
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import (
@@ -38,18 +39,17 @@ from metrics.statistics import (
     statistics_of_images,
 )
 from torch_utils import distributed as dist
+from torch_utils.progress import show_progress
+from training import pictures
+from training.config import TrainConfig, differences
+from training.dataset import ImageFolderDataset
+from training.grids import Sampling, Solver, network_grid
+from training.labels import Labels, vector_labels
+from training.samplers import nfe
+from training.sampling import Batch, iterate_images, plan_sampling
+from training.speed import set_precision, use_cpu_kernels
 
-from . import pictures
-from .config import TrainConfig, differences
-from .dataset import ImageFolderDataset
-from .grids import Sampling, Solver, network_grid
-from .labels import Labels, vector_labels
-from .ladder_report import CurvePoint, Floor, Rung, describe_point
-from .network_files import NetworkFile
-from .progress import show_progress
-from .samplers import nfe
-from .sampling import Batch, iterate_images, plan_sampling
-from .speed import set_precision, use_cpu_kernels
+from .results import CurvePoint, Floor, Rung, describe_point
 
 END_POINT_IMAGES = 2048  # compared with the teacher's: the end-point error has little noise, more would change nothing
 END_POINT_VALUES = 1 << 25  # fewer of large images: 128 MiB of them are kept

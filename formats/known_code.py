@@ -19,8 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from torch_utils import persistence
-
-from . import networks
+from training import networks
 
 CLASSES = frozenset(name for name, value in vars(networks).items() if persistence.is_persistent(value))
 TABLE: dict[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))

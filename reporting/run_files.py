@@ -23,9 +23,8 @@ from PIL import Image
 
 from dnnlib.errors import UserError, printable
 from dnnlib.util import count, read_file
-
-from .config import TrainConfig
-from .ladder_report import CurvePoint, Floor, Rung
+from ladders.results import CurvePoint, Floor, Rung
+from training.config import TrainConfig
 
 MAX_LINE = 1 << 22  # bytes of a line of stats.jsonl
 MAX_TICKS = 1_000_000

@@ -13,12 +13,12 @@ import torch
 from dnnlib.cli import UserError, bold, green, program
 from metrics.classifier import FEWEST_IMAGES
 from torch_utils import distributed as dist
+from training.config import STAGE_MIMG
+from training.dataset import ImageFolderDataset
+from training.steps import ratios_that_work
 
-from .config import STAGE_MIMG
-from .dataset import ImageFolderDataset
 from .options import Options, flag, given
 from .setup import Run
-from .steps import ratios_that_work
 
 FID_IMAGES, FEW_IMAGES = 50000, 2000  # fid.py's default; on a CPU
 INCEPTION_FITS = 32  # pixels of a side; it was made for photographs

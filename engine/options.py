@@ -13,9 +13,8 @@ import click
 
 from dnnlib import cli
 from dnnlib.errors import UsageError, UserError, public_url
-
-from .config import ARCHITECTURES, PRECONDS, Kwargs, check_batch, differences, plain
-from .steps import check_steps
+from training.config import ARCHITECTURES, PRECONDS, Kwargs, check_batch, differences, plain
+from training.steps import check_steps
 
 WANDB_PROJECT = "edm-distill"
 LADDER_ALONE = frozenset(("until", "eval_num", "eval_sets", "eval_batch", "curve", "ref", "detector", "stop_if_worse"))

@@ -29,9 +29,8 @@ from PIL import Image
 from dnnlib.atomic import atomic_write, check_folder, locked_file, write_text
 from dnnlib.cli import UserError, parse_int_list
 from dnnlib.util import LIMITS, count, open_file, read_file
-
-from .decoding import image_formats
-from .sampling import count_batches, split_seeds
+from training.decoding import image_formats
+from training.sampling import count_batches, split_seeds
 
 MANIFEST, LABELS = "manifest.json", "dataset.json"
 MAX_IMAGES = 2_000_000  # of a folder or zip: seeds and names are kept in memory, and a short list can mean many

@@ -19,9 +19,9 @@ from markupsafe import Markup
 
 from dnnlib.errors import printable
 from dnnlib.util import count, format_time
+from ladders import charts
+from ladders.results import CurvePoint, Rung, ladder_figure, plus_minus
 
-from . import charts
-from .ladder_report import CurvePoint, Rung, ladder_figure, plus_minus
 from .run_files import Ladder, Run, mapping, number, numbers, show_kimg
 
 MARK = "<!-- report.py of edm-distill -->"  # the first line of a page: what may be written over

@@ -1,0 +1,1 @@
+"""Runs: from options to a training run, its costs, checks, logs and end."""
