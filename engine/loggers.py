@@ -1,17 +1,15 @@
 """Where else the figures of `stats.jsonl` go, if asked: TensorBoard, Weights & Biases. The file stays the truth.
 
-A logger works in a thread of its own. One that is slow (a network, a full disk) never holds a run up, and one that
-fails is left out with one warning. Their packages are imported when the first figures come.
+Both packages send in threads of their own, so that a run does not wait for a network. A logger that fails is left out
+with one warning. The packages are imported when the first figures come.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 from dnnlib.atomic import check_no_link, write_text
@@ -20,8 +18,7 @@ from dnnlib.util import read_file
 from torch_utils import distributed as dist
 from training.config import TrainConfig
 
-PATIENCE = 30.0  # seconds at the end of a run for what a logger has still to send
-RUN_ID = "wandb-run-id.txt"  # in the run directory: a resumed run goes on under the same number
+RUN_ID = "wandb-run-id.txt"  # in the run directory: a resumed run keeps its number
 
 Figures = Mapping[str, float]
 
@@ -92,73 +89,41 @@ def run_id(folder: Path) -> str:
     return made
 
 
-class Background:
-    """A logger in a thread of its own, made there. Whatever it raises ends it, not the run."""
-
-    def __init__(self, name: str, make: Callable[[], Logger], say: Callable[[str], None]) -> None:
-        self.name, self.make, self.say = name, make, say
-        self.waiting: SimpleQueue[tuple[Figures, int] | None] = SimpleQueue()
-        self.problem: str | None = None
-        self.warned = False
-        self.thread: threading.Thread | None = None
-
-    def write(self, figures: Figures, nimg: int) -> None:
-        """Hands figures over, at once."""
-        self._warn()
-        if self.warned:
-            return
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._work, name=self.name, daemon=True)
-            self.thread.start()
-        self.waiting.put((figures, nimg))
-
-    def close(self) -> None:
-        """Waits for what is left to be sent, `PATIENCE` seconds at most."""
-        if self.thread is None:
-            return
-        self.waiting.put(None)
-        self.thread.join(PATIENCE)
-        if self.thread.is_alive() and self.problem is None:
-            self.problem = f"it has not sent everything within {PATIENCE:g} seconds"
-        self._warn()
-
-    def _work(self) -> None:
-        try:
-            logger = self.make()
-            while (item := self.waiting.get()) is not None:
-                logger.write(*item)
-            logger.close()
-        except Exception as exc:
-            self.problem = f"{type(exc).__name__}: {printable(exc, 200)}"
-
-    def _warn(self) -> None:
-        """One line in the log, by the thread of the run, when something went wrong."""
-        if self.problem is not None and not self.warned:
-            self.warned = True
-            self.say(f"Warning: --{self.name} is left out from here on ({self.problem}); stats.jsonl has every figure")
-
-
 class Loggers:
-    """All that were asked for."""
+    """The loggers asked for, by name, each made when the first figures come. One that raises is left out from there."""
 
-    def __init__(self, loggers: list[Background]) -> None:
-        self.loggers = loggers
+    def __init__(self, makers: dict[str, Callable[[], Logger]], log: Callable[[str], None]) -> None:
+        self.makers, self.log = makers, log
+        self.made: dict[str, Logger] = {}
 
     def write(self, figures: Figures, nimg: int) -> None:
-        for logger in self.loggers:
-            logger.write(figures, nimg)
+        """Hands the figures to each logger."""
+        for name in list(self.makers):
+            self._use(name, lambda logger: logger.write(figures, nimg))
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.close()
+        """Has each logger send what is left."""
+        for name in list(self.made):
+            self._use(name, lambda logger: logger.close())
+
+    def _use(self, name: str, action: Callable[[Logger], None]) -> None:
+        try:
+            if name not in self.made:
+                self.made[name] = self.makers[name]()
+            action(self.made[name])
+        except Exception as exc:
+            del self.makers[name]
+            self.made.pop(name, None)
+            reason = f"{type(exc).__name__}: {printable(exc, 200)}"
+            self.log(f"Warning: --{name} is left out from here on ({reason}); stats.jsonl has every figure")
 
 
-def open_loggers(config: TrainConfig, say: Callable[[str], None], begin: Callable[[], int] = lambda: 0) -> Loggers:
-    """Those that `config` asks for, on rank 0; none elsewhere. begin: how many images the run has behind it, asked for
+def open_loggers(config: TrainConfig, log: Callable[[str], None], begin: Callable[[], int] = lambda: 0) -> Loggers:
+    """Those that `config` asks for, on rank 0; none elsewhere. begin: how many images the run has behind it, called
     when the first figures come."""
-    wanted: list[tuple[str, Callable[[], Logger]]] = []
-    if config.tensorboard:
-        wanted.append(("tensorboard", lambda: TensorBoard(config, begin())))
-    if config.wandb is not None:
-        wanted.append(("wandb", lambda: Wandb(config)))
-    return Loggers([Background(name, make, say) for name, make in wanted] if dist.is_main() else [])
+    makers: dict[str, Callable[[], Logger]] = {}
+    if config.tensorboard and dist.is_main():
+        makers["tensorboard"] = lambda: TensorBoard(config, begin())
+    if config.wandb is not None and dist.is_main():
+        makers["wandb"] = lambda: Wandb(config)
+    return Loggers(makers, log)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import sys
-import threading
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from engine import loggers
-from engine.loggers import Background
+from engine.loggers import Loggers
 from helpers import make_dataset
 
 SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=8", "--tick=0.2", "--warmup=0", "--device=cpu", "--seed=0"]
@@ -114,27 +112,6 @@ def test_a_logger_that_fails_is_left_out_with_one_line(
     assert stats[-1]["Progress/kimg"]["mean"] == 1
 
 
-def test_a_logger_that_hangs_does_not_hold_the_run_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    release, said = threading.Event(), []
-
-    class Stuck:
-        def write(self, figures: Any, nimg: int) -> None:
-            release.wait(30)
-
-        def close(self) -> None: ...
-
-    monkeypatch.setattr(loggers, "PATIENCE", 0.1)
-    logger = Background("wandb", Stuck, said.append)
-    start = time.monotonic()
-    for nimg in range(1000):
-        logger.write({"loss": 1.0}, nimg)
-    logger.close()
-    assert time.monotonic() - start < 5  # the first call alone would have waited for 30
-    release.set()
-    (line,) = said
-    assert "it has not sent everything within 0.1 seconds" in line
-
-
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_missing_package_is_told_before_anything_is_written(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -152,6 +129,11 @@ def test_nothing_is_started_before_the_first_figures() -> None:
     def make() -> Any:
         raise AssertionError("too early")
 
-    logger = Background("x", make, print)
-    logger.close()
-    assert logger.thread is None and logger.problem is None
+    lines: list[str] = []
+    each = Loggers({"x": make}, lines.append)
+    each.close()
+    assert not lines
+    each.write({"loss": 1.0}, 1)
+    assert len(lines) == 1 and "too early" in lines[0]
+    each.write({"loss": 1.0}, 2)
+    assert len(lines) == 1
