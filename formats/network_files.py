@@ -20,15 +20,11 @@ import inspect
 import io
 import json
 import math
-import mmap
 import os
 import pickle
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -74,8 +70,6 @@ ENTRIES = (
     "training_options",
 )  # of a file, besides the network
 METADATA = "edm_network"  # key of the JSON text in a safetensors file
-MAX_POPULATED = 1 << 32  # bytes of a file that are read ahead before it is known to be a network's
-COPIERS = min(4, os.cpu_count() or 1)  # threads that copy weights
 MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
 MAX_LIST = 64  # numbers in a list among the constructor arguments of a network
 MAX_PARTS = 5000  # modules of a network; the largest published ones have 320,
@@ -93,7 +87,6 @@ SETTINGS = (  # attributes that may be set after a network was made; any other w
 )
 
 State = dict[str, Any]
-Buffer = bytes | mmap.mmap
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ class NetworkFile:
 
     net             eval mode, requires_grad off, on the CPU, float32
     sampling        noise grid and solver of a distilled network, else None
-    digest          SHA-256 of the file, in hexadecimal, or a promise of it: `sha256` waits for that
+    sha256          of the file, in hexadecimal
     source          path, or URL without user name, password and query
     dataset_kwargs  options of the data set it was trained on, if the file says
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
@@ -115,7 +108,7 @@ class NetworkFile:
 
     net: Any
     sampling: Sampling | None
-    digest: str | _Digest
+    sha256: str
     source: str
     dataset_kwargs: dict[str, Any] | None
     extra: dict[str, Any]
@@ -123,11 +116,6 @@ class NetworkFile:
     ignored: tuple[str, ...] = ()
     half: bool = False
     variants: tuple[str, ...] = ()
-
-    @property
-    def sha256(self) -> str:
-        """Of the file, in hexadecimal. Raises UserError where the file was changed as it was loaded."""
-        return self.digest if isinstance(self.digest, str) else self.digest.result()
 
     @property
     def has_label_vectors(self) -> bool:
@@ -182,8 +170,7 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
         with open_url(path_or_url, check=_check_start) as file:
             start = file.read(1024)
             _check_start(start)
-            data = _contents(file, start)
-            return _understand(data, source, _hash(file, data, source), trust_network_code)
+            return parse_network(start + file.read(), source, trust_network_code=trust_network_code)
     except ForeignNetworkError:
         raise
     except (UserError, ContentError) as exc:
@@ -199,59 +186,10 @@ def _network_in(folder: Path) -> str:
 
 def parse_network(data: bytes, source: str, *, trust_network_code: bool = False) -> NetworkFile:
     """`load_network` of a file's content; `source` names it in messages."""
-    return _understand(data, source, hashlib.sha256(data).hexdigest(), trust_network_code)
+    return _understand(data, source, trust_network_code)
 
 
-def _contents(file: IO[bytes], start: bytes) -> Buffer:
-    """The whole of a file, mapped into memory where that can be: every weight is then copied once, not twice.
-
-    start: what has been read of it already.
-    """
-    try:
-        if hasattr(mmap, "MAP_POPULATE") and os.fstat(file.fileno()).st_size < MAX_POPULATED:  # all pages at once
-            return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):  # a pipe, an empty file, a buffer
-        return start + file.read()
-
-
-def _hash(file: IO[bytes], data: Buffer, source: str) -> str | _Digest:
-    """The SHA-256 of a file's content, or a promise of it."""
-    return hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else _Digest(os.dup(file.fileno()), source)
-
-
-class _Digest:
-    """The SHA-256 of an open file, computed in a thread once `start` is called: it is more work than all the rest."""
-
-    def __init__(self, descriptor: int, source: str) -> None:
-        self.file, self.source = os.fdopen(descriptor, "rb", buffering=0), source
-        self.before = self._state()
-        self.promise: Future[str] = Future()
-
-    def start(self) -> None:
-        threading.Thread(target=self._work, name="sha256").start()
-
-    def result(self) -> str:
-        """Waits. Raises UserError where the file has been written to meanwhile."""
-        return self.promise.result()
-
-    def _work(self) -> None:
-        try:
-            with self.file as file:
-                file.seek(0)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if self._state() != self.before:
-                    raise UserError(f"{self.source}: was changed while it was read; try again")
-            self.promise.set_result(digest)
-        except BaseException as exc:
-            self.promise.set_exception(exc)
-
-    def _state(self) -> tuple[int, int]:
-        found = os.fstat(self.file.fileno())
-        return found.st_size, found.st_mtime_ns
-
-
-def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_code: bool) -> NetworkFile:
+def _understand(data: bytes, source: str, trust_network_code: bool) -> NetworkFile:
     try:
         content = _read(data)
     except ContentError as exc:
@@ -272,8 +210,6 @@ def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_
         raise UserError(f"{source}: its noise grid can't be used: {str(exc)[:300]}") from exc
     dataset_kwargs = entries.get("dataset_kwargs")
     lost = ["dataset_kwargs"] if dataset_kwargs is not None and not isinstance(dataset_kwargs, dict) else []
-    if isinstance(digest, _Digest):
-        digest.start()
     if content.variants:
         names = printable(", ".join(content.variants), 200)
         _warn(
@@ -284,7 +220,7 @@ def _understand(data: Buffer, source: str, digest: str | _Digest, trust_network_
     return NetworkFile(
         net=net.eval().requires_grad_(False),
         sampling=sampling,
-        digest=digest,
+        sha256=hashlib.sha256(data).hexdigest(),
         source=source,
         dataset_kwargs=dataset_kwargs if isinstance(dataset_kwargs, dict) else None,
         extra={
@@ -327,7 +263,7 @@ def _sampling(net: Any, content: _Content) -> Sampling | None:
     return None
 
 
-def _read(data: Buffer) -> _Content:
+def _read(data: bytes) -> _Content:
     """The network in `data` and the other entries. Raises ContentError, whatever the format."""
     _check_start(data[:1024])
     return _read_safetensors(data) if data[8:9] == b"{" else _read_edm_pickle(data)
@@ -351,7 +287,7 @@ def _check_start(start: bytes) -> None:
         raise ContentError("is not a pickle of protocol 2 to 5, nor a safetensors file")
 
 
-def _read_edm_pickle(data: Buffer) -> _Content:
+def _read_edm_pickle(data: bytes) -> _Content:
     try:
         content = read_pickle(memoryview(data))
     except UnknownNameError as exc:
@@ -381,16 +317,14 @@ def _read_edm_pickle(data: Buffer) -> _Content:
         args, kwargs = plain(root.state.get("_init_args", ())), plain(root.state.get("_init_kwargs", {}))
     except TypeError as exc:
         raise ContentError(f"is damaged: among its constructor arguments, {exc}") from exc
-    with ThreadPoolExecutor(COPIERS) as pool:  # while the network is made; they do it without the interpreter
-        copies = {name: pool.submit(_copy(tensor)) for name, tensor in tensors.items()}
-        net = _make(root.class_name, args, kwargs, attributes, len(parts), elements)
-        _check_same(
-            "part",
-            {path: part.class_name for path, part in parts.items()},
-            {path: type(module).__name__ for path, module in net.named_modules()},
-        )
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        _fill(net, shapes, lambda name: copies.pop(name).result())
+    net = _make(root.class_name, args, kwargs, attributes, len(parts), elements)
+    _check_same(
+        "part",
+        {path: part.class_name for path, part in parts.items()},
+        {path: type(module).__name__ for path, module in net.named_modules()},
+    )
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    _fill(net, shapes, lambda name: _copy(tensors[name]))
     parameters = {name for name, _ in net.named_parameters()}
     half = all(tensor.storage.dtype == "float16" for name, tensor in tensors.items() if name in parameters)
     return _Content(net, *_other_entries(content), "EDM pickle", half, _variants(parts.values()))
@@ -628,35 +562,19 @@ def _check_same(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]
         )
 
 
-def _copy(stored: StoredTensor) -> Callable[[], Tensor]:
-    """What is to be called, for another thread, to make a tensor of its own from a window on the file.
-
-    The memory is taken here: that of a thread goes with it, and the next load would have to touch every page anew.
-    """
-    dtype = getattr(torch, stored.storage.dtype)
-    if 0 in stored.shape:
-        return partial(torch.empty, stored.shape, dtype=dtype)
+def _copy(stored: StoredTensor) -> Tensor:
+    """A tensor of its own from a window on the file, whose numbers may lie at odd addresses."""
     size = stored.storage.itemsize
-    length = sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True)) + 1
-    if length > math.prod(stored.shape):  # there are others in between, maybe a great many: they stay in the file
-        steps = [step * size if n > 1 else 0 for n, step in zip(stored.shape, stored.stride, strict=True)]
-        elements = np.ndarray(stored.shape, f"i{size}", stored.storage.data, stored.offset * size, strides=steps)
-        return lambda: torch.from_numpy(elements.copy()).view(dtype)
-    window = np.frombuffer(stored.storage.data[stored.offset * size : (stored.offset + length) * size], np.uint8)
-    flat = torch.empty(length, dtype=dtype)
-
-    def fill() -> Tensor:
-        np.copyto(flat.view(torch.uint8).numpy(), window)  # the file's numbers may lie at odd addresses
-        return flat.as_strided(stored.shape, stored.stride)
-
-    return fill
+    steps = [step * size if n > 1 else 0 for n, step in zip(stored.shape, stored.stride, strict=True)]
+    elements = np.ndarray(stored.shape, f"i{size}", stored.storage.data, stored.offset * size, strides=steps)
+    return torch.from_numpy(elements.copy()).view(getattr(torch, stored.storage.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Safetensors
 
 
-def _read_safetensors(data: Buffer) -> _Content:
+def _read_safetensors(data: bytes) -> _Content:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -878,7 +796,7 @@ OPTIONAL: dict[str, Any] = {  # what networks of foreign code may lack, and then
 }
 
 
-def _run_pickle(data: Buffer, source: str, announce: bool = True) -> _Content:
+def _run_pickle(data: bytes, source: str, announce: bool = True) -> _Content:
     """Loads a pickle as Python and EDM would, with the code that it carries. Raises UserError if that fails."""
     try:
         content = _CodeUnpickler(io.BytesIO(data), announce).load()

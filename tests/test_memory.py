@@ -175,4 +175,4 @@ def test_the_teacher_can_compute_in_less(data, teacher, tmp_path, capsys):
 
 def test_the_teachers_precision_is_for_distillation(data, capsys):
     assert run(f"--data={data}", *SMALL, "--outdir=out", "--teacher-precision=bf16") == 2
-    assert "belong to --precond=edm_distillation" in capsys.readouterr().err
+    assert "belongs to --precond=edm_distillation" in capsys.readouterr().err

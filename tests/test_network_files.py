@@ -373,22 +373,6 @@ def test_a_url(tmp_path: Path, server: Server) -> None:
     assert server.asked == 4
 
 
-def test_a_file_that_changes_while_it_is_read_has_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hash is computed after the network has been taken from the file: it must be of the same content."""
-    path, start = tmp_path / "net.pkl", network_files._Digest.start
-    edm_file(path)
-    assert load_network(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-
-    def late(digest: Any) -> None:
-        with open(path, "ab") as file:
-            file.write(b"more")
-        start(digest)
-
-    monkeypatch.setattr(network_files._Digest, "start", late)
-    with pytest.raises(UserError, match="was changed while it was read"):
-        _ = load_network(path).sha256
-
-
 def test_a_download_that_was_cut_off_unnoticed_is_not_kept(tmp_path: Path, server: Server) -> None:
     """A server that gives no length can break off without anybody seeing: the content tells, and the next try fetches."""
     edm_file(tmp_path / "net.pkl")

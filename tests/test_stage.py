@@ -22,7 +22,7 @@ def original():
 
 def student_of(stage: Stage, name: str) -> NetworkFile:
     """What loading the student of a stage would give."""
-    return replace(stage.teacher, sampling=stage.sampling, digest=name[0] * 64, source=name)
+    return replace(stage.teacher, sampling=stage.sampling, sha256=name[0] * 64, source=name)
 
 
 # -- plan_stage --------------------------------------------------------------------------------------------------------
