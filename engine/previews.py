@@ -33,7 +33,7 @@ def save_samples(trainer: Trainer, path: Path) -> None:
         chosen = [i * len(trainer.dataset) // count for i in range(count)]
         labels = torch.from_numpy(trainer.dataset.labels(chosen)).to(trainer.device)
     if trainer.stage is not None:
-        images = grid_sampler(trainer.ema, latents, trainer.stage.sampling.grid, class_labels=labels)
+        images = grid_sampler(trainer.ema, latents, trainer.stage.sampling.grid.levels, class_labels=labels)
     else:
         images = edm_sampler(trainer.ema, latents, labels)
     picture = pictures.tile(pictures.to_uint8(images), columns=math.isqrt(count), gap=2)

@@ -37,7 +37,6 @@ from training.config import (
 )
 from training.dataset import ImageFolderDataset
 from training.distillation import EDMDistillationLoss, Stage, plan_stage
-from training.grids import NoiseGrid
 from training.loader import print_remarks
 from training.samplers import grid_sampler
 from training.training_loop import Trainer, matching
@@ -331,7 +330,7 @@ def _check_foreign(options: Options, stage: Stage) -> None:
         loss = EDMDistillationLoss(net, stage.grid, stage.ratio, stage.solver)(student, images, labels)
         loss.sum().backward()
         with torch.no_grad():
-            grid_sampler(net, images, NoiseGrid((stage.grid.levels[0], 0.0)), class_labels=labels)
+            grid_sampler(net, images, (stage.grid.levels[0], 0.0), class_labels=labels)
         check_storable(stage.teacher)
     except (Exception, SystemExit) as exc:  # foreign code can raise anything
         reason = f"{type(exc).__name__}: {printable(exc, 300)}"

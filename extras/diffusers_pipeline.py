@@ -116,7 +116,7 @@ class EDMStudentPipeline(DiffusionPipeline):
             labels = torch.eye(net.label_dim, device=device)[classes.to(device)]
         elif class_labels is not None:
             raise ValueError("this network has no classes")
-        raw = grid_sampler(net, latents, self.student.grid, self.student.config.solver, labels)
+        raw = grid_sampler(net, latents, self.student.grid.levels, self.student.config.solver, labels)
         images: Any = raw.float()
         if output_type == "np":
             images = ((images + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

@@ -408,7 +408,7 @@ def test_a_student_is_sampled_by_its_own_jumps_only():
     student, latent = PerfectStudent(own.levels), number(1)
 
     def end(levels, solver):
-        return grid_sampler(student, latent, levels, solver).item() / (80 * flow(80, 0))
+        return grid_sampler(student, latent, levels.levels, solver).item() / (80 * flow(80, 0))
 
     says(
         "The perfect student of the table, sampled by Euler jumps on its grid, ends with the data's deviation times "
@@ -435,7 +435,9 @@ def test_solver_factors_and_their_products():
     rows = table("| steps | 4 | 8 | 16 | 32 |")
     found = {}
     for row, solver in zip(rows, ("euler", "heun"), strict=True):
-        ends = [grid_sampler(net, number(1), grid(n), solver).item() / (80 * flow(80, 0)) for n in (4, 8, 16, 32)]
+        ends = [
+            grid_sampler(net, number(1), grid(n).levels, solver).item() / (80 * flow(80, 0)) for n in (4, 8, 16, 32)
+        ]
         assert row == [solver.capitalize(), *(f"{end:.3f}" for end in ends)]
         found[solver] = ends
     says(f"a student of 8 Heun steps inherits the {found['heun'][1]:.3f}.")

@@ -35,7 +35,7 @@ def test_images_are_those_of_our_sampler(path: Path) -> None:
     net, classes = network.net, network.net.label_dim
     latents = torch.randn(4, 3, 8, 8, generator=seeded())
     labels = torch.eye(classes)[[1, 1, 1, 1]] if classes else None
-    wanted = grid_sampler(net, latents, network.sampling.grid, class_labels=labels).float()
+    wanted = grid_sampler(net, latents, network.sampling.grid.levels, class_labels=labels).float()
     pipe = EDMStudentPipeline.from_network(path)
     given = {"batch_size": 4, "class_labels": 1 if classes else None}
     assert torch.equal(pipe(**given, generator=seeded(), output_type="pt").images, wanted)

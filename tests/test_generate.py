@@ -235,7 +235,7 @@ def test_student_runs_on_its_own_grid(
     note = "8 is its teacher's number of steps, it makes its own 4"
     assert (note in printed) == (options == ("--steps=8",))
     latents = StackedRandomGenerator("cpu", range(4)).randn([4, 1, 8, 8])
-    wanted = to_uint8(grid_sampler(files.net, latents, files.sampling.grid, "euler")).numpy()
+    wanted = to_uint8(grid_sampler(files.net, latents, files.sampling.grid.levels, "euler")).numpy()
     for seed in range(4):
         assert np.array_equal(pixels(read(tmp_path / "out")[f"{seed:06d}.png"]), wanted[seed, 0])
 

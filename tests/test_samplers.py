@@ -211,7 +211,7 @@ def test_grid_sampler_closed_form(solver: str, steps: int) -> None:
     grid = network_grid(net, steps)
     latents = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     seen: list[int] = []
-    images = grid_sampler(net, latents, grid, solver, callback=lambda i, x: seen.append(i))
+    images = grid_sampler(net, latents, grid.levels, solver, callback=lambda i, x: seen.append(i))
     offset = latents * grid.levels[0] - net.mean
     for t, s in itertools.pairwise(grid.levels):
         offset = offset * net.decay(t, s, solver)
@@ -227,10 +227,12 @@ def test_samplers_agree(precond: str, nets: dict[str, Any]) -> None:
     latents = StackedRandomGenerator("cpu", [3, 4]).randn([2, 3, 16, 16])
     labels = torch.eye(10)[[1, 2]]
     grid = network_grid(net, 6)
-    assert torch.equal(edm_sampler(net, latents, labels, num_steps=6), grid_sampler(net, latents, grid, "heun", labels))
+    assert torch.equal(
+        edm_sampler(net, latents, labels, num_steps=6), grid_sampler(net, latents, grid.levels, "heun", labels)
+    )
     euler = ablation_sampler(net, latents, labels, num_steps=6, solver="euler")
     if precond == "EDMPrecond":
-        torch.testing.assert_close(euler, grid_sampler(net, latents, grid, "euler", labels), rtol=0, atol=1e-5)
+        torch.testing.assert_close(euler, grid_sampler(net, latents, grid.levels, "euler", labels), rtol=0, atol=1e-5)
 
 
 def test_grid_sampler_ends_on_the_denoiser() -> None:
@@ -239,7 +241,7 @@ def test_grid_sampler_ends_on_the_denoiser() -> None:
     grid = NoiseGrid((5.0, 0.5, 0.0))
     states: list[Tensor] = []
     latents = torch.randn(1, 2, 4, 4, dtype=torch.float64)
-    images = grid_sampler(net, latents, grid, callback=lambda i, x: states.append(x))
+    images = grid_sampler(net, latents, grid.levels, callback=lambda i, x: states.append(x))
     assert torch.equal(images, net(states[0], torch.tensor(0.5)))
 
 
@@ -252,7 +254,7 @@ def test_heun_converges_in_second_order() -> None:
     def error(solver: str, steps: int) -> float:
         levels = np.geomspace(start, end, steps + 1).tolist()
         states: list[Tensor] = []
-        grid_sampler(net, latents, NoiseGrid((*levels, 0.0)), solver, callback=lambda i, x: states.append(x))
+        grid_sampler(net, latents, (*levels, 0.0), solver, callback=lambda i, x: states.append(x))
         exact = net.mean + (latents * start - net.mean) * ((net.var + end**2) / (net.var + start**2)).sqrt()
         return float((states[steps - 1] - exact).abs().max())
 
@@ -360,4 +362,4 @@ def test_bad_settings(kwargs: dict[str, Any], message: str) -> None:
 
 def test_grid_sampler_refuses_unknown_solver() -> None:
     with pytest.raises(ValueError, match="unknown solver 'rk4'"):
-        grid_sampler(gaussian(), torch.zeros(1, 2, 4, 4), NoiseGrid((1.0, 0.0)), "rk4")
+        grid_sampler(gaussian(), torch.zeros(1, 2, 4, 4), (1.0, 0.0), "rk4")

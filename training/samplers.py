@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .grids import NoiseGrid, check_count, karras_levels, rounded
+from .grids import check_count, karras_levels, rounded
 from .sampler_table import SOLVERS
 from .solvers import Denoiser, euler_jump, heun_step
 
@@ -70,21 +70,37 @@ def nfe(steps: int, solver: str) -> int:
 def grid_sampler(
     net: Any,
     latents: Tensor,
-    grid: NoiseGrid,
+    levels: Sequence[float],
     solver: str = "euler",
     class_labels: Tensor | None = None,
     *,
+    randn_like: RandnLike = torch.randn_like,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = float("inf"),
+    S_noise: float = 1,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Jumps down `grid`, level by level: the sampler of distilled networks, and Alg. 1 of the paper with `heun`.
+    """Steps down `levels`, sigma_max first, 0 last: Alg. 2 of the paper, without churn Alg. 1.
 
-    Makes exactly `nfe(grid.steps, solver)` network calls. `callback(i, x)` sees the state at level i + 1 of the grid.
+    solver: 'euler' (a student's jumps) or 'heun'. Makes `nfe(len(levels) - 1, solver)` network calls. With S_churn > 0,
+    noise is drawn at every step, used or not, so that a seed's stream does not depend on S_min and S_max.
+    `callback(i, x)` gets the state at levels[i + 1]. Raises ValueError for another solver.
     """
     _check_choice("solver", solver, ("heun", "euler"))
     denoise = _denoiser(net, class_labels)
-    x = latents.to(torch.float64) * grid.levels[0]
-    for i, (level, next_level) in enumerate(pairwise(grid.levels)):
-        x = _step(denoise, x, level, next_level, solver)
+    x = latents.to(torch.float64) * levels[0]
+    for i, (t, t_next) in enumerate(pairwise(levels)):
+        t_hat, x_hat = t, x
+        if S_churn > 0:  # Fresh noise, from t up to t_hat.
+            t_hat = _churned(net, t, len(levels) - 1, S_churn, S_min, S_max)
+            x_hat = x + math.sqrt(max(t_hat**2 - t**2, 0)) * S_noise * randn_like(x)
+        # Euler step from t_hat to t_next; for Heun with the second-order correction, unless t_next is 0.
+        sigma, sigma_next = _scalar(t_hat, x), _scalar(t_next, x)
+        if solver == "heun" and t_next > 0:
+            x = heun_step(denoise, x_hat, sigma, sigma_next)
+        else:
+            x = euler_jump(x_hat, denoise(x_hat, sigma), sigma, sigma_next)
         if callback is not None:
             callback(i, x)
     return x
@@ -104,23 +120,24 @@ def edm_sampler(
     S_max: float = float("inf"),
     S_noise: float = 1,
 ) -> Tensor:
-    """Alg. 2 of the paper: Heun's method with churn; without churn (the default) Alg. 1.
+    """Alg. 2 of the paper with Heun's method on the levels of eq. 5; without churn (the default) Alg. 1.
 
-    The noise range is clamped to the network's, the levels of eq. 5 are rounded to those it knows. Noise is drawn at
-    every step, used or not, so that a seed's stream is the same for all churn settings. One step is a single jump from
-    sigma_max to 0. Raises ValueError for fewer than one step or an empty noise range.
+    The noise range is clamped to the network's, the levels are rounded to those it knows. One step is a single jump
+    from sigma_max to 0. Raises ValueError for fewer than one step or an empty noise range.
     """
-    sigmas = [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
-    denoise = _denoiser(net, class_labels)
-    x = latents.to(torch.float64) * sigmas[0]
-    for t, t_next in pairwise(sigmas):
-        # Fresh noise, from t up to t_hat.
-        noise = randn_like(x)
-        t_hat = _churned(net, t, num_steps, S_churn, S_min, S_max)
-        x_hat = x + math.sqrt(max(t_hat**2 - t**2, 0)) * S_noise * noise
-        # Euler step from t_hat to t_next, with the second-order correction unless t_next is 0.
-        x = _step(denoise, x_hat, t_hat, t_next, "heun")
-    return x
+    levels = [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
+    return grid_sampler(
+        net,
+        latents,
+        levels,
+        "heun",
+        class_labels,
+        randn_like=randn_like,
+        S_churn=S_churn,
+        S_min=S_min,
+        S_max=S_max,
+        S_noise=S_noise,
+    )
 
 
 def dpmpp2m_sampler(
@@ -205,7 +222,7 @@ def ablation_sampler(
     times = [*map(time.inverse, levels), 0.0]
     x = latents.to(torch.float64) * (time.sigma(times[0]) * scale(times[0]))
     for i, (t, t_next) in enumerate(pairwise(times)):
-        # Fresh noise, from sigma(t) up to sigma(t_hat).
+        # Fresh noise, from sigma(t) up to sigma(t_hat); without churn too, see `vp_schedule`.
         noise = randn_like(x)
         sigma = time.sigma(t)
         t_hat = time.inverse(_churned(net, sigma, num_steps, S_churn, S_min, S_max))
@@ -220,14 +237,6 @@ def ablation_sampler(
             d_prime = slope(x_hat + alpha * h * d, t_hat + alpha * h)
             x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
     return x
-
-
-def _step(denoise: Denoiser, x: Tensor, level: float, next_level: float, solver: str) -> Tensor:
-    """One step of the plain ODE (sigma(t) = t, s(t) = 1); an Euler jump where there is no second slope to be had."""
-    t, s = _scalar(level, x), _scalar(next_level, x)
-    if solver == "euler" or next_level == 0:
-        return euler_jump(x, denoise(x, t), t, s)
-    return heun_step(denoise, x, t, s)
 
 
 def _churned(net: Any, level: float, num_steps: int, S_churn: float, S_min: float, S_max: float) -> float:

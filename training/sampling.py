@@ -156,7 +156,7 @@ def _student_plan(sampling: Sampling, steps: int | None, is_own: bool) -> Plan:
         else f"; {steps} is its teacher's number of steps, it makes its own {grid.steps}"
     )
     return Plan(
-        sample=lambda net, latents, labels, randn_like: grid_sampler(net, latents, grid, solver, labels),
+        sample=lambda net, latents, labels, randn_like: grid_sampler(net, latents, grid.levels, solver, labels),
         steps=grid.steps,
         nfe=calls,
         text=(
