@@ -76,7 +76,8 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
         ]
         assert len(lines) == 1, lines
         (line,) = lines
-        assert line.startswith(f"{script.__name__}.py: error: "), line
+        kind = "interrupted" if status > 128 else "error: "
+        assert line.startswith(f"{script.__name__}.py: {kind}"), line
         assert "please report" not in line and len(line) < 700, line
         for word in [words] if isinstance(words, str) else words:
             assert word in line, (word, line)
