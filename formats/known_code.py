@@ -5,9 +5,10 @@ by name, so a fork's changed class under a known name would give other numbers t
 definitions are compared by SHA-256 with those of training.networks as it is now, and with the table `known_code.json`:
 EDM's (all versions, with EDM2's, ECT's and SiD's that compute the same), and those of this project's past.
 
-What is hashed: a definition from `class` or `def` to its last line, decorators left out, without comments and without
-any white space, in UTF-8. tests/test_known_code.py walks the history of training/networks.py and prints what the table
-lacks.
+What is hashed: a definition from `class` or `def` to its last line, without comments and without any white space, in
+UTF-8; of decorators, all but `persistent_class`. Other statements at the top level, which may replace a definition or a
+part of it, count as a change of each known class they name. tests/test_known_code.py walks the history of
+training/networks.py and prints what the table lacks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _LITERALS = re.compile(  # comments and strings; the quantifiers are possessive:
 _STATEMENT = re.compile(r"\n(?=[^\s)\]}])")
 _DEFINITION = re.compile(r"(?:async\s+)?(?:class|def)\s+(\w+)")
 _CLASS = re.compile(r"^class\s+(\w+)", re.MULTILINE)
-_INNER_CLASS = re.compile(r"^[ \t]+class\s+(\w+)", re.MULTILINE)
+_DECORATOR = re.compile(r"@\s*(?:persistence\.)?persistent_class\s*")
+_HARMLESS = re.compile(r"(?:import|from)\b|['\"]|if\s+__name__\b|__all__\b")
 _NAME = re.compile(r"(?<![\w.])[^\W\d]\w*")
 
 
@@ -50,23 +52,24 @@ def unknown_definitions(text: str) -> tuple[str, ...]:
         return ()
     if len(text) > MAX_SOURCE:
         return tuple(dict.fromkeys(name for name in _CLASS.findall(text) if name in CLASSES))
-    plain = _without_comments(text)
-    found = _definitions(plain)
+    found, others = _statements(text)
+    others = [statement for statement in others if _hash(statement) not in _own_statements()]
     names = {name: set(_NAME.findall(" ".join(bodies))) for name, bodies in found.items()}
+    run = set(_NAME.findall(" ".join(others)))
     used: set[str] = set()
-    waiting = set(CLASSES & found.keys())
+    waiting = (CLASSES | run) & found.keys()
     while waiting:
         used |= waiting
         waiting = (set[str]().union(*(names[name] for name in waiting)) & found.keys()) - used
     known = _known()
     unknown = [name for name in found if name in used and not {*map(_hash, found[name])} <= known.get(name, set())]
-    unknown += [name for name in _INNER_CLASS.findall(plain) if name in CLASSES]
+    unknown += sorted(run & (CLASSES | used))
     return tuple(dict.fromkeys(name[:100] for name in unknown))[:MAX_NAMES]
 
 
 def hashes(text: str) -> dict[str, set[str]]:
     """SHA-256 of every top-level definition of a source text, by name."""
-    return {name: set(map(_hash, bodies)) for name, bodies in _definitions(_without_comments(text)).items()}
+    return {name: set(map(_hash, bodies)) for name, bodies in _statements(text)[0].items()}
 
 
 @lru_cache(maxsize=1)
@@ -75,22 +78,33 @@ def _known() -> dict[str, set[str]]:
     return {name: {*TABLE.get(name, ()), *own.get(name, ())} for name in {*TABLE, *own}}
 
 
+@lru_cache(maxsize=1)
+def _own_statements() -> frozenset[str]:
+    return frozenset(map(_hash, _statements(_own_text())[1]))
+
+
 def _own_text() -> str:
     return str(networks.EDMPrecond._orig_module_src)  # type: ignore[attr-defined]
 
 
-def _without_comments(text: str) -> str:
-    """Without white space in strings either: a line that begins at column 0 then begins a statement."""
-    return _LITERALS.sub(lambda m: "" if m[0].startswith("#") else "".join(m[0].split()), text)
-
-
-def _definitions(plain: str) -> dict[str, list[str]]:
+def _statements(text: str) -> tuple[dict[str, list[str]], list[str]]:
+    """The definitions at the top level of a text by name, and its other statements that may change them."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", " ").replace("\\\n", " ")
+    # Without white space in strings either: a line that begins at column 0 then begins a statement.
+    plain = _LITERALS.sub(lambda m: "" if m[0].startswith("#") else "".join(m[0].split()), text)
     found: dict[str, list[str]] = {}
+    others: list[str] = []
+    decorators = ""
     for statement in _STATEMENT.split(plain):
         match = _DEFINITION.match(statement)
         if match:
-            found.setdefault(match[1], []).append(statement)
-    return found
+            found.setdefault(match[1], []).append(decorators + statement)
+            decorators = ""
+        elif statement.startswith("@"):
+            decorators += "" if _DECORATOR.fullmatch(statement) else statement
+        elif not _HARMLESS.match(statement):
+            others.append(statement)
+    return found, others
 
 
 def _hash(definition: str) -> str:

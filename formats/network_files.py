@@ -69,6 +69,7 @@ ENTRIES = (
     "sampling",
     "training_options",
 )  # of a file, besides the network
+VARIANTS = "unknown_variants"  # entry of a file that was converted from one with an unknown version of these classes
 METADATA = "edm_network"  # key of the JSON text in a safetensors file
 MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
 MAX_LIST = 64  # numbers in a list among the constructor arguments of a network
@@ -101,8 +102,8 @@ class NetworkFile:
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
     format          what kind of file it was found to be: FORMATS
     half            whether its parameters were stored in float16
-    variants        classes (and what they use) of which the file's text has a version unknown here; this project's own
-                    stand in for them
+    variants        classes (and what they use) of which the file's text, or that of the file it was converted from, has a
+                    version unknown here; this project's own stand in for them
     ignored         names of entries that are not plain data (a teacher, an optimiser, ...) and were not kept
     """
 
@@ -170,7 +171,7 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
         with open_url(path_or_url, check=_check_start) as file:
             start = file.read(1024)
             _check_start(start)
-            return parse_network(start + file.read(), source, trust_network_code=trust_network_code)
+            return _understand(start + file.read(), source, trust_network_code)
     except ForeignNetworkError:
         raise
     except (UserError, ContentError) as exc:
@@ -184,12 +185,7 @@ def _network_in(folder: Path) -> str:
     return f"; the newest network in it is {max(found, key=lambda path: path.stat().st_mtime)}" if found else ""
 
 
-def parse_network(data: bytes, source: str, *, trust_network_code: bool = False) -> NetworkFile:
-    """`load_network` of a file's content; `source` names it in messages."""
-    return _understand(data, source, trust_network_code)
-
-
-def _understand(data: bytes, source: str, trust_network_code: bool) -> NetworkFile:
+def _understand(data: bytes, source: str, trust_network_code: bool, warn: bool = True) -> NetworkFile:
     try:
         content = _read(data)
     except ContentError as exc:
@@ -210,12 +206,15 @@ def _understand(data: bytes, source: str, trust_network_code: bool) -> NetworkFi
         raise UserError(f"{source}: its noise grid can't be used: {str(exc)[:300]}") from exc
     dataset_kwargs = entries.get("dataset_kwargs")
     lost = ["dataset_kwargs"] if dataset_kwargs is not None and not isinstance(dataset_kwargs, dict) else []
-    if content.variants:
-        names = printable(", ".join(content.variants), 200)
+    variants = content.variants or _marked(entries.pop(VARIANTS, None))
+    if variants and warn:
+        names = printable(", ".join(variants), 200)
+        text, advice = "its text", "; --trust-network-code runs the code that the file brings"
+        if not content.variants:
+            text, advice = "in the file that it was converted from, the text", ""
         _warn(
-            f"Warning: {printable(source, 300)}: its text of {names} is no version known here (a "
-            "fork's?). This program's own is used instead, whose numbers may differ; --trust-network-code runs the "
-            "code that the file brings"
+            f"Warning: {printable(source, 300)}: {text} of {names} is no version known here (a fork's?). This program's "
+            f"own is used instead, whose numbers may differ{advice}"
         )
     return NetworkFile(
         net=net.eval().requires_grad_(False),
@@ -231,8 +230,14 @@ def _understand(data: bytes, source: str, trust_network_code: bool) -> NetworkFi
         format=content.format,
         ignored=(*content.ignored, *lost),
         half=content.half,
-        variants=content.variants,
+        variants=variants,
     )
+
+
+def _marked(value: Any) -> tuple[str, ...]:
+    """The entry VARIANTS of a file, as far as it is one."""
+    names = value if isinstance(value, list) else []
+    return tuple(str(name)[:100] for name in names[: known_code.MAX_NAMES])
 
 
 @dataclass(frozen=True)
@@ -749,7 +754,8 @@ def _write_checked(file: NetworkFile, stream: IO[bytes], target: str, half: bool
         tensors = {n: stored_tensor(t, half and n in names, n) for n, t in file.net.state_dict().items()}
         save_tensors(tensors, stream)
     else:
-        _write(stream, target, file.net, _entries(file.sampling, None, None, file.dataset_kwargs, file.extra), half)
+        extra = {**file.extra, **({VARIANTS: list(file.variants)} if file.variants else {})}
+        _write(stream, target, file.net, _entries(file.sampling, None, None, file.dataset_kwargs, extra), half)
     stream.seek(0)
     _check_copy(file, stream, target, half)
     stream.seek(0, os.SEEK_END)
@@ -769,7 +775,7 @@ def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -
     elif not persistence.is_own(file.net):  # its code ran when it was loaded
         tensors = _run_pickle(stream.read(), target, announce=False).net.state_dict()
     else:
-        again = parse_network(stream.read(), target)
+        again = _understand(stream.read(), target, False, warn=False)
         tensors = again.net.state_dict()
         # By their text: NaN is not equal to itself.
         if repr((again.sampling, again.dataset_kwargs, again.extra)) != repr(

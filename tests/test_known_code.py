@@ -14,7 +14,7 @@ import torch
 
 from formats import known_code, network_files
 from formats.known_code import hashes, unknown_definitions
-from formats.network_files import load_network, save_network
+from formats.network_files import convert_network, load_network, save_network
 from helpers import small_network
 from torch_utils import persistence
 from training import networks
@@ -50,18 +50,21 @@ def test_every_version_that_was_ever_written_is_known() -> None:
         for name, found in hashes(text).items():
             if found - known.get(name, set()):
                 missing.setdefault(name, set()).update(found - known.get(name, set()))
+        assert missing or unknown_definitions(text) == ()
     table = {name: sorted(found) for name, found in missing.items()}
     assert not table, f"add to formats/known_code.json: {json.dumps(table)}"
 
 
 def test_what_is_hashed() -> None:
     body = 'class A:\n    """Doc # stays."""\n    x = "#1"  # goes\n\n    def f(\n        self,\n    ):\n        return 1\n'
-    text = f"# a comment\n@decorated\n{body}\n# the end\nb = 1\n\ndef g(\n    a,\n) -> int:\n    return '''\nclass B:\n'''\n"
+    text = f"# a comment\n@persistence.persistent_class\n{body}\n# the end\nb = 1\n\ndef g(\n    a,\n) -> int:\n    return '''\nclass B:\n'''\n"
     assert hashes(text) == {
         "A": {hashlib.sha256(b'classA:"""Doc#stays."""x="#1"deff(self,):return1').hexdigest()},
         "g": {hashlib.sha256(b"defg(a,)->int:return'''classB:'''").hexdigest()},
     }
     assert hashes(text.replace("\n", "\r\n").replace("    ", "\t")) == hashes(text)
+    assert hashes(text.replace("\n", "\r")) == hashes(text)
+    assert hashes(text.replace("persistence.persistent_class", "decorated"))["A"] != hashes(text)["A"]
     assert hashes(text.replace("stays", "differs"))["A"] != hashes(text)["A"]
 
 
@@ -77,6 +80,14 @@ def test_what_is_hashed() -> None:
         (OWN.replace("return torch.as_tensor(sigma)\n", "return sigma\n"), ("Precond",)),
         (OWN + "\nif True:\n    class VPPrecond:\n        pass\n", ("VPPrecond",)),
         (OWN + "\nclass Linear:\n    pass\n", ("Linear",)),
+        (OWN + "\nEDMPrecond.forward = lambda self, x, sigma: x\n", ("EDMPrecond",)),
+        (OWN + "\nsetattr(EDMPrecond, 'forward', None)\n", ("EDMPrecond",)),
+        (OWN + "\ndef patch():\n    EDMPrecond.forward = None\n\npatch()\n", ("patch",)),
+        (OWN.replace("class EDMPrecond(", "class Mine(") + "\nEDMPrecond = Mine\n", ("Mine", "EDMPrecond")),
+        (OWN.replace("class EDMPrecond", "@changed\nclass EDMPrecond"), ("EDMPrecond",)),
+        (OWN + "\nif __name__ == '__main__':\n    EDMPrecond(8, 1)\n", ()),
+        (FORK.replace("\n", "\r"), ("EDMPrecond",)),
+        (OWN + "\nclass \\\nLinear:\n    pass\n", ("Linear",)),
         ("raise SystemExit('run')", ()),
         ("", ()),
         (OWN + "#" * known_code.MAX_SOURCE, tuple(name for name in hashes(OWN) if name in known_code.CLASSES)),
@@ -114,6 +125,15 @@ def test_a_changed_class_is_read_as_ours_with_a_warning(tmp_path: Path, capsys: 
     assert type(file.net) is networks.EDMPrecond and torch.equal(file.net(x, sigma), net(x, sigma))
     lineage = Stage(file, NoiseGrid((80.0, 1.0, 0.0)), 2, "heun").sampling.lineage
     assert lineage[-1]["unknown_variants"] == ["EDMPrecond"]
+
+    for name in ("a.pkl", "a.safetensors", "b.pkl"):  # this program's own text is in these, and the mark is kept
+        convert_network(file, tmp_path / name)
+        file = load_network(tmp_path / name)
+        said = capsys.readouterr().err
+        assert said.startswith(f"Warning: {tmp_path / name}: ") and "EDMPrecond" in said and said.count("\n") == 1
+        assert file.variants == ("EDMPrecond",) and file.describe().endswith("an unknown variant of EDMPrecond")
+    assert load_network(tmp_path / "b.pkl", trust_network_code=True).variants == ("EDMPrecond",)
+    assert "running" not in capsys.readouterr().err
 
     trusted = load_network(path, trust_network_code=True)
     said = capsys.readouterr().err
