@@ -322,8 +322,6 @@ def _check_foreign(options: Options, stage: Stage) -> None:
     if wrong := [flag(each) for each in fixed if getattr(options, each) not in (getattr(Options, each), 0, "fp32")]:
         raise UsageError(f"{', '.join(wrong)}: a network of foreign code ({name}) is trained as it is; leave it out")
     try:
-        if missing := [each for each in INTERFACE if not isinstance(getattr(net, each, None), int)]:
-            raise TypeError(f"it has no {', '.join(missing)}")
         student, images = copy.deepcopy(net), torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution)
         student.train().requires_grad_(True)
         labels = torch.zeros(1, net.label_dim) if net.label_dim else None

@@ -631,7 +631,7 @@ def _write_safetensors(file: IO[bytes], net: nn.Module, entries: State, half: bo
 
     class_name, init_args, init_kwargs = type(net).__name__, plain(net._init_args), plain(net._init_kwargs)
     if type(net) is not getattr(networks, class_name, None):
-        raise TypeError(f"a {class_name} of foreign code can only be stored in a pickle")
+        raise TypeError(f"{class_name} is of foreign code, which only a .pkl can carry (or bare weights: .pt)")
     fresh = dict(_make(class_name, init_args, init_kwargs, {}, MAX_PARTS, sys.maxsize).named_modules())
     attributes = {}
     for path, module in net.named_modules():
@@ -794,6 +794,7 @@ def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -
 
 
 OPTIONAL: dict[str, Any] = {  # what networks of foreign code may lack, and then is
+    "label_dim": 0,
     "sigma_min": 0.0,
     "sigma_max": math.inf,
     "round_sigma": networks.Precond.round_sigma,
@@ -815,6 +816,10 @@ def _run_pickle(data: bytes, source: str, announce: bool = True) -> _Content:
     for name, value in OPTIONAL.items():
         if persistence.is_persistent(net) and not hasattr(net, name):
             setattr(type(net), name, value)  # of the class: a copy's file is to hold what the original's does
+    for name in ("img_resolution", "img_channels", "label_dim"):
+        if not isinstance(getattr(net, name, None), int | np.integer):
+            kind = printable(type(net).__name__, 100)
+            raise UserError(f"{source}: its network of class {kind} has no {name} that is a number; nothing can use it")
     return _Content(net.cpu().float(), *_other_entries(content), "pickle, its own code run")
 
 

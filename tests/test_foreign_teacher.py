@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import distill
+import example
 import generate
 import train
 from formats.network_files import ForeignNetworkError, load_network
@@ -175,7 +176,7 @@ def test_a_ladders_dry_run(tmp_path: Path, forget: Callable[[], None], capsys: C
     [
         ("x, sigma = x.float()", "self.last = lambda: 0; x, sigma = x.float()", "lambda"),
         ("x, sigma = x.float()", "self.last = Body.Note(); x, sigma = x.float()", "no persistent class"),
-        ("self.img_channels, ", "self.channels, ", "it has no img_channels"),
+        ("self.img_channels, ", "self.channels, ", "has no img_channels"),
         ("x, sigma = x.float()", "raise OSError('no such thing'); x, sigma = x.float()", "OSError: no such thing"),
         ("return 0.25", "return torch.zeros(()); 0.25", "can't be distilled"),
     ],
@@ -201,3 +202,29 @@ def test_options_that_foreign_code_has_no_ear_for(
     error = capsys.readouterr().err
     assert f"{option.partition('=')[0]}: a network of foreign code (ECMPrecond)" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("self.img_channels, ", "self.channels, ", "has no img_channels"),
+        ("class_labels=None, **kwargs", "", "can't be sampled: TypeError"),
+        ("x, sigma = x.float()", "x, sigma = x.no_such_thing()", "can't be sampled: AttributeError"),
+    ],
+)
+def test_what_cannot_be_sampled_ends_in_one_line(
+    tmp_path: Path, old: str, new: str, words: str, forget: Callable[[], None], capsys: Capture
+) -> None:
+    network = tmp_path / "teacher.pkl"
+    foreign_file(network, OTHER.replace(old, new), "ECMPrecond", (8, 1))
+    for main, out in ((generate.main, f"--outdir={tmp_path}/out"), (example.main, f"--out={tmp_path}/out.png")):
+        assert main([f"--network={network}", out, "--seeds=0-1", TRUST]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "ECMPrecond" in error and words in error and "report" not in error
+
+
+def test_a_network_that_does_not_mention_labels_has_none(tmp_path: Path, forget: Callable[[], None]) -> None:
+    source = OTHER.replace("self.label_dim, ", "").replace("img_channels, label_dim, True", "img_channels, True")
+    foreign_file(tmp_path / "teacher.pkl", source, "ECMPrecond", (8, 1))
+    forget()
+    assert load_network(tmp_path / "teacher.pkl", trust_network_code=True).net.label_dim == 0

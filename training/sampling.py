@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.cli import UsageError, UserError
+from dnnlib.cli import UsageError, UserError, printable
 from dnnlib.util import count
 from torch_utils import distributed as dist
+from torch_utils import persistence
 
 from . import samplers
 from .grids import Sampling, network_grid
@@ -268,7 +269,13 @@ def sample_batch(
 ) -> Batch:
     """One image per seed, in one batch. Draws in EDM's order: latent, class (even where one is imposed), churn."""
     random, latents, drawn = draw_inputs(net, seeds, labels, device)
-    images = plan.sample(net, latents, drawn, random.randn_like)
+    try:
+        images = plan.sample(net, latents, drawn, random.randn_like)
+    except (TypeError, AttributeError, ValueError, LookupError) as exc:
+        if persistence.is_own(getattr(net, "_orig_mod", net)):
+            raise
+        name, reason = type(net).__name__, f"{type(exc).__name__}: {exc}"
+        raise UserError(printable(f"the network, of foreign code ({name}), can't be sampled: {reason}")) from exc
     return Batch(list(seeds), images.to(torch.float32), drawn)
 
 
