@@ -263,9 +263,10 @@ def convert(
             result.remarks.update(picture.remarks)
             progress.update()
     if result.unreadable and (not skip_bad or not result.labels + result.skipped):
+        advice = "no other is left" if skip_bad else "mend or remove what is bad, or leave it out by --skip-bad"
         raise UserError(
-            f"{count(len(result.unreadable), 'image')} can't be read, so nothing is written (mend or remove them, or "
-            f"leave them out by --skip-bad): {_first(result.unreadable)}"
+            f"{count(len(result.unreadable), 'image')} can't be read, so nothing is written ({advice}): "
+            f"{_first(result.unreadable)}"
         )
     if not result.labels:
         raise UserError(f"no image is left: all {len(result.skipped)} are too small (the first: {result.skipped[0]})")

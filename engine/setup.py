@@ -35,7 +35,7 @@ from training.config import (
     describe_run,
     next_run_number,
 )
-from training.dataset import ImageFolderDataset
+from training.dataset import ImageFolderDataset, PackedFiles
 from training.distillation import EDMDistillationLoss, Stage, plan_stage
 from training.loader import print_remarks
 from training.samplers import grid_sampler
@@ -438,8 +438,9 @@ def fingerprint(path: str) -> str:
     """SHA-256 over the names, sizes and (in a zip) checksums of a data set's files: tells data sets apart, quickly."""
     digest = hashlib.sha256()
     if Path(path).is_dir():
-        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-        rows = [(file.relative_to(path).as_posix(), file.stat().st_size, 0) for file in files]
+        files = PackedFiles(path)  # those that are read: links are followed, hidden ones left out
+        names = sorted((files.root + name for name in files.names), key=lambda name: Path(name).parts)
+        rows = [(name, file.stat().st_size, 0) for name in names if (file := Path(path, name)).is_file()]
     else:
         with zipfile.ZipFile(path) as archive:
             rows = sorted((entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist())

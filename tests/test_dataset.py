@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from dnnlib.cli import UserError
+from engine.setup import fingerprint
 from helpers import GOLDEN
 from training import dataset, decoding
 from training.dataset import ImageFolderDataset, PackedFiles, dataset_options
@@ -148,10 +149,11 @@ def test_transparency_is_put_on_black():
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(kind, orientation):
-    upright = np.kron(noise(1, 2, 1), np.ones((8, 16), np.uint8))
-    stored = np.rot90(upright, {1: 0, 3: 2, 6: 1, 8: 3}[orientation])
+    upright = np.kron(noise(1, 2, 2)[:, :, 0], np.ones((8, 16), np.uint8))
+    turned = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 1, 7: 3, 8: 3}
+    stored = np.rot90(upright[:, ::-1] if orientation in (2, 4, 5, 7) else upright, turned[orientation])
     exif, found = Image.Exif(), list[str]()
     exif[0x112] = orientation
     options = {"lossless": True} if kind == "webp" else {"quality": 95} if kind == "jpeg" else {}
@@ -164,10 +166,10 @@ def test_exif_orientation_is_applied(kind, orientation):
 
 def test_depth_and_frames_are_noticed():
     dim = np.full((8, 8), 4095, np.uint16)
-    for kind, data in [("png", dim), ("tiff", dim), ("png", dim * 2)]:
+    for kind, data in [("png", dim), ("tiff", dim), ("tiff", dim.astype(np.int32)), ("png", dim * 2)]:
         found: list[str] = []
         decode_image(encode(Image.fromarray(data), kind), "x", found)
-        assert found == (["dark"] if data is dim else [])
+        assert found == (["dark"] if data.max() == 4095 else [])
     frames = [Image.fromarray(noise(i)) for i in range(2)]
     for kind in ("gif", "tiff", "webp"):
         found = []
@@ -563,3 +565,17 @@ def test_damage_to_a_stored_member_is_seen(tmp_path):
     path.write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"a\.png in .* can't be read"):
         ImageFolderDataset(path)
+
+
+def test_a_fingerprint_is_of_what_is_read(tmp_path):
+    folder, other = tmp_path / "data", tmp_path / "other"
+    for name in (folder, other):
+        name.mkdir()
+        (name / "0.png").write_bytes(encode(noise(1)))
+    (folder / "linked").symlink_to(other)
+    before = fingerprint(str(folder))
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert fingerprint(str(folder)) == before
+    (other / "1.png").write_bytes(encode(noise(2)))
+    assert fingerprint(str(folder)) != before

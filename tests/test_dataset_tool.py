@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -263,6 +264,7 @@ def test_mnist(tmp_path):
         ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"),
         ("emnist-letters-train-images-idx3-ubyte.gz", "emnist-letters-train-labels-idx1-ubyte.gz"),
         ("t10k-images.idx3-ubyte.gz", "t10k-labels-idx1-ubyte"),
+        ("TRAIN-IMAGES.IDX3", "TRAIN-LABELS.IDX1"),
     ],
 )
 def test_other_spellings_of_mnist(images_name, labels_name, tmp_path, capsys):
@@ -387,11 +389,26 @@ def test_labels_are_never_lost(given, words, tmp_path, capsys):
         assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 1]
 
 
-def test_label_names_of_other_systems(tmp_path):
-    source = fill(tmp_path / "in", {"sub/0.png": noise(0), "1.png": noise(1)})
-    (source / "dataset.json").write_text(json.dumps({"labels": [["sub\\0.png", 4], ["./1.png", 2]]}))
-    assert tool(source, tmp_path / "out.zip") == 0
-    assert [label for _, label in labels(tmp_path / "out.zip")] == [2, 4]
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        (["sub\\0.png", "./1.png"], ["sub/0.png", "1.png"]),
+        (["sub/0.png", "a b.png"], ["sub\\0.png", "a b.png"]),
+        (["caf\u00e9.png", "1.png"], ["cafe\u0301.png", "1.png"]),
+        (["my/sub/0.png", "my/1.png"], ["my/sub/0.png", "my/1.png"]),
+        (["sub/0.png", "1.png"], ["my/sub/0.png", "my/1.png"]),
+    ],
+)
+def test_label_names_of_other_systems(given, stored, tmp_path, capsys):
+    top = "my/" * all(name.startswith("my/") for name in stored)
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for i, name in enumerate(stored):
+            archive.writestr(name, dataset_tool.encode_png(noise(i)))
+        archive.writestr(f"{top}dataset.json", json.dumps({"labels": [[given[0], 4], [given[1], 2]]}))
+    assert tool(tmp_path / "in.zip", tmp_path / "out.zip") == 0
+    found = dict(zip(sorted(stored), (label for _, label in labels(tmp_path / "out.zip")), strict=True))
+    assert found == {stored[0]: 4, stored[1]: 2}
+    assert "left out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -455,6 +472,11 @@ def test_parts_of_a_set_are_no_classes(tmp_path, capsys):
     assert f"{hint}{source}/train\n" in capsys.readouterr().out
     assert tool(source / "train", tmp_path / "out.zip") == 0
     assert "0 a, 1 b\n" in capsys.readouterr().out
+    shutil.rmtree(source / "val" / "b")  # of which a part may lack classes
+    assert tool(tmp_path / "in", tmp_path / "out.zip") == 0
+    assert "hold folders of the same names" in capsys.readouterr().out
+    assert tool(fill(tmp_path / "flat", {"Train/0.png": noise(0), "test/0.png": noise(1)}), tmp_path / "out.zip") == 0
+    assert "note: Train, test count as classes; if they are parts of one set" in capsys.readouterr().out
 
 
 def test_classes_within_one_folder_of_a_zip(tmp_path, capsys):
@@ -486,7 +508,8 @@ def test_unreadable_images_are_all_named(tmp_path, capsys):
     assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 0, 2]
     assert tool(source, tmp_path / "out.zip", "--max-images=1") == 0, "as many as are asked for were read"
     assert tool(source / "b", tmp_path / "no.zip", "--skip-bad") == 1
-    assert "12 images can't be read" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "12 images can't be read" in message and "--skip-bad" not in message
 
 
 def test_labels_that_cannot_be_trained_on_are_copied_with_a_warning(tmp_path, capsys):

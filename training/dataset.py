@@ -15,6 +15,7 @@ import os
 import posixpath
 import stat
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -307,13 +308,14 @@ class PackedFiles:
         self.folders: set[str] = set()
         paths = self._walk() if self.is_folder else (info.filename for info in self._zip().infolist())
         self.names = sorted({path for path in paths if not self._is_hidden(path) and not path.endswith("/")})
-        unread = {*self.names} - {*self.image_names()} - {"dataset.json", "manifest.json"}
-        endings = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in sorted(unread))
-        self._unread = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(10))
+        unread = {*self.names} - {*self.image_names()}
         while top := self._wrapper():
             self.root += top
             self.names = [name.removeprefix(top) for name in self.names if name.startswith(top)]
             self.folders = {folder.removeprefix(top) for folder in self.folders if folder.startswith(top)}
+        unread -= {self.root + "dataset.json", self.root + "manifest.json"}
+        endings = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in sorted(unread))
+        self._unread = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(10))
 
     def _walk(self) -> Iterator[str]:
         """Files by their paths, folders with a slash at the end."""
@@ -420,7 +422,7 @@ class PackedFiles:
 
     def labels(self) -> dict[str, Any] | None:
         """The labels of the top-level dataset.json by file name, as they stand there; None if there are none. Names
-        may begin with ./ and have backslashes.
+        may begin with ./ or with the folder that all lies in, have backslashes, and accents in either Unicode form.
 
         Raises UserError if the file is not of the form {"labels": [[name, label], ...]} or {"labels": null}.
         """
@@ -439,9 +441,11 @@ class PackedFiles:
         for index, pair in enumerate(labels):
             if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise UserError(f"{where}: entry {index} of labels is {_short(pair)}, not a pair [name, label]")
-        known, table = {*self.names}, dict[str, Any]()
+        known, spelled, table = {*self.names}, dict[str, str](), dict[str, Any]()
+        if not all(name in known for name, _ in labels):
+            spelled = {_spelling(start + name): name for start in (self.root, "") for name in self.names}
         for name, label in labels:
-            path = name if name in known else posixpath.normpath(name.replace("\\", "/"))
+            path = name if name in known else spelled.get(_spelling(name), name)
             if path in table and table[path] != label:
                 raise UserError(f"{where}: {name} has two labels, {_short(table[path])} and {_short(label)}")
             table[path] = label
@@ -466,6 +470,11 @@ class PackedFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
+
+
+def _spelling(name: str) -> str:
+    """The same for all ways to write a path."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
 
 
 def _read_stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | None:

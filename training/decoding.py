@@ -37,7 +37,7 @@ def decode_image(data: bytes, where: str, found: list[str] | None = None) -> np.
     found = [] if found is None else found
     try:
         with Image.open(io.BytesIO(data), formats=image_formats()[1]) as image:
-            is_deep = any(";16" in str(tile) for tile in image.tile)
+            is_deep = image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
             if _is_turned(image):
                 ImageOps.exif_transpose(image, in_place=True)
                 found.append("turned")

@@ -22,6 +22,7 @@ from .dataset import PackedFiles
 from .decoding import decode_image, image_formats
 
 CIFAR10_IMAGES = 50_000
+PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # names of folders that are no classes
 MAX_UNPACKED = 1 << 28  # bytes; a file of the real archives unpacks to far less
 
 
@@ -60,7 +61,7 @@ def open_source(source: str, limit: int | None = None, by_name: bool = False) ->
         raise UserError(f"--source={source}: no such file or folder")
     name = os.path.basename(source)
     inside = set(os.listdir(source)) if os.path.isdir(source) else set()
-    idx = sorted(file for file in inside if "idx3ubyte" in _spelling(file))
+    idx = sorted(file for file in inside if "idx3" in _spelling(file))
     if "cifar-10-batches-py" in inside:
         return read_cifar10(os.path.join(source, "cifar-10-batches-py"))
     if name.endswith((".tar.gz", ".tgz", ".tar")) or "data_batch_1" in inside:
@@ -72,9 +73,9 @@ def open_source(source: str, limit: int | None = None, by_name: bool = False) ->
     if idx:
         first = os.path.join(source, min(idx, key=lambda file: "train" not in file))
         raise UserError(f"--source={source} holds files of MNIST's form; name one, such as --source={first}")
-    if not inside and "idx1ubyte" in _spelling(name):
+    if not inside and "idx1" in _spelling(name):
         raise UserError(f"--source={source} holds labels; name the file of images beside it, ...-images-idx3-ubyte")
-    if not inside and "idx3ubyte" in _spelling(name):
+    if not inside and "idx3" in _spelling(name):
         return read_mnist(source)
     if not inside and os.path.splitext(name)[1].lower() in image_formats()[0]:
         raise UserError(f"--source={source} is an image; name the folder that it is in")
@@ -111,7 +112,7 @@ def read_packed(path: str, limit: int | None = None, by_name: bool = False) -> S
             are_numbers = all(re.fullmatch("[0-9]{1,18}", folder) for folder in folders)
             classes = sorted(folders, key=int) if are_numbers and not by_name else folders
             note = "labels from top-level folders"
-            remarks += _folder_remarks(path, names, classes)
+            remarks += _folder_remarks(os.path.join(path, files.root), names, classes)
             number = {folder: index for index, folder in enumerate(classes)}
             labels = {name: number[name.partition("/")[0]] for name in names}
         gone = sorted({folder.partition("/")[0] for folder in files.folders} - {*folders})
@@ -142,13 +143,15 @@ def _folder_remarks(path: str, names: Sequence[str], classes: Sequence[str]) -> 
     inner: dict[str, set[str]] = {}
     for top, *rest in (name.split("/") for name in names):
         inner.setdefault(top, set()).update(rest[:1] if len(rest) > 1 else ())
-    twins = [top for top in classes if inner[top] and sum(inner[top] == other for other in inner.values()) > 1]
+    twins = [top for top in classes if sum(not inner[top].isdisjoint(other) for other in inner.values()) > 1]
     if twins:
         remarks.append(
             f"note: {_some(twins)} hold folders of the same names ({_some(sorted(inner[twins[0]]))}): are these the "
             f"classes? Then convert one at a time, --source={os.path.join(path, twins[0])}"
             + ("" if os.path.isdir(path) else " once unpacked")
         )
+    elif len(parts := [top for top in classes if top.lower() in PARTS]) > 1:
+        remarks.append(f"note: {_some(parts)} count as classes; if they are parts of one set, convert one at a time")
     return remarks
 
 
@@ -188,7 +191,9 @@ def read_cifar10(path: str) -> Source:
     images, labels = [], []
     for name in batches:
         if name not in content:
-            raise UserError(f"{path}: {name} is missing; is it CIFAR-10's Python version, and whole?")
+            raise UserError(
+                f"{path}: {name} is missing; is it CIFAR-10's Python version, and whole? Unpack other archives"
+            )
         pixels, classes = _cifar_batch(content[name], f"{name} in {path}")
         images.append(pixels)
         labels += classes
@@ -282,7 +287,7 @@ def _spelling(name: str) -> str:
 def read_mnist(path: str) -> Source:
     """MNIST and its relatives: ...-images-idx3-ubyte.gz with ...-labels-idx1-ubyte.gz beside it, padded to 32x32."""
     folder, name = os.path.split(path)
-    wanted = re.sub("images(.*)idx3", r"labels\1idx1", name)
+    wanted = re.sub("images(.*)idx3", r"labels\1idx1", name, flags=re.IGNORECASE)
     beside = (
         file for file in sorted(os.listdir(folder or ".")) if _spelling(file) == _spelling(wanted) and file != name
     )
