@@ -57,7 +57,7 @@ def unknown_definitions(text: str) -> tuple[str, ...]:
     names = {name: set(_NAME.findall(" ".join(bodies))) for name, bodies in found.items()}
     run = set(_NAME.findall(" ".join(others)))
     used: set[str] = set()
-    waiting = (CLASSES | run) & found.keys()
+    waiting = set((CLASSES | run) & found.keys())
     while waiting:
         used |= waiting
         waiting = (set[str]().union(*(names[name] for name in waiting)) & found.keys()) - used

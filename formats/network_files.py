@@ -102,8 +102,8 @@ class NetworkFile:
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
     format          what kind of file it was found to be: FORMATS
     half            whether its parameters were stored in float16
-    variants        classes (and what they use) of which the file's text, or that of the file it was converted from, has a
-                    version unknown here; this project's own stand in for them
+    variants        classes (and what they use) of which the file's text, or that of the file it was converted from, has
+                    a version unknown here; this project's own stand in for them
     ignored         names of entries that are not plain data (a teacher, an optimiser, ...) and were not kept
     """
 
@@ -213,8 +213,8 @@ def _understand(data: bytes, source: str, trust_network_code: bool, warn: bool =
         if not content.variants:
             text, advice = "in the file that it was converted from, the text", ""
         _warn(
-            f"Warning: {printable(source, 300)}: {text} of {names} is no version known here (a fork's?). This program's "
-            f"own is used instead, whose numbers may differ{advice}"
+            f"Warning: {printable(source, 300)}: {text} of {names} is no version known here (a fork's?). This "
+            f"program's own is used instead, whose numbers may differ{advice}"
         )
     return NetworkFile(
         net=net.eval().requires_grad_(False),
