@@ -105,7 +105,7 @@ class Loop:
         maintenance = 0.0
         while trainer.nimg < config.total_nimg:
             trainer.step(loader)
-            self.health.add(trainer.step_count - 1, trainer.stats.latest["Loss/loss"], trainer.skipped)
+            self.health.add(trainer.step_count - 1, trainer.skipped)
             self.bar.update(config.batch_size)
             done = trainer.nimg >= config.total_nimg
             if done or self.tick == 0 or trainer.nimg >= self.tick_start_nimg + config.kimg_per_tick * 1000:
@@ -156,7 +156,7 @@ class Loop:
     def end_tick(self, done: bool, elapsed: float, tick_seconds: float, maintenance: float) -> None:
         """Status line, snapshot, pictures, statistics."""
         config, trainer = self.config, self.trainer
-        self.check_numbers()
+        self.health.check()
         self.report_progress(elapsed, tick_seconds, maintenance)
         if config.snapshot_ticks is not None and (done or self.tick % config.snapshot_ticks == 0):
             check_same_weights(trainer.net, trainer.ema)
@@ -223,12 +223,6 @@ class Loop:
         append_text(self.run_dir / "stats.jsonl", json.dumps({**values, "timestamp": time.time()}) + "\n")
         self.loggers.write({name: value["mean"] for name, value in values.items()}, self.trainer.nimg)
 
-    def check_numbers(self) -> None:
-        """Prints what went wrong since the last check, and ends the run where that is too much."""
-        stats, steps = self.trainer.stats, self.trainer.step_count - self.tick_start_step
-        spread = f"{stats.mean('Loss/loss'):.5g} ± {stats.std('Loss/loss'):.5g}"
-        self.health.check(f"this tick so far: loss {spread} in {steps} steps")
-
     # -- files -------------------------------------------------------------------------------------------------------
 
     def snapshot_path(self) -> Path:
@@ -259,7 +253,7 @@ class Loop:
 
     def save_state(self, name: str, elapsed: float) -> None:
         """Writes the exact state; every process holds the same one, rank 0 writes. Then older ones may go."""
-        self.check_numbers()
+        self.health.check()
         self.trainer.check_finite()
         if not dist.is_main():
             return
@@ -279,7 +273,6 @@ class Loop:
         }
         return {
             **saved,
-            "losses": list(self.health.losses),
             "options": json.loads(json.dumps(self.config.identity())),
         }
 
@@ -295,7 +288,6 @@ class Loop:
         self.tick_start_step, self.elapsed_before = position["tick_start_step"], position["elapsed_sec"]
         self.first_nimg = position["nimg"]
         self.health.skipped = position["skipped"]
-        self.health.losses.extend(saved.get("losses", []))
         same_place = path.resolve().parent == self.run_dir.resolve()
         self.stats_lines = position["stats_lines"] if same_place else 0
         if dist.is_main():

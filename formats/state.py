@@ -9,7 +9,6 @@ A state is a dict for `torch.save`, read back with `weights_only=True`, so that 
     scaler      loss scale and growth count under fp16
     stats       name -> [count, sum, sum of squares] since the last tick, or a list of such
     intervals   of a distillation: `seen`, fading numbers of images and sums of losses of every interval
-    losses      of the last steps (engine.health)
     options     what the run was started with, as far as it alters the result
     batch_gpu   images that a process took at once: with another number the same sums may round differently
     world_size, device
@@ -161,8 +160,6 @@ def _is_complete(state: dict[str, Any]) -> bool:
                 and isinstance(batch_gpu, int)
                 and 0 < batch_gpu < MOST
                 and isinstance(state.get("intervals", {}), dict)
-                and isinstance(state.get("losses", []), list)
-                and all(isinstance(loss, float) for loss in state.get("losses", []))
             )
     return False
 

@@ -6,12 +6,10 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections import deque
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +22,6 @@ import torch
 import train
 from engine import costs
 from engine import loop as course
-from engine.health import HISTORY, is_spike
 from engine.loop import cut_lines
 from engine.options import ALTERING, DISTILLATION, Options, flag, named_differences, told_as_options
 from engine.setup import prepare
@@ -801,42 +798,6 @@ def test_backing_off_is_no_bad_step(data):
         trainer.gradients.flat.fill_(float("inf"))
         assert float(trainer.apply_gradients()) == counted
         assert float(trainer.scale.scale) == scale / 2
-
-
-def test_no_spike_in_normal_runs():
-    """Every step's loss of runs on digits: EDM, VP, VE and distillations, batches of 8 to 64."""
-    with np.load(Path(__file__).parent / "step_losses.npz") as runs:
-        assert sum(runs[name].size for name in runs.files) > 6000
-        for name in runs.files:
-            before = deque(maxlen=HISTORY)
-            for step, loss in enumerate(runs[name].tolist()):
-                assert not is_spike(loss, before), (name, step)
-                before.append(loss)
-            assert is_spike(math.inf, before) and not is_spike(math.nan, before)
-            if name in ("teacher64", "teacher12", "distil64", "distil1"):  # the others' losses scatter far more
-                assert is_spike(3 * statistics.median(before), before), name
-
-
-def test_a_loss_spike_is_told(data, tmp_path, capsys, monkeypatch):
-    from training.loss import EDMLoss
-
-    original, calls = EDMLoss.__call__, 0
-
-    def sometimes_high(self, *args, **kwargs):
-        nonlocal calls
-        calls += 1
-        return original(self, *args, **kwargs) * (1000 if calls in (81, 82) else 1)
-
-    monkeypatch.setattr(EDMLoss, "__call__", sometimes_high)
-    assert run(f"--data={data}", *SMALL, "--nosubdir", f"--outdir={tmp_path}", "--duration=0.001") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Loss spike")]
-    assert re.search(
-        r"at step 8[01], the highest of 2 such steps, where the mean of the steps before was \S+; this tick", line
-    )
-    assert line in (tmp_path / "log.txt").read_text()
-
-
-# -- distillation runs --------------------------------------------------------------------------------------------------------
 
 
 def test_a_stage_and_the_next(data, teacher, tmp_path, capsys):

@@ -15,16 +15,12 @@ from . import distributed
 
 
 class Collector:
-    """Totals since the last `reset`, the same on every process, as plain numbers once read.
-
-    latest: name -> moments, on the device, of what the last `update` took in.
-    """
+    """Totals since the last `reset`, the same on every process, as plain numbers once read."""
 
     def __init__(self) -> None:
         # name -> float64 [3]: count, sum, sum of squares; [k, 3] for a statistic of k kinds of values
         self._pending: dict[str, torch.Tensor] = {}
         self._totals: dict[str, torch.Tensor] = {}
-        self.latest: dict[str, torch.Tensor] = {}
 
     def report(self, name: str, value: Any) -> None:
         """Adds every element of `value` (tensor, number or list) to the statistic `name`.
@@ -53,9 +49,9 @@ class Collector:
         moments = torch.cat([part.reshape(-1, 3) for part in parts])
         distributed.all_reduce_sum([moments])
         split = moments.split([part.numel() // 3 for part in parts])
-        self.latest = {name: rows.reshape(part.shape) for name, part, rows in zip(names, parts, split, strict=True)}
-        for name, rows in self.latest.items():
-            self._totals[name] = self._totals[name] + rows if name in self._totals else rows
+        for name, part, rows in zip(names, parts, split, strict=True):
+            total = self._totals.get(name)
+            self._totals[name] = rows.reshape(part.shape) if total is None else total + rows.reshape(part.shape)
 
     def reset(self) -> None:
         """Starts all totals afresh."""
