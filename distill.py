@@ -235,7 +235,7 @@ def command(
         dist.print0("Dry run; exiting.")
         dist.shutdown()
         return
-    with stopping_at_once("what is finished is kept, and the same command goes on"):
+    with stopping_at_once("what is finished is kept: run the same command to resume"):
         rungs = ladder.run()
     dist.print0()
     dist.print0(format_table(rungs, ladder.curve, ladder.measuring.floor))

@@ -220,7 +220,9 @@ def command(
         net = _make_ready(loaded.net, where, precision, use_compile)
         start = time.monotonic()
         is_zip = isinstance(output, ImageZip)
-        with stopping_at_once("a zip is made in one go" if is_zip else "the same command with --skip-existing goes on"):
+        with stopping_at_once(
+            "a zip is made in one go" if is_zip else "run the same command with --skip-existing to resume"
+        ):
             _make_images(net, plan, work, output, where, drawn_from)
         seconds = time.monotonic() - start
         dist.print0(f"Done: {count(todo, 'image')} in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")

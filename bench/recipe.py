@@ -198,7 +198,7 @@ def command(
 
     first = Path(outdir, f"teacher-{eval_num}")  # a ladder of next to no training: what it measures is good for all
     if run_ladder(first, [*common, *SHORT.split(), "--duration=0.001", "--seed=0", *extra.split()]) is None:
-        raise cli.UserError(f"the teacher can't be measured: {first}/log.txt says why")
+        raise cli.UserError(f"the teacher can't be measured: {first}/log.txt has the reason")
 
     def run(task: Task) -> list[dict[str, Any]] | None:
         share_teacher(first, task.folder)
@@ -214,7 +214,7 @@ def command(
             failed = f"  ({len(runs) - len(good)} failed, see their log.txt)" if len(good) < len(runs) else ""
             print(f"{screen:11s} {variant:34s} {summary(good) if good else ''}{failed}", flush=True)
     if failures:
-        raise cli.UserError(f"{failures} of {len(tasks)} runs failed; log.txt in the folder of each says why")
+        raise cli.UserError(f"{failures} of {len(tasks)} runs failed; log.txt in the folder of each has the reason")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -68,7 +68,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class FailedElsewhere(UserError):
-    """Another process has failed and says why; this one ends without a word."""
+    """Another process has failed and prints why; this one ends silently."""
 
 
 def command(**attrs: Any) -> Callable[[Callable[..., Any]], click.Command]:
@@ -371,7 +371,7 @@ def _message(exc: BaseException) -> str:
     if isinstance(exc, ModuleNotFoundError):
         return missing_package(exc)
     if isinstance(exc, RuntimeError) and _launched() and _LOST_PEER.search(f"{type(exc).__name__} {text}"):
-        return "another process has ended, or can't be reached any more; its own message says why, unless it was killed"
+        return "another process has ended, or can't be reached any more; unless it was killed, its own message says why"
     return f"unexpected {type(exc).__name__}: {text} (EDM_DEBUG=1 shows where; please report it)"
 
 
@@ -414,7 +414,7 @@ HABITS = {  # what one types from another script, and no spelling is near
     **{("distill.py", f"--{name}"): _TEACHERS for name in ("arch", "cbase", "cres", "blocks")},
     ("distill.py", "--precond"): "; distill.py does nothing but --precond=edm_distillation, stage after stage",
     ("distill.py", "--nosubdir"): "; a ladder always goes on in its --outdir",
-    ("distill.py", "--resume"): "; the same command goes on in its --outdir",
+    ("distill.py", "--resume"): "; the same command resumes in its --outdir",
 }
 
 

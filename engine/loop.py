@@ -128,11 +128,11 @@ class Loop:
         """Raises Stopped, once the state is written."""
         dist.barrier()  # whoever ended first would have the launcher kill the one that writes
         nosubdir = self.config.extras.get("command_line", {}).get("nosubdir", False)
-        resume = "the same command goes on" if nosubdir else "the same command with --resume=latest goes on"
+        resume = "the same command" if nosubdir else "the same command with --resume=latest"
         text = f"interrupted by {signal.Signals(number).name} at {self.trainer.nimg / 1000:g} kimg"
         self.log(f"Wrote {self.run_dir / state.rolling_name(self.trainer.nimg)}")
         self.log.note(f"{text[:1].upper()}{text[1:]}")
-        raise Stopped(number, f"{text}; what is needed to go on is saved, {resume}" if dist.is_main() else "")
+        raise Stopped(number, f"{text}; state saved: run {resume} to resume" if dist.is_main() else "")
 
     def title(self) -> str:
         """What the progress bar is headed."""
@@ -295,11 +295,11 @@ class Loop:
         here = (self.trainer.world_size, self.trainer.device.type)
         if (saved["world_size"], saved["device"]) != here:
             self.log(
-                f"Note: this run was on {saved['world_size']} x {printable(saved['device'], 40)} and goes on with "
+                f"Note: this run was on {saved['world_size']} x {printable(saved['device'], 40)} and resumes with "
                 f"{here[0]} x {here[1]}: the same images and noise, but sums may round differently"
                 f"{', and dropout masks differ' if self.config.network_kwargs.get('dropout', True) else ''}"
             )
-        self.log(f"Going on from {path} at {self.first_nimg / 1000:g} kimg")
+        self.log(f"Resuming from {path} at {self.first_nimg / 1000:g} kimg")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""From the command line's values to a run: checks, defaults, run directory, the state to go on from."""
+"""From the command line's values to a run: checks, defaults, run directory, the state to resume from."""
 
 from __future__ import annotations
 
@@ -477,11 +477,13 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
     """
     found = _find_state(options, run)
     position = found and {name: value for name, value in found[1]["position"].items() if name != "elapsed_sec"}
-    dist.check_agreement({f"the state to go on from in {run.config.run_dir}": position})
+    dist.check_agreement({f"the state to resume from in {run.config.run_dir}": position})
     if found is not None:
         check_same_options(found[0], found[1]["options"], run.config)
     elif options.nosubdir and Path(run.config.run_dir, "log.txt").is_file():
-        dist.print0(f"{run.config.run_dir} has no training state to go on from yet: this run begins anew")
+        dist.print0(
+            f"{run.config.run_dir} has no training state to resume from yet: this run starts from the beginning"
+        )
     if found is None or found[0].resolve().parent != Path(run.config.run_dir).resolve():
         dist.from_rank0(lambda: _check_unused(run.config))
     return found
@@ -572,7 +574,7 @@ def train(
 
 
 def _loop(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Loop:
-    """The loop of a run, at the state to go on from, with its directory made and its options written."""
+    """The loop of a run, at the state to resume from, with its directory made and its options written."""
     config = run.config
     if config.batch_gpu == AUTO:
         config.batch_gpu = _batch_gpu(run, found and found[1])

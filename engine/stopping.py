@@ -1,6 +1,6 @@
 """Ending when the machine is wanted back: SIGTERM, SIGUSR1 (Slurm's early warning), SIGHUP and Ctrl-C.
 
-In training (`StopSignals`) the step in hand is finished, the state written, and the same command goes on from there to
+In training (`StopSignals`) the step in hand is finished, the state written, and the same command resumes from there to
 the same result. Processes of one run may get the signal at different moments, or only one of them: they agree after
 every step. Work that keeps what is finished as it goes (`stopping_at_once`) ends where it is, and says how to go on.
 """

@@ -785,7 +785,7 @@ def test_a_full_disk_ends_a_run_and_costs_nothing(
     for path in state.list_states(tmp_path):
         state.load_state(path)
     assert call(train, *run) == 0
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     assert load_network(tmp_path / "network-snapshot-000001.pkl").net.img_resolution == 8
 
 

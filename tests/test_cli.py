@@ -193,7 +193,7 @@ def test_version_names_the_commit_and_copes_without_git(tmp_path: Path, monkeypa
         (generate, ["--sigma-mix=4"], "did you mean '--sigma-min'?"),
         (generate, ["--num_steps=18"], "did you mean '--steps'?"),
         (distill, ["--arch=ddpmpp"], "a student has its teacher's architecture"),
-        (distill, ["--resume=latest"], "the same command goes on"),
+        (distill, ["--resume=latest"], "the same command resumes"),
         (fid, ["cacl"], "Did you mean 'calc'?"),
     ],
 )

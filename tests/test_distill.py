@@ -735,7 +735,7 @@ def test_a_signal_while_measuring_says_how_to_go_on(place, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "statistics_of_images", interrupted)
         assert distill.main(args) == 128 + number
-    words = f"interrupted by {number.name}; what is finished is kept, and the same command goes on"
+    words = f"interrupted by {number.name}; what is finished is kept: run the same command to resume"
     assert capsys.readouterr().err.endswith(f"\ndistill.py: {words}\n") and signal.getsignal(number) == before
     seen = watch_measuring(monkeypatch, die_before=(1, 0, True))
     with pytest.raises(Killed):
@@ -817,7 +817,7 @@ def test_curve_points_that_make_no_sense_are_left_out(place, climbed, tmp_path, 
 
     def no_grid(net, steps):
         if steps == 2:
-            raise ValueError("2 steps need more noise levels than this network tells apart; at most 1 work")
+            raise ValueError("2 steps need more noise levels than this network distinguishes; at most 1 work")
         return real_grid(net, steps)
 
     for path in (tmp_path / "out/rungs").glob("curve-*"):
@@ -1151,7 +1151,7 @@ def test_two_processes_killed_and_started_again_find_the_same(place, climbed, tm
     assert len(rungs(tmp_path / "out")) == 2, "killed in the second stage"
     again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 1 and "Going on from" in again.stdout
+    assert again.stdout.count("done before") == 1 and "Resuming from" in again.stdout
     assert again.stdout.count("endpoint_rmse") == 1, "one process speaks"
     for ours, theirs in zip(timeless(tmp_path / "out"), timeless(climbed), strict=True):
         for name in ("fd", "endpoint_rmse", "fd_sets"):

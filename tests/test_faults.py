@@ -266,7 +266,7 @@ def test_a_run_goes_on_from_the_state_before_a_rotten_one(tmp_path, capsys, way)
     said = capsys.readouterr().out.splitlines()
     (line,) = [line for line in said if line.startswith("Passing over")]
     assert newest.name in line and "checksum" in line
-    assert any(line.startswith("Going on from") and "at 0.9 kimg" in line for line in said)
+    assert any(line.startswith("Resuming from") and "at 0.9 kimg" in line for line in said)
     again = state.load_state(dump)
     assert same(again["net"], want["net"]) and same(again["ema"], want["ema"])
 

@@ -132,7 +132,7 @@ def test_a_stage_a_resumed_one_and_the_next(
     capsys.readouterr()
     assert run(tmp_path, *long) == 0
     said = capsys.readouterr()
-    assert "Going on from" in said.out and said.err.count("running the source text") == 1
+    assert "Resuming from" in said.out and said.err.count("running the source text") == 1
     assert TRUST in said.out.split("generate.py", 1)[1].splitlines()[0]
     students = [
         load_network(tmp_path / each / "network-snapshot-000002.pkl", trust_network_code=True)

@@ -261,7 +261,7 @@ def test_student_runs_on_its_own_grid(
         ("--scaling=vp", "use --scaling=none"),
         ("--S_churn=10", "use --S_churn=0"),
         ("--S_noise=1.01", "use --S_noise=1"),
-        ("--grid=16/2", "--grid=16/2: this network's file says 8/2; use that, or leave it out"),
+        ("--grid=16/2", "--grid=16/2: this network's file has 8/2; use that, or leave it out"),
     ],
 )
 def test_student_refuses_other_grids(
@@ -430,7 +430,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, first: int) -> list[int]:
 
 
 SOME = ["--seeds=0-7", "--steps=2", "--batch=2"]
-GO_ON = "the same command with --skip-existing goes on"
+GO_ON = "run the same command with --skip-existing to resume"
 
 
 @pytest.mark.parametrize("to", ["out", "out.zip"])

@@ -185,7 +185,7 @@ def test_torchrun_starts_again_from_the_newest_state(data, tmp_path):
         wait_for(lambda: newest_nimg(tmp_path / "killed") >= 300, job)
         workers(job)[1].kill()
         assert job.wait(timeout=200) == 0, (tmp_path / "killed.txt").read_text()[-3000:]
-    assert "Going on from" in (tmp_path / "killed/log.txt").read_text()
+    assert "Resuming from" in (tmp_path / "killed/log.txt").read_text()
     assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "killed")))
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
 

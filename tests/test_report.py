@@ -299,7 +299,7 @@ def test_how_far_an_interrupted_run_is(tmp_path):
         log.write("Interrupted by SIGTERM at 3.2 kimg\n")
     assert "interrupted at 3.2 of 30 kimg" in page_of(tmp_path).text
     with (tmp_path / "log.txt").open("a") as log:
-        log.write("Going on from training-state-rolling-0000003200.pt at 3.2 kimg\n")
+        log.write("Resuming from training-state-rolling-0000003200.pt at 3.2 kimg\n")
     assert "interrupted at" not in page_of(tmp_path).text
     (tmp_path / "stats.jsonl").write_text(line(0.064) + line(30))
     assert "finished, 30 kimg" in page_of(tmp_path).text

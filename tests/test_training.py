@@ -378,7 +378,7 @@ def test_two_processes_stop_when_asked_and_go_on_exactly(data, tmp_path, capsys)
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "stopped")
     assert run(*args, f"--outdir={tmp_path / 'alone'}") == 0
     said = capsys.readouterr().out
-    assert "on 2 x cpu and goes on with 1 x cpu" in said and "may round differently\n" in said
+    assert "on 2 x cpu and resumes with 1 x cpu" in said and "may round differently\n" in said
     for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "alone"), strict=True):
         assert a["num"] == b["num"] and a["mean"] == pytest.approx(b["mean"], rel=1e-5)
 
@@ -424,7 +424,7 @@ def test_a_signal_ends_a_run_with_its_state(data, tmp_path, monkeypatch, capfd, 
     error = capfd.readouterr().err
     assert seen[-1] == f"{number.name}: finishing this step, then saving; Ctrl-C again stops at once\n"
     assert error.startswith(f"train.py: interrupted by {number.name} at ")
-    assert error.endswith(", the same command goes on\n") and error.count("\n") == 1
+    assert error.endswith(": run the same command to resume\n") and error.count("\n") == 1
     assert newest_nimg(tmp_path / "stopped") == 6 * 12 and signal.getsignal(number) == before
     assert run(*args, f"--outdir={tmp_path / 'stopped'}") == 0
     assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "stopped")))
@@ -435,7 +435,7 @@ def test_a_run_killed_before_its_first_state_says_that_it_begins_anew(data, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", lambda self, loader: 1 / 0)
         assert run(*args) == 1
-    words = f"{tmp_path} has no training state to go on from yet: this run begins anew"
+    words = f"{tmp_path} has no training state to resume from yet: this run starts from the beginning"
     assert words not in capsys.readouterr().out
     for _ in range(2):
         assert run(*args) == 0
@@ -447,7 +447,7 @@ def test_who_interrupts_a_numbered_run_is_told_how_it_goes_on(data, tmp_path, mo
     original = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda *args: original(*args) or signal.raise_signal(signal.SIGTERM))
     assert run(f"--data={data}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001") == 128 + signal.SIGTERM
-    assert capsys.readouterr().err.endswith(", the same command with --resume=latest goes on\n")
+    assert capsys.readouterr().err.endswith(": run the same command with --resume=latest to resume\n")
 
 
 def test_a_signal_that_was_to_be_ignored_is(data, tmp_path, monkeypatch):
@@ -613,7 +613,7 @@ def test_resume_latest_finds_the_newest_run_of_the_same_options(data, tmp_path, 
         assert run(*args, "--lr=1e-3") == 1
     capsys.readouterr()
     assert run(*args, "--resume=latest") == 0
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     done = sorted(path.parent.name[:5] for path in tmp_path.glob("*/network-snapshot-000001.pkl"))
     assert done == ["00000"]
     assert run(*args, "--resume=latest", "--lr=3e-3") == 1
@@ -660,7 +660,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(data, tmp_path, cap
     capsys.readouterr()
     assert run(*args) == 0
     output = capsys.readouterr().out
-    assert "Passing over" in output and "Going on from" in output and "0.228 kimg" in output
+    assert "Passing over" in output and "Resuming from" in output and "0.228 kimg" in output
 
 
 def test_state_files_hold_no_code(data, tmp_path):

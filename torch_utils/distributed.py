@@ -83,7 +83,7 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
 
 
 def _launched_world() -> int:
-    """How many processes the launcher has started. Raises UserError for variables that say nothing sensible."""
+    """How many processes the launcher has started. Raises UserError for variables that make no sense."""
     text = {name: os.environ.get(name) or default for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"))}
     if not all(value.isascii() and value.isdigit() for value in text.values()):
         raise UserError(f"RANK={text['RANK']} and WORLD_SIZE={text['WORLD_SIZE']} must be whole numbers")
@@ -136,7 +136,7 @@ def get_world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that speaks and writes files."""
+    """Whether this is the process that prints and writes files."""
     return get_rank() == 0
 
 
@@ -173,7 +173,7 @@ def gather_objects(value: Any) -> list[Any]:
 def from_rank0(action: Callable[[], T]) -> T:
     """What `action` returns on rank 0 (a plain picklable object), on every rank.
 
-    What fails there fails everywhere, for the others would wait for one that is gone; rank 0 alone says why.
+    What fails there fails everywhere, since the others would wait; rank 0 alone prints why.
     """
     answer: Any = None
     failure: Exception | None = None
@@ -186,7 +186,7 @@ def from_rank0(action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if failed:
-        raise FailedElsewhere("rank 0 has failed, and says why")
+        raise FailedElsewhere("rank 0 has failed, and prints why")
     return answer
 
 
@@ -198,7 +198,7 @@ def rank0_first(fetch: Callable[[], T]) -> T:
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Raises UserError, on every rank, naming what a process has otherwise than rank 0, which alone says so.
+    """Raises UserError, on every rank, naming what differs between a process and rank 0, which alone prints it.
 
     facts: plain values that JSON knows, by the names that they have for people. To be called by all.
     """
@@ -215,11 +215,11 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         if is_main():
             raise UserError(f"the processes do not agree: {'; '.join(wrong[:3])}{more}. Start all of them alike")
-        raise FailedElsewhere("rank 0 says what differs")
+        raise FailedElsewhere("rank 0 prints what differs")
 
 
 def _comparable(value: Any) -> str:
-    """A short text that tells values apart: JSON, of a long one the beginning and a hash."""
+    """A short text that differs where values do: JSON, of a long one the beginning and a hash."""
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 80 else f"{text[:60]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 

@@ -131,7 +131,7 @@ def import_hook(hook: Callable[[Meta], Meta]) -> Callable[[Meta], Meta]:
 
 
 def find_class(class_name: str, module_src: str | None = None) -> type:
-    """The registered class of that name. Runs no text: `module_src` only tells apart classes of carried modules.
+    """The registered class of that name. Runs no text: `module_src` only distinguishes classes of carried modules.
 
     A carried module is one that somebody has knowingly run from a text and that names this text in its attribute
     `__source__`. Raises UserError if there is no such class.

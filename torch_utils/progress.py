@@ -13,7 +13,7 @@ from dnnlib.util import format_time
 from torch_utils import distributed as dist
 
 T = TypeVar("T")
-SAY_EVERY = 10.0  # seconds between lines that say how far a task is, where there is no terminal for a bar
+LOG_EVERY = 10.0  # seconds between lines of progress where there is no terminal for a bar
 
 
 def training_bar(title: str, done: int, total: int) -> Any:
@@ -43,15 +43,15 @@ def print_above_bars(text: str) -> None:
 
 
 def show_progress(
-    batches: Iterable[T], size: Callable[[T], int], total: int, say: Callable[[str], None], title: str | None = None
+    batches: Iterable[T], size: Callable[[T], int], total: int, log: Callable[[str], None], title: str | None = None
 ) -> Iterator[T]:
     """Passes this process's batches on; rank 0 shows how far all processes are, of `total` images.
 
     size: images in a batch. The other processes are taken to be as far as this one. A bar on a terminal, with `title`
-    before it; elsewhere `say` gets a line every ten seconds.
+    before it; elsewhere `log` gets a line every ten seconds.
     """
     on_terminal = dist.is_main() and sys.stderr.isatty()
-    start = said = time.monotonic()
+    start = logged = time.monotonic()
     done = 0
     with tqdm(total=total, desc=title, unit="img", dynamic_ncols=True, leave=False, disable=not on_terminal) as bar:
         for batch in batches:
@@ -60,6 +60,6 @@ def show_progress(
             done += made
             bar.update(made)
             now = time.monotonic()
-            if now - said >= SAY_EVERY and done < total and not on_terminal:
-                said = now
-                say(f"  {done} of {total} images, {format_time((now - start) / done * (total - done))} to go")
+            if now - logged >= LOG_EVERY and done < total and not on_terminal:
+                logged = now
+                log(f"  {done} of {total} images, {format_time((now - start) / done * (total - done))} to go")

@@ -1,7 +1,7 @@
 """Running statistics of a training run: count, mean and deviation of whatever is reported, over all processes.
 
 Moments are summed in float64 on the device where the values are, and over processes at every `Collector.update`, so
-that every process holds the same totals and a run that is stopped and resumed goes on with the very same numbers.
+that every process holds the same totals and a run that is stopped and resumed continues with the very same numbers.
 """
 
 from __future__ import annotations

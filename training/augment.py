@@ -1,4 +1,4 @@
-"""Non-leaking augmentation: random geometry and colour, and labels that tell the network what was done.
+"""Non-leaking augmentation: random geometry and colour, and labels by which the network knows what was done.
 
 Sources: the pipeline of Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data" (appendix B),
 with the labels of Karras et al. 2022 (appendix F.2). Without labels a network would learn to make turned and stretched
@@ -40,7 +40,7 @@ class AugmentPipe:
     `xflip`, `yflip`, `rotate_int` (quarter turns), `translate_int` (whole pixels) move pixels exactly. `scale`,
     `rotate_frac`, `aniso` (stretching along an axis), `translate_frac` resample the image once, all together.
     `brightness`, `contrast`, `lumaflip`, `hue`, `saturation` are one affine map of the colours.
-    The `_std` and `_max` arguments say how far they go; scale factors are 2 to the power of a normal number.
+    The `_std` and `_max` arguments set their strength; scale factors are 2 to the power of a normal number.
     """
 
     def __init__(

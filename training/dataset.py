@@ -42,7 +42,7 @@ _LOCAL_HEADER = struct.Struct(
 
 
 class Dataset:
-    """A list of images with labels: chooses a subset, mirrors, caches. Subclasses say where the images come from.
+    """A list of images with labels: chooses a subset, mirrors, caches. Subclasses read the images.
 
     `dataset[i]` is (image uint8 [C, H, W], label float32 [label_dim]); `images` and `labels` give many at once, at a
     fraction of the cost. All may be asked for by several threads and, after a fork or through pickle, by several
@@ -505,7 +505,7 @@ def dataset_options(dataset: ImageFolderDataset) -> dict[str, Any]:
         "max_size": len(dataset) // (1 + dataset.mirrored),
     }
     if len(dataset._raw_idx) < len(dataset._image_fnames) * (1 + dataset.mirrored):
-        options["random_seed"] = dataset.random_seed  # tells which subset; not among EDM's keys when there is none
+        options["random_seed"] = dataset.random_seed  # chooses the subset; not among EDM's keys when there is none
     return options
 
 

@@ -89,7 +89,7 @@ def network_grid(
     while fails - works > 1:  # one by one would take minutes, and it may be a file that asks
         middle = (works + fails) // 2
         works, fails = (middle, fails) if build(middle) else (works, middle)
-    raise ValueError(f"{steps} steps need more noise levels than this network tells apart; at most {works} work")
+    raise ValueError(f"{steps} steps need more noise levels than this network distinguishes; at most {works} work")
 
 
 def rounded(round_sigma: Callable[[Any], Any], levels: np.ndarray) -> list[float]:

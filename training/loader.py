@@ -66,7 +66,7 @@ class Loader:
 
     dataset     gives `images(indices)` uint8 [n, C, H, W] and `labels(indices)` float32 [n, label_dim], in any thread
     batch_size  images of a step over all processes, a multiple of `world_size`
-    pin         put batches into memory that a GPU fetches from by itself while the program goes on
+    pin         put batches into memory that a GPU fetches from by itself while the program runs
     Whatever goes wrong while reading is raised by `next`.
     """
 

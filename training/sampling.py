@@ -82,7 +82,7 @@ def plan_sampling(
 
     steps    number of steps: 18 for an undistilled network; a distilled one takes its own number or its teacher's
     solver   one of SOLVERS, for an undistilled network
-    grid     (levels, ratio) of the teacher's grid, for a student whose file does not say
+    grid     (levels, ratio) of the teacher's grid, for a student whose file has none
     options  keyword arguments of the sampler; None stands for "not given"
 
     As in EDM, the ablation sampler runs if any of solver, discretization, schedule, scaling is given (but for a solver
@@ -102,7 +102,7 @@ def plan_sampling(
         sampling = _named_grid(network.net, grid, shape)
     elif grid is not None and sampling is not None and grid != (sampling.teacher_steps, sampling.ratio):
         own = f"{sampling.teacher_steps}/{sampling.ratio}"
-        raise UsageError(f"--grid={grid[0]}/{grid[1]}: this network's file says {own}; use that, or leave it out")
+        raise UsageError(f"--grid={grid[0]}/{grid[1]}: this network's file has {own}; use that, or leave it out")
     if sampling is None:
         return _undistilled_plan(network.net, DEFAULT_STEPS if steps is None else steps, given)
     _check_agrees(sampling, steps, given)
@@ -169,7 +169,7 @@ def _student_plan(sampling: Sampling, steps: int | None, is_own: bool) -> Plan:
 
 
 def _named_grid(net: Any, grid: tuple[int, int], shape: Mapping[str, float]) -> Sampling:
-    """The grid of a student whose file does not say: every ratio-th level, of the range given or EDM's."""
+    """The grid of a student whose file has none: every ratio-th level, of the range given or EDM's."""
     steps, ratio = grid
     if steps < 1 or ratio < 1 or steps % ratio:
         works = ", ".join(f"{steps}/{value}" for value in ratios_that_work(steps)[:8]) or "32/2"

@@ -49,7 +49,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def maybe_compile(net: Any, wanted: bool, say: Callable[[str], None]) -> Any:
+def maybe_compile(net: Any, wanted: bool, log: Callable[[str], None]) -> Any:
     """`torch.compile(net)` where it was asked for and a C++ compiler can be found; otherwise `net`, with one line."""
     if not wanted:
         return net
@@ -58,6 +58,6 @@ def maybe_compile(net: Any, wanted: bool, say: Callable[[str], None]) -> Any:
 
         get_cpp_compiler()
     except Exception as exc:
-        say(f"Running without --compile: no working C++ compiler ({type(exc).__name__})")
+        log(f"Running without --compile: no working C++ compiler ({type(exc).__name__})")
         return net
     return torch.compile(net)

@@ -184,7 +184,7 @@ class Trainer:
             if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
                 raise UserError(
                     f"the {what} are not finite any more at step {self.step_count}, {self.nimg / 1000:g} kimg; what "
-                    "was saved before is intact. Go on from there with a lower --lr, or with --clip"
+                    "was saved before is intact. Resume from there with a lower --lr, or with --clip"
                 )
 
     def state_dict(self) -> dict[str, Any]:
