@@ -1,11 +1,11 @@
-"""Turns a network file into another format, every tensor and everything it says about itself exact.
+"""Turns a network file into another format, with every tensor and all it holds besides unchanged.
 
     python convert.py network-snapshot-020000.pkl student.safetensors
     python convert.py student.safetensors student.pkl
     python convert.py student.pkl weights.pt        # the bare state_dict, for torch.load(..., weights_only=True)
     python convert.py weights.pt student.pkl --like=network.pkl
 
-What SRC is, is told by its content; what DST becomes, by its name.
+The format of SRC is found from its content, that of DST from its name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dnnlib import cli  # before packages: it says what to do where they are missing
+from dnnlib import cli  # before packages: it prints what to do where they are missing
 
 # isort: split
 import click
@@ -81,8 +81,8 @@ def command(src: str, dst: str, half: bool | None, like: str | None, overwrite: 
     if file.ignored:
         print(f"Not plain data, and left out: {', '.join(file.ignored)}")
     if suffix == ".pt":
-        told = "its noise grid (sampling) and " if file.sampling else ""
-        print(f"A state_dict holds the weights alone: without {told}the arguments that build the network")
+        grid = "its noise grid (sampling) and " if file.sampling else ""
+        print(f"A state_dict holds the weights alone: without {grid}the arguments that build the network")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnnlib import cli  # before packages: it says what to do where they are missing
+from dnnlib import cli  # before packages: it prints what to do where they are missing
 
 # isort: split
 import click
@@ -295,7 +295,7 @@ def _describe(shape: tuple[int, ...]) -> str:
 
 
 def report(result: Outcome, source: Source, dest: str) -> None:
-    """Says what was written, whatever did not come along, and what to do next."""
+    """Prints what was written, what was left out, and what to do next."""
     has_classes = _report(result, source, dest)
     script = Path(__file__).with_name("train.py")
     words = [cli.program("python"), script.name if script.parent == Path.cwd() else str(script)]

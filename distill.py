@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dnnlib import cli  # before packages: it says what to do where they are missing
+from dnnlib import cli  # before packages: it prints what to do where they are missing
 
 # isort: split
 import click

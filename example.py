@@ -1,4 +1,4 @@
-"""A first look: samples from a small distilled network that comes with the repository, or from any other.
+"""Samples at a glance, from a small distilled network that comes with the repository, or from any other.
 
 python example.py
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dnnlib import cli  # before packages: it says what to do where they are missing
+from dnnlib import cli  # before packages: it prints what to do where they are missing
 
 # isort: split
 import click

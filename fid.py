@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnnlib import cli  # before packages: it says what to do where they are missing
+from dnnlib import cli  # before packages: it prints what to do where they are missing
 
 # isort: split
 import click
@@ -289,7 +289,7 @@ def _with_processes(device: str, work: Callable[[Any], None]) -> None:
 
 
 def _propose(title: str, *words: str) -> None:
-    """Tells people the next command."""
+    """Prints the next command."""
     from engine.next_steps import launched
 
     command = shlex.join([*launched("fid.py"), *words])
@@ -297,7 +297,7 @@ def _propose(title: str, *words: str) -> None:
 
 
 def _say(text: str) -> None:
-    """Tells people something, while standard output is for the number."""
+    """Prints a line on standard error: standard output is for the number."""
     print(text, file=sys.stderr, flush=True)
 
 

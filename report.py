@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dnnlib import cli  # before packages: it says what to do where they are missing
+from dnnlib import cli  # before packages: it prints what to do where they are missing
 
 # isort: split
 import click
@@ -37,7 +37,7 @@ def command(run_dir: str, out: str | None, max_mb: float, overwrite: bool) -> No
     \b
     The page is one file: it needs no network and no other file. It has settings and environment, the lineage of
     teachers, loss curves (also per jump), samples and target sheets over the course of training, speed, and what was
-    measured of a ladder's rungs. Runs that are still going on, or were killed, are welcome: what is missing is named.
+    measured of a ladder's rungs. Runs that are not finished, or were killed, are welcome: what is missing is named.
 
     A report that is there already is made anew; another file is left alone without --overwrite.
     """

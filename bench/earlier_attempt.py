@@ -3,7 +3,7 @@
     python -m bench.earlier_attempt --teacher=TEACHER.pkl --data=digits.zip --detector=detector.pt --outdir=runs/earlier
 
 climbs the same ladder as distill.py, with the same teacher and the same images, measures it in the same way, and leaves
-the same files; `--habits` chooses which of these are taken over (all of them, unless told otherwise):
+the same files; `--habits` chooses which of these are taken over (by default all of them):
 
     clamp    the last interval ends at sigma_min, while the sampler's last jump goes to 0
     regrid   every stage builds a fresh rho-grid of its teacher's number of steps
@@ -84,7 +84,7 @@ class EarlierLadder(Ladder):
 
 
 class Habits(click.ParamType):
-    """Comma-separated words of HABITS; 'all' and 'none' stand for what they say."""
+    """Comma-separated words of HABITS; or 'all', or 'none'."""
 
     name = "list of habits"
 

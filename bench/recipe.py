@@ -5,7 +5,7 @@
 
 runs the named screens (see SCREENS below, or --list) and prints a table: end-point RMSE
 and Fréchet distance of every rung, mean and deviation over the seeds. What was run before is not run again, what was
-interrupted goes on. Each run is one process of one thread, `--jobs` at a time.
+interrupted resumes. Each run is one process of one thread, `--jobs` at a time.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ SIZES = {
 
 @dataclass
 class Pair:
-    """What a case compares. `check` gets both results and says how far they are apart, or raises AssertionError."""
+    """What a case compares. `check` gets both results and describes their distance, or raises AssertionError."""
 
     plain: Callable[[], Any]
     fast: Callable[[], Any]
@@ -324,7 +324,7 @@ def measuring(setting: Setting) -> Pair:
     reference = Stats(features.mean(axis=0), np.cov(features, rowvar=False), len(features), INCEPTION)
 
     def quickly() -> float:
-        with contextlib.redirect_stderr(io.StringIO()):  # too few images for a covariance, as it says
+        with contextlib.redirect_stderr(io.StringIO()):  # it warns of too few images for a covariance
             return frechet_between(statistics_of_dataset(path, detector), reference)
 
     def check(a: float, b: float) -> str:

@@ -71,7 +71,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def _make_temporary(target: Path) -> tuple[int, str]:
-    """A new file beside `target`, open, and held by a lock until it is closed, which says that somebody writes it."""
+    """A new file beside `target`, open, and locked until it is closed, which marks it as being written."""
     folder = os.path.abspath(target.parent)
     if folder not in _cleaned:
         _cleaned.add(folder)

@@ -8,7 +8,7 @@ A script defines a click command with `@command()` and ends in
     if __name__ == "__main__":
         sys.exit(main())
 
-so that tests can call `main([...])` in their own process and look at the exit status.
+so that tests can call `main([...])` in their own process and check the exit status.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ except ModuleNotFoundError as missing:
 MAX_CLASSES = 1_000_000  # to choose from
 COMMAND_LINE_ONLY = frozenset(("trust_network_code",))  # options that lower a guard: no --config switches them on
 LARGEST = 2**63  # a number on the command line stays below it
-MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are held in memory
+MAX_RANGE = 10_000_000  # numbers in a list such as 0-49999,60000: they are kept in memory
 
 
 class Stopped(UserError):
-    """A signal asked a run to end, and it has, with all that it needs to go on. Exit status 128 + signal."""
+    """A signal asked a run to end, and it has, with its state saved. Exit status 128 + signal."""
 
     def __init__(self, signal: int, text: str) -> None:
         super().__init__(text)
@@ -60,7 +60,7 @@ class Stopped(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks this program to end, here and now; its text says how to go on. Exit status 128 + signal."""
+    """A signal asks this program to end, here and now; its text is how to resume. Exit status 128 + signal."""
 
     def __init__(self, signal: int, text: str) -> None:
         super().__init__(text)
@@ -376,7 +376,7 @@ def _message(exc: BaseException) -> str:
 
 
 def world_size() -> int:
-    """How many processes were started, as the launcher says; 1 without a launcher (and where it says nonsense)."""
+    """How many processes were started, as the launcher's variable has it; 1 without a launcher (or for nonsense)."""
     value = os.environ.get("WORLD_SIZE", "")
     return max(int(value), 1) if value.isascii() and value.isdigit() else 1
 
@@ -413,7 +413,7 @@ HABITS = {  # what one types from another script, and no spelling is near
     **{(name, "--learning-rate"): "; did you mean '--lr'?" for name in ("train.py", "distill.py")},
     **{("distill.py", f"--{name}"): _TEACHERS for name in ("arch", "cbase", "cres", "blocks")},
     ("distill.py", "--precond"): "; distill.py does nothing but --precond=edm_distillation, stage after stage",
-    ("distill.py", "--nosubdir"): "; a ladder always goes on in its --outdir",
+    ("distill.py", "--nosubdir"): "; a ladder always resumes in its --outdir",
     ("distill.py", "--resume"): "; the same command resumes in its --outdir",
 }
 
@@ -433,7 +433,7 @@ def _fail(prog: str, message: str, status: int, exc: BaseException) -> int:
         sys.stderr.write(without_secrets("".join(traceback.format_exception(exc))))
     try:
         sys.stdout.flush()
-    except OSError:  # its reader is gone or its disk full: Python would try again at exit, and say so in many lines
+    except OSError:  # its reader is gone or its disk full: Python would try again at exit, and print many lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print_error(prog, message, "" if isinstance(exc, (Stopped, KeyboardInterrupt)) else "error: ")
     return status

@@ -1,4 +1,4 @@
-"""What a run costs: FLOPs, memory, disk. Said before the start, and used to choose how many images to take at once."""
+"""What a run costs: FLOPs, memory, disk. Printed before the start, and used to choose how many images fit."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | N
     last_tick = math.ceil((steps - 1) / math.ceil(config.kimg_per_tick * 1000 / config.batch_size))  # the first is 0
 
     def times(ticks: int | None, first: int) -> int:
-        """Ticks first ... last_tick that are multiples of `ticks`, and the last one; names tell thousands apart."""
+        """Ticks first ... last_tick that are multiples of `ticks`, and the last one; names differ by thousands."""
         if ticks is None:
             return 0
         number = last_tick // ticks + 1 - first + (last_tick % ticks > 0 or last_tick < first)

@@ -2,7 +2,7 @@
 
 In training (`StopSignals`) the step in hand is finished, the state written, and the same command resumes from there to
 the same result. Processes of one run may get the signal at different moments, or only one of them: they agree after
-every step. Work that keeps what is finished as it goes (`stopping_at_once`) ends where it is, and says how to go on.
+every step. Work that keeps what is finished as it goes (`stopping_at_once`) ends where it is, and prints how to resume.
 """
 
 from __future__ import annotations
@@ -73,16 +73,16 @@ class StopSignals:
 
 @contextmanager
 def stopping_at_once(advice: str) -> Iterator[None]:
-    """Within this the first signal raises Interrupted, saying `advice` on rank 0. Of further ones only a Ctrl-C does
+    """Within this the first signal raises Interrupted, with `advice` on rank 0. Of further ones only a Ctrl-C does
     anything: it ends what tidying up there is. `StopSignals` within it has its own way."""
-    told = False
+    stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if told and number == signal.SIGINT:
+        nonlocal stopped
+        if stopped and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not told:
-            told = True
+        if not stopped:
+            stopped = True
             text = f"interrupted by {signal.Signals(number).name}"
             raise Interrupted(number, f"{text}; {advice}" if dist.is_main() else text)
 

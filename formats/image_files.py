@@ -1,4 +1,4 @@
-"""Writing many images: into a folder or a zip, with a manifest that says who made them.
+"""Writing many images: into a folder or a zip, with a manifest of how they were made.
 
 The manifest (`manifest.json`) holds the network's hash, the options that the images depend on, and which seeds were
 made in how many batches: the size of a batch decides how sums round, so a folder that is continued keeps the batches it

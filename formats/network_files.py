@@ -92,13 +92,13 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network and what its file says about it.
+    """A network and what its file holds besides.
 
     net             eval mode, requires_grad off, on the CPU, float32
     sampling        noise grid and solver of a distilled network, else None
     sha256          of the file, in hexadecimal
     source          path, or URL without user name, password and query
-    dataset_kwargs  options of the data set it was trained on, if the file says
+    dataset_kwargs  options of the data set it was trained on, if the file has them
     extra           the file's other entries (loss_fn, augment_pipe, ...), as far as they are plain data
     format          what kind of file it was found to be: FORMATS
     half            whether its parameters were stored in float16
@@ -158,7 +158,7 @@ class ForeignNetworkError(UserError):
 
 
 def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: bool = False) -> NetworkFile:
-    """Reads the network (`ema`) of an EDM pickle or a safetensors file, told apart by content.
+    """Reads the network (`ema`) of an EDM pickle or a safetensors file; the content decides which.
 
     Nothing in the file is executed, unless `trust_network_code` is set and the network, or the version of a class that
     it was written with, is unknown here.
@@ -175,7 +175,7 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
     except ForeignNetworkError:
         raise
     except (UserError, ContentError) as exc:
-        forget(os.fspath(path_or_url))  # cut off by a server that gave no length, say
+        forget(os.fspath(path_or_url))  # cut off by a server that gave no length, for example
         raise exc if isinstance(exc, UserError) else UserError(f"{source}: {exc}") from exc
 
 
@@ -255,7 +255,7 @@ class _Content:
 def _sampling(net: Any, content: _Content) -> Sampling | None:
     """The grid of a student. Raises ValueError for one that can't be.
 
-    Students of an earlier fork of EDM say it in their loss alone: every `ratio`-th of `num_steps` levels.
+    Students of an earlier fork of EDM have it in their loss alone: every `ratio`-th of `num_steps` levels.
     """
     entries = content.entries
     if entries.get("sampling") is not None:
@@ -522,7 +522,7 @@ def _check_arguments(cls: Any, args: list[Any], kwargs: State, parts: int, eleme
         if len(items) > MAX_LIST or any(isinstance(item, int) and abs(item) > MAX_SIZE for item in items):
             raise ContentError(f"its constructor arguments hold a size above {MAX_SIZE}, or too many")
         if not all(isinstance(item, str) if name in TEXTS else _is_number(item) for item in items):
-            raise _unusable(cls.__name__, f"{name} is a {type(value).__name__}")  # str * int would be a giant, say
+            raise _unusable(cls.__name__, f"{name} is a {type(value).__name__}")  # str * int could be huge
         sizes[name] = [abs(item) for item in items if isinstance(item, int)]
     width = max(sizes.get("model_channels", []), default=1)
     levels = sizes.get("channel_mult", [1])
@@ -594,7 +594,7 @@ def _read_safetensors(data: bytes) -> _Content:
         tensors = load(bytes(data))
         meta = json.loads((header.get("__metadata__") or {}).get(METADATA, "null"))
     except (SafetensorError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as exc:
-        reason = " ".join(str(exc).split())[:200]  # torch tells long stories
+        reason = " ".join(str(exc).split())[:200]  # torch's are long
         raise ContentError(f"is a damaged safetensors file: {reason}") from exc
     if meta is None:
         raise ContentError(
@@ -690,7 +690,7 @@ def _entries(
     dataset_kwargs: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
 ) -> State:
-    """What a file says besides the network, as plain data, in the order in which it is stored."""
+    """What a file holds besides the network, as plain data, in the order in which it is stored."""
     given = {
         "loss_fn": loss_fn,
         "augment_pipe": augment_pipe,
@@ -769,7 +769,7 @@ def check_storable(file: NetworkFile) -> None:
 
 
 def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -> None:
-    """Raises RuntimeError where a new file doesn't say what `file` does: a fault of this program."""
+    """Raises RuntimeError where a new file doesn't hold what `file` does: a fault of this program."""
     if target.endswith(".pt"):
         tensors = load_tensors(stream)
     elif not persistence.is_own(file.net):  # its code ran when it was loaded
@@ -781,7 +781,7 @@ def _check_copy(file: NetworkFile, stream: IO[bytes], target: str, half: bool) -
         if repr((again.sampling, again.dataset_kwargs, again.extra)) != repr(
             (file.sampling, file.dataset_kwargs, file.extra)
         ):
-            raise RuntimeError("the copy says something else about the network than the original")
+            raise RuntimeError("the copy's other entries differ from the original's")
     parameters = {name for name, _ in file.net.named_parameters()}
     for name, tensor in file.net.state_dict().items():
         expected = stored_tensor(tensor, half and name in parameters, name).to(tensors[name].dtype)

@@ -63,7 +63,7 @@ STORAGE_VERSION = 1001  # and the second
 
 
 class ContentError(ValueError):
-    """A file is damaged, or holds something other than a network's data. The text goes on from the file's name."""
+    """A file is damaged, or holds something other than a network's data. The text follows the file's name."""
 
     def __init__(self, text: str) -> None:
         super().__init__(printable(text, 800))  # it may quote the file

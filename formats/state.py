@@ -1,4 +1,4 @@
-"""Exact training state: what a run needs to go on as if it had never stopped, as plain tensors and numbers.
+"""Exact training state: what a run needs to resume as if it had never stopped, as plain tensors and numbers.
 
 A state is a dict for `torch.save`, read back with `weights_only=True`, so that it can hold no code:
 
@@ -127,7 +127,7 @@ def _shortly(exc: Exception) -> str:
 
 
 def _is_complete(state: dict[str, Any]) -> bool:
-    """Whether everything is there and of its kind. Whether the tensors fit is for the network to say."""
+    """Whether everything is there and of its kind. Whether the tensors fit is checked by the network."""
     match state:
         case {
             "position": dict(position),
@@ -187,13 +187,13 @@ def _is_rolling(path: Path) -> bool:
 
 
 def images_seen(path: Path) -> int:
-    """What a state's name says of them, at least."""
+    """Images seen, by a state's name; a dump's is cut to thousands."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[2]) if match[1] else int(match[2]) * 1000
 
 
-def load_newest(run_dir: str | os.PathLike[str], say: Any = print) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(run_dir: str | os.PathLike[str], log: Any = print) -> tuple[Path, dict[str, Any]] | None:
     """The state with most images seen that can be read, or None where there is no state at all.
 
     A damaged newest one is named, and the one before is taken. Raises UserError when none of them can be read.
@@ -202,11 +202,11 @@ def load_newest(run_dir: str | os.PathLike[str], say: Any = print) -> tuple[Path
     newest: tuple[Path, dict[str, Any]] | None = None
     for path in found:
         if newest is not None and images_seen(path) // 1000 < newest[1]["position"]["nimg"] // 1000:
-            break  # within the same thousand, a dump's name doesn't say which is newer
+            break  # within the same thousand, a dump's name doesn't show which is newer
         try:
             saved = load_state(path)
         except UserError as exc:
-            say(f"Passing over a training state that cannot be read: {printable(exc)}")
+            log(f"Passing over a training state that cannot be read: {printable(exc)}")
             continue
         if newest is None or saved["position"]["nimg"] > newest[1]["position"]["nimg"]:
             newest = path, saved

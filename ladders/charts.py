@@ -1,4 +1,4 @@
-"""Charts by matplotlib: axes that look alike, curves with very many points, and SVG in the colours of a page."""
+"""Charts by matplotlib: axes of one style, curves with very many points, and SVG in the colours of a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 LOG_FROM = 8  # a y axis whose values span more than this factor is logarithmic
-BINS = 400  # points of a curve that can be told apart
+BINS = 400  # points of a curve that can be distinguished
 SMOOTHING = 0.02  # half-life of a smoothed curve, as a part of what it spans
 BLUE, GREEN, PINK, ORANGE, GREY = "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#555555"  # Okabe and Ito's
 THEME = {  # colours of a figure -> the page's own, which differ in dark mode

@@ -130,7 +130,7 @@ def to_csv(kind: type, rows: Sequence[Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Figure
 
-# Colours that the colour-blind can tell apart; marker and line style differ as well.
+# Colours that the colour-blind can distinguish; marker and line style differ as well.
 STUDENTS = {"color": BLUE, "marker": "o", "linestyle": "-", "linewidth": 1.8, "markersize": 5, "zorder": 4}
 QUIET = {"linewidth": 1.0, "markersize": 5, "markerfacecolor": "white", "zorder": 3}
 HEUN = {"color": GREEN, "marker": "^", "linestyle": "-.", **QUIET}

@@ -1,7 +1,7 @@
 """A small classifier as a detector: the way to measure images where Inception does not fit or cannot be had.
 
 Trained within seconds to minutes on a labelled data set, with everything random drawn from one seed. What it learns to
-tell the classes apart by, the activations before its last layer, are the features.
+recognise the classes by, the activations before its last layer, are the features.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LARGEST = (RESOLUTIONS[1], 64, 4096, 2048)  # resolution, channels, classes, fea
 FORMAT = "edm-distill-classifier-1"
 BATCH = 128
 FEWEST_IMAGES = 10
-MAX_IMAGES = 100_000  # of a larger data set a part is drawn: they are held in memory
+MAX_IMAGES = 100_000  # of a larger data set a part is drawn: they are kept in memory
 
 
 class Classifier(nn.Module):

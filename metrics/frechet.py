@@ -77,7 +77,7 @@ def checked_moments(mu: ArrayLike, sigma: ArrayLike, where: str) -> tuple[Array,
 
 
 def _rounding(mu: Array, sigma: Array) -> float:
-    """Eigenvalues that can't be told from rounding errors: eps D times the scale of the second moments, of which a
+    """The size of eigenvalues that may be rounding errors: eps D times the scale of the second moments, of which a
     covariance is a difference. That of images that are all equal consists of nothing else."""
     with np.errstate(over="ignore"):
         scale = max(np.diagonal(sigma).max(), mu @ mu)
@@ -85,7 +85,7 @@ def _rounding(mu: Array, sigma: Array) -> float:
 
 
 def _factor(mu: Array, sigma: Array, where: str) -> Array:
-    """A [D, rank] with A A^T = sigma. Directions that can't be told from rounding errors are left out.
+    """A [D, rank] with A A^T = sigma. Directions that can't be distinguished from rounding errors are left out.
 
     By Cholesky, which is several times cheaper than eigenvectors: plain where all directions count, else with pivots,
     which stops where rounding errors begin. What neither can factor is left to the eigenvalues.

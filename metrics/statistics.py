@@ -190,7 +190,7 @@ class FeatureStatistics:
 def statistics_of_images(batches: Iterable[Tensor], detector: Detector, *, warn: bool = True) -> Stats:
     """Statistics of images given in batches uint8 [n, C, H, W]; each process brings its own share, all get the result.
 
-    Warns (rank 0, standard error) when there are too few images for the number of features, unless told not to.
+    Warns (rank 0, standard error) when there are too few images for the number of features, unless `warn` is off.
     """
     sums = FeatureStatistics(detector.dim, detector.device)
     for images in batches:
@@ -213,7 +213,7 @@ def warn_of_few(num: int, detector: Detector) -> None:
 
 
 def note_if_grey(channels: int, detector: Detector) -> None:
-    """One line on rank 0's standard error: a reference does not say whether its images were grey ones too."""
+    """One line on rank 0's standard error: a reference does not record whether its images were grey too."""
     if channels == 1 and detector.channels == 3:
         dist.print0(
             "note: grey images, measured as colour ones of three equal channels; is the reference of grey images too?",
@@ -270,7 +270,7 @@ def dataset_against_itself(
     """What `statistics_of_dataset` finds, and how far images drawn from the data set are from all of it, in one pass.
 
     Returns (statistics of all images, one Fréchet distance per draw). Draw i takes `images` (2 or more) of them at
-    random, with replacement, keyed by (seed, i): what a network that knew the data by heart would come to, were it
+    random, with replacement, keyed by (seed, i): what a network that had memorised the data would come to, were it
     measured by as many images. A Fréchet distance of samples is too large by about c (1/n + 1/m), for n images
     against m; here by c/n, which nothing that is measured by n images can be expected to go below. Halves of a data
     set, a common choice, would be 2c/(m/2) apart, more than that: no floor.
@@ -323,5 +323,5 @@ def load_reference(source: str | os.PathLike[str]) -> Stats:
 
 
 def with_progress(batches: Iterable[Tensor], total: int, title: str | None = None) -> Iterator[Tensor]:
-    """Passes the batches on; rank 0's standard error tells how far all processes are, of `total` images."""
+    """Passes the batches on; rank 0's standard error shows how far all processes are, of `total` images."""
     return show_progress(batches, len, total, partial(dist.print0, file=sys.stderr), title)

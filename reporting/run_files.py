@@ -1,7 +1,7 @@
 """What a run or a ladder has left in its folder so far, as plain values. Imports no torch.
 
-Everything here may be missing, cut short or damaged, for the run may be going on or have been killed: what can be read
-is there, and what can't is named in `problems`. Nothing that a file says is trusted to be what it should be.
+Everything here may be missing, cut short or damaged, for the run may be unfinished or killed. What can be read is there,
+and what can't is named in `problems`. Nothing in a file is trusted to be what it should be.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SERIES = {
 
 @dataclass
 class Stats:
-    """What `stats.jsonl` says: a value per tick of each series, NaN where a tick has none."""
+    """What `stats.jsonl` holds: a value per tick of each series, NaN where a tick has none."""
 
     kimg: np.ndarray
     series: dict[str, np.ndarray]
@@ -162,13 +162,13 @@ class Ladder:
     rungs: list[dict[str, Any]]
     curve: list[dict[str, Any]]
     floor: Floor | None
-    plan: list[int]  # steps of all networks that there are to be; empty where nothing says so
+    plan: list[int]  # steps of all networks that there are to be; empty where unknown
     samples: Shot | None
     problems: list[str] = field(default_factory=list)
 
     @property
     def chain(self) -> list[Any]:
-        """Steps of the teacher and of every student, '?' where nothing says so: as planned, or as far as begun."""
+        """Steps of the teacher and of every student, '?' where unknown: as planned, or as far as begun."""
         begun = [stage.steps or ("?", "?") for stage in self.stages]
         return self.plan or [before for before, _ in begun[:1]] + [after for _, after in begun]
 
@@ -197,12 +197,12 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a reader wants to know first, in words; what the options don't say is left out."""
+    """What a reader wants to know first, in words; what the options lack is left out."""
     data, net = mapping(options.get("dataset_kwargs")), mapping(options.get("network_kwargs"))
     loss, distillation = mapping(options.get("loss_kwargs")), mapping(options.get("distillation"))
     optimizer, augment = mapping(options.get("optimizer_kwargs")), mapping(options.get("augment_kwargs"))
     size = data.get("resolution")
-    usual = TrainConfig.ema_rampup_ratio  # which EDM's files of training from scratch don't say
+    usual = TrainConfig.ema_rampup_ratio  # which EDM's files of training from scratch lack
     ema, part = options.get("ema_halflife_kimg"), number(options.get("ema_rampup_ratio", usual))
     if options.get("ema_std") is not None:
         ema = None
@@ -429,7 +429,7 @@ def read_run(folder: Path, shots: int = SHOTS, name: str | None = None, root: Pa
 
 
 def newest_state(folder: Path) -> float:
-    """kimg of the newest training state, as far as its name says; 0 without one."""
+    """kimg of the newest training state, by its name; 0 without one."""
     names = [path.name for path in folder.glob("training-state-*.pt")]
     found = [re.fullmatch(r"training-state-(rolling-)?(\d{1,12})\.pt", name, re.ASCII) for name in names]
     return max((int(match[2]) / (1000 if match[1] else 1) for match in found if match), default=0.0)
