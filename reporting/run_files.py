@@ -1,7 +1,7 @@
 """What a run or a ladder has left in its folder so far, as plain values. Imports no torch.
 
-Everything here may be missing, cut short or damaged, for the run may be unfinished or killed. What can be read is there,
-and what can't is named in `problems`. Nothing in a file is trusted to be what it should be.
+Any of it may be missing, cut short or damaged, for the run may be unfinished or killed. What can be read is there, and
+what can't is named in `problems`. Nothing in a file is trusted to be what it should be.
 """
 
 from __future__ import annotations
