@@ -209,11 +209,11 @@ def _understand(data: bytes, source: str, trust_network_code: bool, warn: bool =
     variants = content.variants or _marked(entries.pop(VARIANTS, None))
     if variants and warn:
         names = printable(", ".join(variants), 200)
-        text, advice = "its text", "; --trust-network-code runs the code that the file brings"
+        origin, advice = "", "; --trust-network-code runs the code that the file brings"
         if not content.variants:
-            text, advice = "in the file that it was converted from, the text", ""
+            origin, advice = "converted from a file of which this holds: ", ""
         _warn(
-            f"Warning: {printable(source, 300)}: {text} of {names} is no version known here (a fork's?). This "
+            f"Warning: {printable(source, 300)}: {origin}its text of {names} is no version known here (a fork's?). This "
             f"program's own is used instead, whose numbers may differ{advice}"
         )
     return NetworkFile(
@@ -532,7 +532,7 @@ def _check_arguments(cls: Any, args: list[Any], kwargs: State, parts: int, eleme
     # of its channels nine weights and more.
     blocks = 2 * max(sizes.get("num_blocks", []), default=0) + 1
     if 3 * blocks * len(levels) > parts or 9 * blocks * width * sum(levels) > elements:
-        raise ContentError("its constructor arguments make a larger network than it holds the parts and weights of")
+        raise ForeignError("its constructor arguments make a larger network than it holds the parts and weights of")
 
 
 def _fill(net: nn.Module, shapes: Mapping[str, list[int]], tensor: Callable[[str], Tensor]) -> None:
