@@ -213,8 +213,8 @@ def _understand(data: bytes, source: str, trust_network_code: bool, warn: bool =
         if not content.variants:
             origin, advice = "converted from a file of which this holds: ", ""
         _warn(
-            f"Warning: {printable(source, 300)}: {origin}its text of {names} is no version known here (a fork's?). This "
-            f"program's own is used instead, whose numbers may differ{advice}"
+            f"Warning: {printable(source, 300)}: {origin}its text of {names} is no version known here (a fork's?). "
+            f"This program's own is used instead, whose numbers may differ{advice}"
         )
     return NetworkFile(
         net=net.eval().requires_grad_(False),
