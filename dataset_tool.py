@@ -32,7 +32,7 @@ from dnnlib.util import count
 if TYPE_CHECKING:  # heavy, so imported where needed: --help answers at once
     import numpy as np
 
-    from training.image_sources import Source
+    from formats.image_sources import Source
 
 SMALL = [  # for 16x16 in minutes on two cores: docs/your-own-data.md
     *["--cbase=32", "--cres=1,2", "--blocks=1", "--batch=64", "--lr=2e-3", "--warmup=0.001", "--lr-decay=linear"],
@@ -410,7 +410,7 @@ def command(
     """
     check_dest(dest, source)
     change = make_transform(transform, resolution)
-    from training.image_sources import open_source
+    from formats.image_sources import open_source
 
     for rgb in (False, True):
         opened = open_source(source, max_images, by_name=class_order == "name")

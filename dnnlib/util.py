@@ -354,12 +354,14 @@ def _stream(url: str, timeout: float) -> Generator[Any]:
         try:
             with requests.Session() as session:
                 session.max_redirects = MAX_REDIRECTS
+                session.hooks["response"].append(_drop_redirects_body)
                 waits = (min(CONNECT_TIMEOUT, timeout), timeout)
                 # Content-Length counts the bytes of the file itself only if the server doesn't compress it on the way.
                 headers = {"Accept-Encoding": "identity"}
                 with session.get(url, headers=headers, stream=True, timeout=waits) as response:
                     items.put(response)
-                    for chunk in response.iter_content(CHUNK):
+                    # iter_content would yield each of a server's chunks, which may be of one byte
+                    for chunk in iter(partial(response.raw.read, CHUNK, decode_content=True), b""):
                         if closed.is_set():
                             return
                         items.put(chunk)
@@ -381,6 +383,12 @@ def _stream(url: str, timeout: float) -> Generator[Any]:
         closed.set()
         while not items.empty():  # the thread may wait for a place
             items.get()
+
+
+def _drop_redirects_body(response: Any, **_: Any) -> None:
+    """requests would read it into memory, to its end."""
+    if response.is_redirect:
+        response.raw.close()
 
 
 def _failure(exc: BaseException, source: str, answered: bool) -> BaseException:

@@ -80,7 +80,7 @@ class UnknownNameError(ForeignError):
     """
 
     def __init__(self, name: str, classes: tuple[str, ...] = ()) -> None:
-        super().__init__(f"refers to '{name[:200]}', which has no place in a network of a known kind")
+        super().__init__(f"refers to '{name[:200]}', which has no place in such a file")
         self.name, self.classes = name[:200], classes
 
 
@@ -238,7 +238,7 @@ class _Limits:
     def spend_copies(self, count: int) -> None:
         self.copies -= count
         if self.copies < 0:
-            raise ContentError("asks for more memory than its own size; that is no network")
+            raise ContentError("asks for more memory than its own size")
 
 
 _MARK = _Mark()
@@ -292,9 +292,9 @@ class _Machine:
                 return value
             instruction = _INSTRUCTIONS.get(opcode)
             if instruction is None:
-                raise ContentError(f"holds pickle instruction 0x{opcode:02x}, which has no place in a network file")
+                raise ContentError(f"holds pickle instruction 0x{opcode:02x}, which has no place in such a file")
             instruction(self)
-        raise ContentError(f"takes more than {MAX_INSTRUCTIONS} pickle instructions; that is no network")
+        raise ContentError(f"takes more than {MAX_INSTRUCTIONS} pickle instructions")
 
     # --- taking bytes
 
@@ -503,6 +503,9 @@ _INSTRUCTIONS: dict[int, _Instruction] = {
     ord("C"): _pushing(lambda m: m.take(m.byte())),  # SHORT_BINBYTES
     ord("B"): _pushing(lambda m: m.take(m.number(4))),  # BINBYTES
     0x8E: _pushing(lambda m: m.take(m.number(8))),  # BINBYTES8
+    0x96: _pushing(lambda m: m.take(m.number(8))),  # BYTEARRAY8
+    ord("U"): _pushing(lambda m: str(m.take(m.byte()), "latin-1")),  # SHORT_BINSTRING, Python 2's names
+    ord("T"): _pushing(lambda m: m.take(m.number(4))),  # BINSTRING, its byte strings
     # containers
     ord(")"): _pushing(lambda m: ()),
     0x85: _tuple_of(1),
@@ -621,9 +624,15 @@ def _array(m: _Machine, arguments: tuple[Any, ...]) -> StoredArray:
     return StoredArray()
 
 
+def _from_buffer(m: _Machine, arguments: tuple[Any, ...]) -> StoredArray:
+    """How protocol 5 stores arrays: bytes, element type, shape, 'C' or 'F'."""
+    raw, dtype, shape, order, *_ = (*arguments, None, None, None, None)
+    return StoredArray(_array_content((1, shape, dtype, order == "F", raw)))
+
+
 def _array_content(state: Any) -> np.ndarray:
     match state:
-        case (1, tuple(shape), _Dtype(code=code, order=order), bool(by_column), memoryview() as raw) if (
+        case (int(), tuple(shape), _Dtype(code=code, order=order), bool(by_column), memoryview() as raw) if (
             len(shape) <= MAX_AXES and all(_is_count(n) for n in shape) and math.prod(shape) * int(code[1:]) == len(raw)
         ):
             return np.frombuffer(raw, dtype=order + code).reshape(shape, order="F" if by_column else "C")
@@ -735,5 +744,7 @@ _ARRAY_NAMES: dict[tuple[str, str], _Builder] = {
     ("numpy._core.multiarray", "_reconstruct"): _array,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
     ("_codecs", "encode"): _bytes,
 }

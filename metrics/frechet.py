@@ -73,7 +73,7 @@ def checked_moments(mu: ArrayLike, sigma: ArrayLike, where: str) -> tuple[Array,
         raise UserError(f"{where}: mu or sigma holds NaN or infinite values; make these statistics again")
     if np.abs(sigma - sigma.T).max() > max(_ASYMMETRY * np.abs(sigma).max(), _SUMMING * _rounding(mu, sigma)):
         raise UserError(f"{where}: sigma is not symmetric, so it is no covariance; make these statistics again")
-    return mu, (sigma + sigma.T) / 2
+    return mu, sigma / 2 + sigma.T / 2
 
 
 def _rounding(mu: Array, sigma: Array) -> float:

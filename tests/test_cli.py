@@ -135,7 +135,7 @@ def test_an_example_runs_as_written(
         pytest.skip("needs Inception's weights")
     if name == "fid" and words[0] != "detector":
         shutil.copy("cifar10-32x32.npz", "ref.npz")
-    monkeypatch.setattr("training.image_sources.CIFAR10_IMAGES", 20)
+    monkeypatch.setattr("formats.image_sources.CIFAR10_IMAGES", 20)
     more = LESS.get(name, LESS.get(f"{name} {''.join(words[:1])}", []))
     assert SCRIPTS[name].main([*words, *more]) == 0
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from PIL import Image
 
 import dataset_tool
 import train
+from dnnlib.errors import UserError
+from formats import image_sources
 from helpers import GOLDEN
-from training import image_sources
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +154,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(info, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_cifar(protocol, tmp_path, monkeypatch):
     monkeypatch.setattr(image_sources, "CIFAR10_IMAGES", 20)
     path, expected = cifar(tmp_path / "cifar-10-python.tar.gz", protocol=protocol)
@@ -210,23 +212,72 @@ def test_cifar_refusals(tmp_path, capsys, monkeypatch):
     refused(cifar(tmp_path / "four.tar.gz", batches=4)[0], "data_batch_5 is missing")
     monkeypatch.setattr(image_sources, "CIFAR10_IMAGES", 20)
     evil = cifar(tmp_path / "evil.tar.gz", extra=Hostile(tmp_path / "pwned"))[0]
-    refused(evil, "data_batch_1 in", "it refers to ", "not opened")
+    refused(evil, "data_batch_1 in", "it refers to ", "no place in such a file")
     assert not (tmp_path / "pwned").exists()
     refused(cifar(tmp_path / "a.tar.gz", labels=[0, 1, 2])[0], "'labels' is not a list of 4")
     refused(cifar(tmp_path / "a.tar.gz", labels=[0, 1, 2, 10])[0], "'labels' is not")
     refused(cifar(tmp_path / "a.tar.gz", labels=None)[0], "'labels' is not")
     refused(cifar(tmp_path / "a.tar.gz", data=np.zeros((4, 100), np.uint8))[0], "'data' is not")
-    refused(cifar(tmp_path / "a.tar.gz", data=np.zeros((4, 3072)))[0], "not of whole numbers")
-    refused(cifar(tmp_path / "a.tar.gz", data=np.array([None] * 4))[0], "not of whole numbers")
+    refused(cifar(tmp_path / "a.tar.gz", data=np.zeros((4, 3072)))[0], "'data' is not")
+    refused(cifar(tmp_path / "a.tar.gz", data=np.array([None] * 4))[0], "data_batch_1 in", "is damaged")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         add(archive, "data_batch_1", b"no pickle")
     refused(tmp_path / "a.tar.gz", "data_batch_1 in", "is damaged")
     whole = cifar(tmp_path / "a.tar.gz")[0].read_bytes()
     (tmp_path / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "half.tar.gz", "half.tar.gz is not a whole tar archive")
+    refused(tmp_path / "half.tar.gz", "half.tar.gz is damaged")
     (tmp_path / "text.tar.gz").write_text("text")
     refused(tmp_path / "text.tar.gz", "not a whole tar")
     refused(tmp_path / "none.tar.gz", "no such file", "none.tar.gz")
+
+
+def packed_zeros(size: int) -> bytes:
+    """So many bytes, packed by gzip, in little time."""
+    part = gzip.compress(bytes(1 << 24))
+    return part * (size >> 24)
+
+
+P5 = b"\x80\x05"
+BOMBS = {  # batches that take gigabytes, or minutes, in Python's own unpickler
+    "a memo of 32 GB": P5 + b"Nr\xff\xff\xff\x7f.",
+    "a byte array of 8 GB": P5 + b"\x96" + struct.pack("<Q", 8 << 30) + b".",
+    "a million dicts": P5 + b"}" * 1_000_000 + b".",
+    "a million memories": P5 + b"N" + b"\x94" * 1_000_000 + b".",
+    "laughing lists": P5 + b"]\x94" + b"".join(b"](h%ch%ce\x94" % (n, n) for n in range(60)) + b".",
+    "a buffer that is elsewhere": P5 + b"\x97.",
+}
+
+
+@pytest.mark.parametrize("content", BOMBS.values(), ids=BOMBS)
+def test_batches_that_ask_for_more_than_they_hold(content):
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"x is damaged, or|'data' is not"):
+        image_sources._cifar_batch(content, "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60_000_000
+
+
+def header(kind: bytes, size: int = 0, name: str = "data_batch_1") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, size, name
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(header(b"x", 1 << 30)) + packed_zeros(1 << 30), "unpacks to more than"),
+        (gzip.compress(header(b"L", 1 << 30)) + packed_zeros(1 << 30), "unpacks to more than"),
+        *[(gzip.compress(header(kind) + bytes(1024)), "data_batch_1 is missing") for kind in (b"1", b"2", b"6")],
+    ],
+    ids=["endless header", "endless name", "link to itself", "symbolic link to itself", "pipe"],
+)
+def test_archives_whose_headers_lie(content, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_sources, "MAX_UNPACKED", 1 << 24)
+    (tmp_path / "x.tar.gz").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        image_sources.read_cifar10(str(tmp_path / "x.tar.gz"))
 
 
 def mnist(folder: Path, count: int = 5) -> tuple[Path, np.ndarray]:

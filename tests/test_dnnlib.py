@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import http.server
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -433,15 +435,16 @@ def test_the_first_bytes_are_checked_before_the_rest_comes(server: Server, tmp_p
     assert received.is_set() and server.asked == 1 and cached(tmp_path) == []
 
 
-@pytest.mark.parametrize("where", ["status line", "headers", "body"])
+@pytest.mark.parametrize("where", ["status line", "headers", "body", "chunks"])
 def test_a_server_that_drips_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Every byte comes in time, and all together never."""
 
     def answer(handler: Handler, count: int) -> None:
         if where != "status line":
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: " + (b"y\r\n\r\n" if where == "body" else b""))
+            end = {"body": b"y\r\n\r\n", "chunks": b"y\r\nTransfer-Encoding: chunked\r\n\r\n"}.get(where, b"")
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: " + end)
         for _ in range(200):
-            handler.wfile.write(b"x")
+            handler.wfile.write(b"1\r\nx\r\n" if where == "chunks" else b"x")
             if done.wait(0.02):
                 return
 
@@ -454,6 +457,23 @@ def test_a_server_that_drips_is_given_up(server: Server, monkeypatch: pytest.Mon
     finally:
         done.set()
     assert server.asked == 2
+
+
+def test_the_body_of_a_redirect_is_not_read(server: Server) -> None:
+    def answer(handler: Handler, count: int) -> None:
+        if count == 2:
+            return handler.whole()
+        handler.reply(302, Location="/b", Content_Length="")
+        with contextlib.suppress(OSError):
+            for _ in range(100):  # MB
+                handler.wfile.write(bytes(1_000_000))
+
+    server.answer = answer
+    tracemalloc.start()
+    assert fetch(server.url + "/net.pkl") == BODY
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30_000_000
 
 
 def test_what_its_reader_found_cut_leaves_the_cache(server: Server, tmp_path: Path) -> None:

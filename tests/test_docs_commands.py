@@ -93,7 +93,7 @@ PAGES = [name for name in NAMES if shown(name) and name not in ("CONTRIBUTING.md
 def test_the_commands_of_a_page_run(
     name: str, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.image_sources.CIFAR10_IMAGES", 20)
+    monkeypatch.setattr("formats.image_sources.CIFAR10_IMAGES", 20)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     place = tmp_path / "place"
     shutil.copytree(stand_ins, place)

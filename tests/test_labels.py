@@ -169,6 +169,7 @@ def test_files_of_labels(place: Path, tmp_path: Path) -> None:
     for bad in (
         np.array([0.5]),
         np.array([-1]),
+        np.array([2**64 - 1], np.uint64),
         np.array([[np.nan]]),
         np.zeros([0]),
         np.zeros([1, 1, 1]),

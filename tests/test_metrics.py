@@ -20,7 +20,7 @@ from dnnlib.cli import FailedElsewhere, UserError
 from helpers import GOLDEN, golden, make_dataset
 from metrics import classifier, detectors, frechet, statistics
 from metrics.detectors import INCEPTION, Detector, full_precision, load_detector
-from metrics.frechet import frechet_distance
+from metrics.frechet import checked_moments, frechet_distance
 from metrics.images import read_images
 from metrics.statistics import FeatureStatistics, Stats, frechet_between, statistics_of_dataset, statistics_of_images
 from torch_utils import distributed as dist
@@ -187,6 +187,11 @@ def test_bad_moments_are_named(change, message):
     for pair in ((*bad, m, s), (m, s, *bad)):
         with pytest.raises(UserError, match=message):
             frechet_distance(*pair)
+
+
+def test_the_largest_numbers_are_kept() -> None:
+    with np.errstate(all="raise"):
+        assert checked_moments([0.0], [[1.7e308]], "x")[1].tolist() == [[1.7e308]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -206,6 +206,7 @@ BAD_LABELS: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"{'labels': 1}", "not valid JSON"),
     "cut": (b'{"labels": [["a.png", 0], ["b.p', "not valid JSON"),
     "not text": (b"\xff\xfe\xfd", "not valid JSON"),
+    "nine million lists": (b'{"labels": [' + b"[]," * 9_000_000 + b"0]}", "more than"),
     "nested": (DEEP, "not valid JSON"),
     "a number of a million digits": (b'{"labels": [["a.png", ' + b"9" * 1_000_000 + b"]]}", "not valid JSON"),
     "a text": (labels("a.png"), "must look like"),
@@ -534,6 +535,8 @@ def collect(folder: Path) -> dict[str, Case]:
         convert(f"folder: {name}", path, 1 if words else 0, words)
     for index, (name, entry) in enumerate(NAMES.items()):
         convert(f"name: {name}", pack(folder / f"name{index}.zip", {entry: b"no image"}), 1, "not an image")
+    deep = {"d/" * 10_000 + f"{index}/a.png": GOOD for index in range(100)}
+    convert("archive: folders in folders", pack(folder / "deep.zip", deep), 0, "")
     convert("archive: a name that comes twice", pack(folder / "twice.zip", {"a.png": b"x", "a.png*": GOOD}), 0, "")
     for index, (name, (text, words)) in enumerate(BAD_LABELS.items()):
         path = pack(folder / f"labels{index}.zip", {**TWO, "dataset.json": text})

@@ -33,6 +33,10 @@ from .decoding import decode_image, image_formats
 
 MAX_FILE_BYTES = 1 << 28  # a larger file is no image and no list of labels
 MAX_CLASSES = 1_000_000  # more than that are identifiers, not classes, and one-hot labels would fill the memory
+MAX_JSON_PARTS = (
+    1 << 23
+)  # lists and tables of a dataset.json: each takes 20 times its three bytes; ImageNet's has 1.3 M
+MAX_WRAPPERS = 16  # folders in folders that a data set is sought in
 
 HIDDEN = ("__macosx", "thumbs.db")  # besides names that begin with a dot
 
@@ -309,7 +313,7 @@ class PackedFiles:
         paths = self._walk() if self.is_folder else (info.filename for info in self._zip().infolist())
         self.names = sorted({path for path in paths if not self._is_hidden(path) and not path.endswith("/")})
         unread = {*self.names} - {*self.image_names()}
-        while top := self._wrapper():
+        while (top := self._wrapper()) and self.root.count("/") < MAX_WRAPPERS:
             self.root += top
             self.names = [name.removeprefix(top) for name in self.names if name.startswith(top)]
             self.folders = {folder.removeprefix(top) for folder in self.folders if folder.startswith(top)}
@@ -428,9 +432,11 @@ class PackedFiles:
         """
         if "dataset.json" not in self.names:
             return None
-        where = self.where("dataset.json")
+        where, text = self.where("dataset.json"), self.read("dataset.json")
+        if text.count(b"[") + text.count(b"{") > MAX_JSON_PARTS:
+            raise UserError(f"{where} holds more than {MAX_JSON_PARTS} lists and tables; it has one for each image")
         try:
-            content = json.loads(self.read("dataset.json"))
+            content = json.loads(text)
         except (ValueError, RecursionError) as exc:
             raise UserError(f"{where} is not valid JSON ({exc})") from exc
         labels = content.get("labels", ()) if isinstance(content, dict) else ()

@@ -17,7 +17,7 @@ from torch import Tensor
 from dnnlib.cli import UsageError, UserError
 from dnnlib.util import count, read_file
 
-from .dataset import Dataset, ImageFolderDataset
+from .dataset import MAX_CLASSES, Dataset, ImageFolderDataset
 
 if TYPE_CHECKING:
     from formats.network_files import NetworkFile
@@ -138,7 +138,7 @@ def read_labels(source: str | os.PathLike[str] | np.ndarray) -> Labels:
         raise UserError("--labels: some are NaN or infinite")
     if values.ndim == 2:
         return Labels(torch.from_numpy(values.astype(np.float32)))
-    if (values != values.round()).any() or values.min() < 0:
+    if (values != values.round()).any() or values.min() < 0 or values.max() >= MAX_CLASSES:
         raise UserError("--labels: classes are whole numbers 0, 1, 2, ...; vectors have two axes, [K, label_dim]")
     return Labels(torch.from_numpy(values.astype(np.int64)))
 

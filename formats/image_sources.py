@@ -5,11 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import pickle
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,10 @@ import numpy as np
 
 from dnnlib.errors import UserError
 from dnnlib.util import open_file
+from training.dataset import PackedFiles
+from training.decoding import decode_image, image_formats
 
-from .dataset import PackedFiles
-from .decoding import decode_image, image_formats
+from .pickle_reader import ContentError, read_arrays
 
 CIFAR10_IMAGES = 50_000
 PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # names of folders that are no classes
@@ -180,13 +180,13 @@ def read_cifar10(path: str) -> Source:
                 with open_file(os.path.join(path, name)) as file:
                     content[name] = file.read(MAX_UNPACKED)
     else:
-        try:
-            with open_file(path) as packed, tarfile.open(fileobj=packed, mode="r:*") as archive:
+        try:  # unpacked in one piece: tarfile would take as much memory as a header announces
+            with tarfile.open(fileobj=io.BytesIO(_unpacked(path)), mode="r:") as archive:
                 for member in archive:
-                    file_of = archive.extractfile(member)
-                    if file_of is not None and member.size <= MAX_UNPACKED and os.path.basename(member.name) in batches:
-                        content[os.path.basename(member.name)] = file_of.read()
-        except (tarfile.TarError, EOFError, zlib.error) as exc:
+                    name = os.path.basename(member.name)
+                    if member.isreg() and name in batches and (file_of := archive.extractfile(member)) is not None:
+                        content[name] = file_of.read()
+        except (tarfile.TarError, EOFError, ValueError) as exc:
             raise UserError(f"{path} is not a whole tar archive: {exc}") from exc
     images, labels = [], []
     for name in batches:
@@ -207,76 +207,17 @@ def read_cifar10(path: str) -> Source:
 def _cifar_batch(data: bytes, where: str) -> tuple[np.ndarray, list[int]]:
     """One batch, a pickled dict: uint8 [n, 3072] and n classes."""
     try:
-        batch = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
-        batch = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        pixels, labels = _plain(batch.get("data")), np.asarray(_plain(batch.get("labels"))).tolist()
-    except UserError as exc:
-        raise UserError(f"{where}: {exc}") from exc
-    except Exception as exc:  # a damaged pickle can fail in any way
-        raise UserError(f"{where} is damaged: {exc}") from exc
+        batch = read_arrays(data)
+    except ContentError as exc:
+        raise UserError(f"{where} is damaged, or no table of images: it {exc}") from exc
+    found = batch if isinstance(batch, dict) else {}
+    pixels, labels = (getattr(found.get(name), "value", found.get(name)) for name in ("data", "labels"))
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3 * 32 * 32,):
         raise UserError(f"{where}: 'data' is not a table of bytes, 3072 for each image")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(x in range(10) for x in labels):
         raise UserError(f"{where}: 'labels' is not a list of {len(pixels)} classes 0 ... 9")
     return pixels, labels
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dicts, lists, strings, numbers and numpy arrays of whole numbers. Nothing in the file is run.
-
-    The names a pickle calls are replaced by the small stand-ins below, which hold a description of an array until
-    `_plain` makes one; so a hostile file doesn't even reach numpy's own unpickling.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy._core", "numpy.core")  # numpy 2's name
-        stand_ins: dict[tuple[str, str], Callable[..., Any]] = {
-            ("numpy", "ndarray"): _Array,
-            ("numpy", "dtype"): _Type,
-            ("numpy.core.multiarray", "_reconstruct"): lambda cls, shape, code: _Array(),
-            ("numpy.core.multiarray", "scalar"): lambda kind, raw: _Array((), kind, False, raw),
-            ("numpy.core.numeric", "_frombuffer"): lambda raw, kind, shape, order: _Array(
-                shape, kind, order == "F", raw
-            ),
-            ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
-        }
-        if (module, name) not in stand_ins:
-            raise UserError(f"it refers to {module}.{name}, which a table of images has no use for; not opened")
-        return stand_ins[module, name]
-
-
-class _Type:
-    """Stands for numpy.dtype: whole numbers only."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        if re.fullmatch(r"[iu][1248]", code) is None:
-            raise UserError(f"it holds an array of kind {code!r}, not of whole numbers")
-        self.code = code
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.code = (">" if state[1] == ">" else "<") + self.code[-2:]
-
-
-class _Array:
-    """Stands for numpy.ndarray."""
-
-    def __init__(self, *content: Any) -> None:
-        self.content = content
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.content = state[1:]  # after a version number
-
-
-def _plain(value: Any) -> Any:
-    """What was unpickled, with arrays in place of their stand-ins. Raises ValueError if sizes don't fit."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if not isinstance(value, _Array):
-        return value
-    shape, kind, by_columns, raw = value.content
-    data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-    array = np.frombuffer(data, kind.code).reshape(shape, order="F" if by_columns else "C")
-    return array if array.ndim else array.item()
 
 
 def _spelling(name: str) -> str:
@@ -305,14 +246,7 @@ def read_mnist(path: str) -> Source:
 
 def _read_idx(path: str, axes: int) -> np.ndarray:
     """A file of bytes in LeCun's idx format, packed with gzip or not: uint8 with so many axes."""
-
-    with open_file(path) as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        try:
-            data = (gzip.GzipFile(fileobj=raw) if packed else raw).read(MAX_UNPACKED)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
-            raise UserError(f"{path} is damaged: {exc}") from exc
+    data = _unpacked(path)
     start = 4 + 4 * axes
     if len(data) < start or data[:4] != bytes([0, 0, 8, axes]):
         raise UserError(f"{path} is not an idx file of bytes with {axes} axes")
@@ -321,3 +255,17 @@ def _read_idx(path: str, axes: int) -> np.ndarray:
     if len(data) != start + count or not count:
         raise UserError(f"{path} holds {len(data) - start} bytes for {shape}: it is cut short or not what it says")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _unpacked(path: str) -> bytes:
+    """The content of a file that is packed with gzip or not, of MAX_UNPACKED bytes at most. Raises UserError."""
+    with open_file(path) as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        try:
+            data = (gzip.GzipFile(fileobj=raw) if packed else raw).read(MAX_UNPACKED + 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
+            raise UserError(f"{path} is damaged: {exc}") from exc
+    if len(data) > MAX_UNPACKED:
+        raise UserError(f"{path} unpacks to more than {MAX_UNPACKED >> 20} MiB, the most of CIFAR-10 or MNIST")
+    return data
