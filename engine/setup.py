@@ -112,6 +112,10 @@ class Run:
                 f"{config.loss_kwargs['intervals']}, lr {config.lr:g}, decay {config.lr_decay}, dropout {dropout}, "
                 f"augmentation {(config.augment_kwargs or {}).get('p', 0):g}"
             )
+            if dataset.has_label_vectors and not teacher.has_label_vectors:
+                say(
+                    "Note: the data have label vectors; the teacher's file does not record that it was trained with any"
+                )
             if teacher.own_code:
                 say(
                     "Note: the student is a copy of this teacher and carries its source text on, so all that load it "
@@ -197,6 +201,11 @@ def prepare(options: Options) -> Run:
         check_compatible(
             stage.teacher.net, dataset.resolution, dataset.num_channels, dataset.label_dim, stage.teacher.source
         )
+        if stage.teacher.has_label_vectors and not dataset.has_label_vectors:
+            raise UserError(
+                f"{stage.teacher.source} was trained with label vectors, and {options.data} has classes; use the "
+                "teacher's own data set"
+            )
         if not stage.teacher.own_code:
             _check_architecture(options, stage.teacher.net)
     config = _config(options, dataset, stage, teacher)
@@ -339,8 +348,9 @@ def check_compatible(net: Any, resolution: int, channels: int, label_dim: int, s
     """Refuses a data set that a teacher was not made for. Raises UserError."""
     if net.img_resolution != resolution or net.img_channels != channels:
         raise UserError(
-            f"{source} makes images of {net.img_resolution}x{net.img_resolution} with {net.img_channels} channels, the "
-            f"data set has {resolution}x{resolution} with {channels}; use the teacher's own data set"
+            f"{source} makes images of {net.img_resolution}x{net.img_resolution} with "
+            f"{count(net.img_channels, 'channel')}, the data set has {resolution}x{resolution} with {channels}; use the "
+            "teacher's own data set"
         )
     if net.label_dim != label_dim:
         if net.label_dim == 0:

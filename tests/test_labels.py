@@ -48,6 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new.writestr("dataset.json", json.dumps({"labels": pairs}))
     np.save(folder / "vectors.npy", np.array(VECTORS))
     np.save(folder / "classes.npy", np.array([3, 3, 1]))
+    np.save(folder / "ten.npy", np.array([9]))
+    make_dataset(folder / "two.zip", count=40, classes=2)
     return folder
 
 
@@ -139,13 +141,25 @@ def test_vectors(place: Path, tmp_path: Path) -> None:
     assert "label vectors of 2 numbers" in network.describe()
 
 
+def test_vectors_for_a_teacher_whose_file_records_none(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """EDM's files don't, whatever their labels were."""
+    save_network(tmp_path / "edm.pkl", small_network(label_dim=2))
+    files = [f"--data={place / 'vectors.zip'}", f"--transfer={tmp_path / 'edm.pkl'}", f"--outdir={tmp_path / 'run'}"]
+    assert train.main([*files, "--precond=edm_distillation", "--num_steps=2", "--batch=8", "--dry-run"]) == 0
+    assert "does not record that it was trained with any" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("network", "options", "message"),
     [
         ("vectors", [], "was trained with label vectors of 2 numbers, no classes: give some to draw from (--labels="),
         ("vectors", ["--class=1"], "or one vector (--class=0.5,0.5)"),
         ("vectors", ["--class=0.2,nan"], "or one vector"),
-        ("vectors", ["--labels=classes.npy"], "--labels holds class 3, this network's classes are 0 to 1"),
+        ("vectors", ["--labels=classes.npy"], "--labels holds classes; this network was trained with 2 numbers"),
+        ("vectors", ["--labels=two.zip"], "--labels holds classes; this network was trained with 2 numbers"),
+        ("classes", ["--labels=ten.npy"], "--labels holds class 9, this network's classes are 0 to 3"),
         ("vectors", ["--labels=vectors.npy", "--class=0.2,0.8"], "exclude each other"),
         ("classes", ["--class=0.2,0.8"], "class 0.2: this network's classes are 0 to 3"),
         ("classes", ["--class=1,4"], "class 4: this network's classes are 0 to 3"),
@@ -220,6 +234,10 @@ def test_from_a_data_set_of_vectors_to_a_ladder(
     ladder = [data, f"--transfer={teacher}", f"--outdir={tmp_path / 'ladder'}", "--num_steps=2", "--duration=0.00012"]
     assert distill.main([*ladder, detector, "--eval-num=12", "--eval-sets=1", *small]) == 0
     student = max((tmp_path / "ladder").glob("stage-*/*.pkl"))
+    other = [f"--outdir={tmp_path / 'other'}", f"--transfer={teacher}", "--precond=edm_distillation", "--num_steps=2"]
+    capsys.readouterr()
+    assert train.main([*other, f"--data={place / 'two.zip'}", "--dry-run", *small]) == 1
+    assert "was trained with label vectors, and " in capsys.readouterr().err
     for path in (teacher, student):
         assert load_network(path).has_label_vectors
     measured = [f"--network={student}", "--num=12", detector, f"--labels={place / 'vectors.zip'}", "--device=cpu"]

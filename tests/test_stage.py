@@ -214,7 +214,7 @@ def test_only_the_teachers_own_kind_of_data_will_do():
     check_compatible(plain, 8, 1, 0, "t.pkl")
     check_compatible(classes, 8, 1, 4, "t.pkl")
     for net, facts, message in (
-        (plain, (16, 1, 0), "t.pkl makes images of 8x8 with 1 channels, the data set has 16x16"),
+        (plain, (16, 1, 0), "t.pkl makes images of 8x8 with 1 channel, the data set has 16x16"),
         (plain, (8, 3, 0), "the data set has 8x8 with 3;"),
         (plain, (8, 1, 4), "t.pkl knows no classes; use --cond=0"),
         (classes, (8, 1, 0), "has 4 classes, and the data set has no labels"),

@@ -79,7 +79,10 @@ def choose_labels(network: NetworkFile, class_idx: Condition = None, labels: Lab
     if labels is not None:
         if class_idx is not None:
             raise UsageError("--class and --labels exclude each other; give one of them")
-        return _check_fit(labels if isinstance(labels, Labels) else read_labels(labels), dim)
+        chosen = labels if isinstance(labels, Labels) else read_labels(labels)
+        if chosen.values.ndim == 1 and network.has_label_vectors:
+            raise UsageError(f"--labels holds classes; this network was trained with {count(dim, 'number')} per label")
+        return _check_fit(chosen, dim)
     if class_idx is None and not network.has_label_vectors:
         return every_class(dim)
     values = [] if class_idx is None else [class_idx] if isinstance(class_idx, int) else list(class_idx)
