@@ -342,7 +342,7 @@ def _report(result: Outcome, source: Source, dest: str) -> bool:
             if rest and (here == 1 or here < len(source.folders)):
                 print(f"warning: images of {count(here, 'class')} came along; without --max-images there may be more")
         else:
-            print(f"{labels.shape[1]} numbers each")
+            print(f"{count(labels.shape[1], 'number')} each")
     except UserError as exc:
         print(f"warning: the labels were copied, but can't be trained on: {printable(str(exc))}")
         return False

@@ -129,7 +129,8 @@ def _no_state(name: str) -> str:
     """What is wrong with a --resume that is no file, or no state."""
     if Path(name).suffix in (".pkl", ".safetensors") and Path(name).is_file():
         beside = Path(name).with_name(Path(name).stem.replace("network-snapshot", "training-state") + ".pt")
-        states = [beside] if beside.is_file() else sorted(Path(name).parent.glob("training-state-*.pt"), key=_age)
+        is_state = beside.is_file() and beside.name.startswith("training-state")
+        states = [beside] if is_state else sorted(Path(name).parent.glob("training-state-*.pt"), key=_age)
         where = f"{states[0]} lies beside it" if states else "there is none beside it; --transfer takes a network"
         return f"is a network snapshot, not a training state, from which a run resumes; {where}"
     if difflib.get_close_matches(name, ["latest"], cutoff=0.7):
@@ -164,7 +165,7 @@ def check_options(options: Options, world_size: int) -> None:
         raise UsageError(f"--fp16=1 contradicts --precision={options.precision}")
     if options.distils:
         if options.transfer is None:
-            raise UsageError("--precond=edm_distillation needs a teacher: --transfer=FILE or URL of a network .pkl")
+            raise UsageError("--precond=edm_distillation needs a teacher: --transfer=FILE or URL of a network")
         check_steps(options.num_steps, options.ratio)
         for name in _changed(options, "p_mean", "p_std", "sigma_data"):
             raise UsageError(f"{name} has no meaning in distillation, whose noise levels are the teacher's")

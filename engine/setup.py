@@ -188,10 +188,8 @@ def prepare(options: Options) -> Run:
     cond = bool(options.cond) if options.cond is not None or stage is None else stage.teacher.net.label_dim > 0
     dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
     if stage is not None and options.cond is False and stage.teacher.net.label_dim > 0:
-        classes = stage.teacher.net.label_dim
-        raise UserError(
-            f"--cond=0, but {stage.teacher.source} has {classes} classes, and so has its student; leave it out"
-        )
+        classes = count(stage.teacher.net.label_dim, "class")
+        raise UserError(f"--cond=0, but {stage.teacher.source} has {classes}, and so has its student; leave it out")
     asked_for = stage is None or stage.teacher.net.label_dim == 0  # otherwise it is the teacher that wants labels
     if cond and not dataset.has_labels and asked_for:
         raise UserError(
@@ -349,15 +347,17 @@ def check_compatible(net: Any, resolution: int, channels: int, label_dim: int, s
     if net.img_resolution != resolution or net.img_channels != channels:
         raise UserError(
             f"{source} makes images of {net.img_resolution}x{net.img_resolution} with "
-            f"{count(net.img_channels, 'channel')}, the data set has {resolution}x{resolution} with {channels}; use the "
-            "teacher's own data set"
+            f"{count(net.img_channels, 'channel')}, the data set has {resolution}x{resolution} with {channels}; "
+            "use the teacher's own data set"
         )
     if net.label_dim != label_dim:
         if net.label_dim == 0:
             raise UserError(f"{source} knows no classes; use --cond=0")
         if label_dim == 0:
-            raise UserError(f"{source} has {net.label_dim} classes, and the data set has no labels for them")
-        raise UserError(f"{source} has {net.label_dim} classes, the data set has {label_dim}; use the teacher's own")
+            raise UserError(f"{source} has {count(net.label_dim, 'class')}, and the data set has no labels")
+        raise UserError(
+            f"{source} has {count(net.label_dim, 'class')}, the data set has {label_dim}; use the teacher's own"
+        )
 
 
 def describe_distillation(stage: Stage) -> Kwargs:

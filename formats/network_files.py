@@ -136,7 +136,7 @@ class NetworkFile:
         if getattr(net, "model", None) is not None:
             what += f" of {type(net.model).__name__[:100]}"
         shape = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
-        labels = f"{net.label_dim} classes" if net.label_dim else "no classes"
+        labels = count(net.label_dim, "class") if net.label_dim else "no classes"
         labels = f"label vectors of {count(net.label_dim, 'number')}" if self.has_label_vectors else labels
         steps = self.sampling.grid.steps if self.sampling else 0
         kind = f"student of {count(steps, 'step')}" if steps else "undistilled"
@@ -598,7 +598,8 @@ def _read_safetensors(data: bytes) -> _Content:
         raise ContentError(f"is a damaged safetensors file: {reason}") from exc
     if meta is None:
         raise ContentError(
-            f"is a safetensors file without '{METADATA}' in its metadata: it does not say which network it is"
+            f"is a safetensors file without '{METADATA}' in its metadata: it does not say which network it is "
+            "(convert.py --like does)"
         )
     match meta:
         case {
@@ -728,10 +729,14 @@ def convert_network(file: NetworkFile, path: str | os.PathLike[str], *, half: bo
 
 
 def with_weights(like: NetworkFile, source: str) -> NetworkFile:
-    """`like` with the weights of a bare state dict, as `convert_network` or torch.save writes it. Raises UserError."""
+    """`like` with the weights of a bare state dict, by torch.save or in a safetensors file. Raises UserError."""
+    from safetensors.torch import load
+
     with forgotten_if_bad(source), open_url(source) as file:
         try:
-            tensors = load_tensors(file)
+            is_safetensors = file.read(9)[8:] == b"{"
+            file.seek(0)
+            tensors = load(file.read()) if is_safetensors else load_tensors(file)
         except OSError:
             raise
         except Exception as exc:  # torch.load has a different one for every way in which a file can be wrong

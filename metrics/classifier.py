@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dnnlib.atomic import atomic_write
 from dnnlib.errors import UserError, printable
+from dnnlib.util import count
 from formats.pickle_reader import StoredTensor, read_torch_archive
 from torch_utils.misc import save_tensors
 from training.dataset import ImageFolderDataset
@@ -206,7 +207,7 @@ def _labelled_images(data: str | os.PathLike[str], seed: int) -> tuple[Tensor, T
             )
         if len(dataset) < FEWEST_IMAGES:
             raise UserError(
-                f"{data}: {len(dataset)} images are too few to train a detector; {FEWEST_IMAGES} are the least"
+                f"{data}: {count(len(dataset), 'image')}, too few to train a detector; {FEWEST_IMAGES} are the least"
             )
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         images = torch.cat(list(read_images(dataset, (part.tolist() for part in order.split(1000)))))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
-from dnnlib.util import forgotten_if_bad, open_url, read_file
+from dnnlib.util import count, forgotten_if_bad, open_url, read_file
 from torch_utils import distributed as dist
 from torch_utils.misc import load_tensors
 
@@ -61,7 +61,8 @@ class Detector:
         if images.shape[1] == 1 and self.channels == 3:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != self.channels:
-            raise UserError(f"the images have {images.shape[1]} channels, the detector {self.id} takes {self.channels}")
+            channels = count(images.shape[1], "channel")
+            raise UserError(f"the images have {channels}, the detector {self.id} takes {self.channels}")
         if self.resolution is not None and images.shape[2:] != (self.resolution, self.resolution):
             size = f"{images.shape[3]}x{images.shape[2]}"
             raise UserError(

@@ -239,8 +239,8 @@ def statistics_of_dataset(
     try:
         if num is not None and len(dataset) < num:
             raise UserError(
-                f"{path}: found {count(len(dataset), 'image')}, fewer than the {num} asked for; set "
-                f"--num-images={len(dataset)}"
+                f"{path}: found {count(len(dataset), 'image')}, fewer than the {num} asked for"
+                + (f"; set --num-images={len(dataset)}" if len(dataset) > 1 else "")
             )
         if len(dataset) < 2:
             raise UserError(f"{path}: found {len(dataset)} image; statistics need at least 2")

@@ -547,6 +547,9 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
     (tmp_path / "network-snapshot-000002.pkl").touch()
     snapshot = f"--resume={tmp_path / 'network-snapshot-000002.pkl'}"
     fails(1, "network snapshot, not a training state, from which a run resumes; there is none", train, *run, snapshot)
+    (tmp_path / "weights.safetensors").touch()
+    (tmp_path / "weights.pt").touch()
+    fails(1, "there is none beside it", train, *run, f"--resume={tmp_path / 'weights.safetensors'}")
     (tmp_path / "training-state-000001.pt").touch()
     fails(1, f"; {tmp_path / 'training-state-000001.pt'} lies beside it", train, *run, snapshot)
     (tmp_path / "training-state-000002.pt").touch()

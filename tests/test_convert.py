@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import convert
@@ -155,7 +156,11 @@ def test_a_bare_state_dict_and_back(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert convert.main([str(like), str(bare), "--overwrite"]) == 0
     assert convert.main([str(bare), str(back), f"--like={like}", "--overwrite"]) == 0
     assert back.read_bytes() == like.read_bytes()
-    capsys.readouterr()
+    safetensors.torch.save_file(load_network(like).net.state_dict(), tmp_path / "bare.safetensors")
+    assert convert.main([str(tmp_path / "bare.safetensors"), str(back), f"--like={like}", "--overwrite"]) == 0
+    assert back.read_bytes() == like.read_bytes()
+    assert convert.main([str(tmp_path / "bare.safetensors"), str(tmp_path / "no.pkl")]) == 1
+    assert "(convert.py --like does)" in capsys.readouterr().err
     assert convert.main([str(bare), str(tmp_path / "no.pkl")]) == 1 and "convert.py --like" in capsys.readouterr().err
     weights = net.state_dict()
     name = next(iter(weights))

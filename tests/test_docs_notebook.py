@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +105,8 @@ def test_mistakes() -> None:
         sample(network, [])
     for arguments, options, words in (
         (("student.pkl", [0]), {}, "load_network"),
+        ((network.net, [0]), {}, "load_network"),
+        ((SimpleNamespace(sampling=None), [0]), {}, "load_network"),
         ((network, 4), {}, "range"),
         ((network, [0]), {"step": 4}, "no sampler has a setting 'step'; did you mean steps"),
         ((network, [0]), {"temperature": 1}, "no sampler has a setting 'temperature'$"),

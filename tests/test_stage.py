@@ -104,6 +104,8 @@ def test_what_contradicts_a_student_is_refused(original):
     last = student_of(plan_stage(student, None, 4), "one.pkl")
     with pytest.raises(UsageError, match="a single step is the end"):
         plan_stage(last, None)
+    with pytest.raises(UsageError, match="a single step is the end"):
+        plan_stage(last, 4)
 
 
 def test_more_steps_than_a_network_tells_apart_are_refused_with_the_largest_that_work():

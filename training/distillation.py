@@ -96,12 +96,12 @@ def plan_stage(
             raise UsageError(f"--num_steps={num_steps}: {exc}") from exc
         return Stage(teacher, grid, ratio, "euler" if solver == "euler" else "heun", self_teacher)
     grid = teacher.sampling.grid
+    check_steps(grid.steps, ratio)
     if num_steps not in (None, grid.steps):
         raise UsageError(
             f"--num_steps={num_steps}, but {teacher.source} was distilled to {grid.steps} steps on a grid of its own; "
             f"use --num_steps={grid.steps} or leave it out"
         )
-    check_steps(grid.steps, ratio)
     if solver == "heun" and teacher.sampling.solver == "euler":
         raise UsageError(
             "--teacher-solver=heun: this teacher is a student, its output is a jump and not a slope; use euler"

@@ -354,10 +354,10 @@ def sample(
 
     Raises UsageError for what contradicts a distilled network's grid or its classes, UserError for images that are NaN.
     """
-    if not hasattr(network, "sampling"):
-        raise UsageError(f"the first argument is what load_network(path) returns, not a {type(network).__name__}")
+    if not (hasattr(network, "sampling") and hasattr(network, "net")):
+        raise UsageError(f"the first argument is what load_network(path) returns; '{type(network).__name__}' is not")
     if not isinstance(seeds, Sequence | np.ndarray):
-        raise UsageError(f"seeds are a list or a range, such as range(16), not a {type(seeds).__name__}")
+        raise UsageError(f"seeds are a list or a range, such as range(16); '{type(seeds).__name__}' is not")
     if len(seeds) == 0 or batch < 1:
         raise UsageError(f"seeds are {len(seeds)}, batch is {batch}: both must be at least 1")
     plan = plan_sampling(network, **options)
