@@ -490,7 +490,7 @@ def test_unsuitable_training_data(tmp_path):
     make_dataset(tmp_path / "large.zip", count=4, size=96)
     check("large.zip", "96x96")
     make_dataset(tmp_path / "few.zip", count=9)
-    check("few.zip", "9 images are too few")
+    check("few.zip", "9 images, too few")
     (tmp_path / "ds_vec.zip").write_bytes((GOLDEN / "ds_vec.zip").read_bytes())
     check("ds_vec.zip", "no class labels")
 
