@@ -8,7 +8,6 @@ Programs written against EDM find `edm_sampler`, `ablation_sampler` and `Stacked
 
 from __future__ import annotations
 
-import functools
 import re
 import shlex
 import sys
@@ -156,10 +155,7 @@ def command(
         )
     from engine.stopping import stopping_at_once
     from formats.image_files import ImageZip, Manifest, open_output, prepare
-    from formats.network_files import load_network
     from torch_utils import distributed as dist
-    from training.labels import choose_labels
-    from training.sampling import plan_sampling
 
     seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
     if not seeds:
@@ -169,43 +165,32 @@ def command(
     where = dist.init(device, cli.options_in_use())
     output = open_output(outdir)
 
-    @functools.cache
-    def load() -> tuple[NetworkFile, Plan, Labels | None]:
-        loaded = load_network(network, trust_network_code=trust_network_code)
-        if loaded.net.img_channels not in (1, 3):
-            raise cli.UserError(
-                f"{loaded.source} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)"
-            )
-        drawn_from = choose_labels(loaded, class_idx, labels)
-        return loaded, plan_sampling(loaded, **sampler_options), drawn_from
-
-    def find_work() -> Work:
-        loaded, plan, drawn_from = load()
-        click.get_current_context().with_resource(output.lock())
-        one = class_idx[0] if class_idx is not None and len(class_idx) == 1 else class_idx
-        look = {"class": one, "subdirs": subdirs, "precision": precision, "compile": use_compile}
-        if labels is not None and drawn_from is not None:
-            look["labels"] = drawn_from.digest()
-        manifest = Manifest(
-            network={"source": str(loaded.source), "sha256": loaded.sha256},
-            options={**plan.options, **look, "device": where.type},  # each kind of device draws its own random numbers
-        )
-        world_size = dist.get_world_size()
-        return prepare(
+    dist.print0(f"Loading network from {cli.public_url(network)} ...")
+    loaded, plan, drawn_from = dist.rank0_first(
+        lambda: _load(network, trust_network_code, class_idx, labels, sampler_options)
+    )
+    dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
+    options = {"class": class_idx[0] if class_idx is not None and len(class_idx) == 1 else class_idx}
+    options |= {"subdirs": subdirs, "precision": precision, "compile": use_compile}
+    options |= {"labels": drawn_from.digest()} if labels is not None and drawn_from is not None else {}
+    manifest = Manifest(
+        network={"source": str(loaded.source), "sha256": loaded.sha256},
+        options={**plan.options, **options, "device": where.type},  # each kind of device draws its own random numbers
+    )
+    context = click.get_current_context()
+    dist.from_rank0(lambda: context.with_resource(output.lock()))
+    work = dist.from_rank0(
+        lambda: prepare(
             output,
             manifest,
             seeds,
             max_batch=max_batch,
-            world_size=world_size,
+            world_size=dist.get_world_size(),
             skip_existing=skip_existing,
             labelled=drawn_from is not None,
         )
+    )
 
-    dist.print0(f"Loading network from {cli.public_url(network)} ...")
-    work = dist.from_rank0(find_work)
-    loaded, plan, drawn_from = load()  # the other ranks meet a filled download cache
-    dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
-    todo = sum(map(len, work.batches))
     dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Using {plan.text}")
     if work.note:
@@ -213,19 +198,17 @@ def command(
     if work.is_done:
         dist.print0(f"Nothing to do: {outdir} has {count(len(seeds), 'image')} of these seeds already")
     else:
+        images = count(sum(map(len, work.batches)), "image")
         size = f"{loaded.net.img_resolution}x{loaded.net.img_resolution}"
-        dist.print0(
-            f"Making {count(todo, 'image')} of {size} pixels in {outdir}, on {dist.get_world_size()} x {where.type} ..."
-        )
+        dist.print0(f"Making {images} of {size} pixels in {outdir}, on {dist.get_world_size()} x {where.type} ...")
         net = _make_ready(loaded.net, where, precision, use_compile)
         start = time.monotonic()
-        is_zip = isinstance(output, ImageZip)
-        with stopping_at_once(
-            "a zip is made in one go" if is_zip else "run the same command with --skip-existing to resume"
-        ):
+        resume = "run the same command with --skip-existing to resume"
+        with stopping_at_once("a zip is made in one go" if isinstance(output, ImageZip) else resume):
             _make_images(net, plan, work, output, where, drawn_from)
         seconds = time.monotonic() - start
-        dist.print0(f"Done: {count(todo, 'image')} in {outdir} after {seconds:.1f} s, {todo / seconds:.1f} a second")
+        rate = sum(map(len, work.batches)) / seconds
+        dist.print0(f"Done: {images} in {outdir} after {seconds:.1f} s, {rate:.1f} a second")
     if len(seeds) >= ENOUGH:
         from engine.next_steps import launched
 
@@ -234,6 +217,25 @@ def command(
         dist.print0("  the Fréchet distance to a reference (of EDM, or made of a data set by fid.py ref)")
         dist.print0(f"    {shlex.join(measure)}")
     dist.shutdown()
+
+
+def _load(
+    network: str,
+    trust_network_code: bool,
+    class_idx: list[Any] | None,
+    labels: str | None,
+    sampler_options: dict[str, Any],
+) -> tuple[NetworkFile, Plan, Labels | None]:
+    """The network, how it is sampled, and the labels its images are conditioned on."""
+    from formats.network_files import load_network
+    from training.labels import choose_labels
+    from training.sampling import plan_sampling
+
+    loaded = load_network(network, trust_network_code=trust_network_code)
+    if loaded.net.img_channels not in (1, 3):
+        raise cli.UserError(f"{loaded.source} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
+    drawn_from = choose_labels(loaded, class_idx, labels)
+    return loaded, plan_sampling(loaded, **sampler_options), drawn_from
 
 
 def _make_ready(net: Any, where: torch.device, precision: str, use_compile: bool) -> Any:
