@@ -154,8 +154,9 @@ def describe_absurdity(run: Run) -> str | None:
     shorter = f"--duration={1 / days / 1e6:.2g} is what it does in a day"
     fits = "--cbase=32 --cres=1,2 --blocks=1 --batch=64 fits a CPU (docs/your-own-data.md)"
     smaller = "" if run.stage else f"; {fits}"
+    takes = f"{total / 365:.2g} years" if total > 700 else f"{total:.0f} days"
     return (
-        f"Note: this takes {total / 365:.2g} years at the least on {count(os.cpu_count() or 1, 'CPU core')}, a step of "
+        f"Note: this takes {takes} at the least on {count(os.cpu_count() or 1, 'CPU core')}, a step of "
         f"--batch={config.batch_size} {step:.2g} minutes: {shorter}{smaller}"
     )
 
