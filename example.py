@@ -38,7 +38,7 @@ BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 )
 @click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
 @click.option("--out", help="Picture to write", metavar="PNG", default="example.png")
-@click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
+@cli.device_option
 @click.option("--trust-network-code", help="Run the code in a --network file of unknown class or version", is_flag=True)
 def command(
     network: str | None,

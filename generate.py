@@ -118,7 +118,7 @@ class Grid(click.ParamType):
 @click.option(
     "--compile", "use_compile", help="torch.compile the network", metavar="BOOL", type=cli.Bool(), default=False
 )
-@click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
+@cli.device_option
 def command(
     network: str,
     outdir: str,

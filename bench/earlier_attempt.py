@@ -28,13 +28,14 @@ from torch import Tensor
 
 from dnnlib import cli
 from engine import setup
-from engine.setup import Options, Run
+from engine.setup import Run
 from formats.network_files import NetworkFile
-from ladders.ladder import Ladder, LadderOptions
+from ladders.ladder import Ladder
 from ladders.results import format_table
 from torch_utils import distributed as dist
 from training.distillation import EDMDistillationLoss
 from training.grids import Solver, network_grid
+from training.recipe import LadderOptions, Options
 from training.training_loop import Trainer
 
 HABITS = ("clamp", "regrid", "heun", "rate", "dropout", "augment")
@@ -141,9 +142,9 @@ def command(
     options = LadderOptions(
         num_steps=num_steps,
         until=1,
-        ratios=[2],
-        durations=[duration],
-        lrs=[5e-4],
+        ratio=[2],
+        duration=[duration],
+        lr=[5e-4],
         detector=detector,
         eval_num=eval_num,
         eval_batch=125,

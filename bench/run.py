@@ -128,9 +128,9 @@ def trainer_and_plain(setting: Setting, solver: str | None) -> tuple[Any, Any, A
     from bench.plain import PlainTraining
     from engine import setup
     from engine.costs import network_cost
-    from engine.setup import Options
     from formats.network_files import load_network, save_network
     from training.loader import Loader
+    from training.recipe import Options
     from training.training_loop import Trainer, build_network
 
     size, teacher_file = setting.size, setting.folder / "teacher.pkl"
@@ -248,7 +248,7 @@ def call_flops(setting: Setting) -> float:
     """Of one network call for one image."""
     from engine import setup
     from engine.costs import network_cost
-    from engine.setup import Options
+    from training.recipe import Options
 
     size = setting.size
     options = Options(outdir=str(setting.folder / "t"), data=str(setting.data()), cond=False, nosubdir=True, seed=0)
@@ -469,7 +469,7 @@ def report(rows: Iterator[Row]) -> Iterator[Row]:
 @click.option("--seconds", help="To spend on every case", type=cli.Number(min=0), default=10)
 @click.option("--precision", help="Of the fast path", type=cli.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32")
 @click.option("--compile", help="torch.compile in the fast path", type=cli.Bool(), default=False)
-@click.option("--device", help="Where to compute", type=cli.Choice(["auto", "cuda", "cpu"]), default="auto")
+@cli.device_option
 @click.option("--json", "json_file", help="Write the figures there too", metavar="FILE")
 def command(
     cases: str | None, size: str, seconds: float, precision: str, compile: bool, device: str, json_file: str | None

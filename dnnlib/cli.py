@@ -634,3 +634,6 @@ class FloatList(click.ParamType):
         if not values or not all(0 < number < LARGEST for number in values):
             self.fail(f"'{value}' is not a list of positive numbers such as 20 or 10,10,20", param, ctx)
         return values
+
+
+device_option = click.option("--device", help="Where to compute", type=Choice(["auto", "cuda", "cpu"]), default="auto")

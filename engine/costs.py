@@ -16,10 +16,11 @@ from dnnlib.cli import UserError
 from dnnlib.util import count
 from formats import state
 from torch_utils import distributed as dist
-from training.config import AUTO, TrainConfig, check_batch
+from training.config import AUTO, check_batch
 from training.dataset import ImageFolderDataset
 from training.distillation import Stage
 from training.networks import UNetBlock
+from training.recipe import TrainConfig
 from training.speed import compute_dtype, recompute_blocks
 from training.training_loop import build_network, run_network
 
@@ -111,7 +112,7 @@ def describe_cost(run: Run) -> list[str]:
     if config.batch_gpu == AUTO:
         size = largest_counted(run)
     else:
-        size, _ = check_batch(config.batch_size, config.batch_gpu, dist.get_world_size())
+        size, _ = check_batch(config.batch, config.batch_gpu, dist.get_world_size())
     memory = fixed_memory(run) + bytes_per_image(run) * size
     return [
         f"Parameters:              {cost.parameters / 1e6:.2f} M",
@@ -150,14 +151,14 @@ def describe_absurdity(run: Run) -> str | None:
     total = days * config.total_nimg
     if total < ABSURD_DAYS:
         return None
-    step = days * config.batch_size * 1440
+    step = days * config.batch * 1440
     shorter = f"--duration={1 / days / 1e6:.2g} is what it does in a day"
     fits = "--cbase=32 --cres=1,2 --blocks=1 --batch=64 fits a CPU (docs/your-own-data.md)"
     smaller = "" if run.stage else f"; {fits}"
     takes = f"{total / 365:.2g} years" if total > 700 else f"{total:.0f} days"
     return (
         f"Note: this takes {takes} at the least on {count(os.cpu_count() or 1, 'CPU core')}, a step of "
-        f"--batch={config.batch_size} {step:.2g} minutes: {shorter}{smaller}"
+        f"--batch={config.batch} {step:.2g} minutes: {shorter}{smaller}"
     )
 
 
@@ -189,7 +190,7 @@ def largest_counted(run: Run) -> int:
 
 def divisors(run: Run) -> list[int]:
     """What --batch-gpu may be, the largest first."""
-    share, _ = check_batch(run.config.batch_size, None, dist.get_world_size())
+    share, _ = check_batch(run.config.batch, None, dist.get_world_size())
     return [n for n in range(share, 0, -1) if share % n == 0]
 
 
@@ -264,8 +265,8 @@ def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | N
     """Counts what the rules of `Trainer` write in a run from its beginning."""
     parameters = list(meta_network(config, dataset, stage).parameters())
     weights = 4 * sum(p.numel() for p in parameters)
-    steps = math.ceil(config.total_nimg / config.batch_size)
-    last_tick = math.ceil((steps - 1) / math.ceil(config.kimg_per_tick * 1000 / config.batch_size))  # the first is 0
+    steps = math.ceil(config.total_nimg / config.batch)
+    last_tick = math.ceil((steps - 1) / math.ceil(config.tick * 1000 / config.batch))  # the first is 0
 
     def times(ticks: int | None, first: int) -> int:
         """Ticks first ... last_tick that are multiples of `ticks`, and the last one; names differ by thousands."""
@@ -274,11 +275,11 @@ def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | N
         number = last_tick // ticks + 1 - first + (last_tick % ticks > 0 or last_tick < first)
         return min(number, config.total_kimg + 1)
 
-    snapshots, sheets = times(config.snapshot_ticks, 0), times(config.targets_ticks, 0)
+    snapshots, sheets = times(config.snap, 0), times(config.targets, 0)
     image = math.prod(dataset.image_shape)  # of one byte a value, as a PNG has at most
     return DiskNeed(
         snapshots=snapshots,
-        dumps=min(times(config.state_dump_ticks, 1), state.KEPT_DUMPS),
+        dumps=min(times(config.dump, 1), state.KEPT_DUMPS),
         snapshot_bytes=weights + OVERHEAD + 1024 * len(parameters),  # the classes' source, names and shapes
         state_bytes=4 * weights + OVERHEAD + 2048 * len(parameters),  # weights, EMA, two averages of Adam's
         picture_bytes=image * (snapshots * MAX_SAMPLES + sheets * MAX_ROWS * TARGET_COLUMNS),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dnnlib.errors import UserError
 from dnnlib.util import count
-from training.config import TrainConfig
 from training.loader import Order
+from training.recipe import TrainConfig
 
 WINDOW = 100  # steps; the run ends when MOST of them had to be skipped
 MOST = 50
@@ -65,7 +65,7 @@ class Health:
 
     def images(self, step: int) -> list[int]:
         """Which images of the data set a step was of, as numbers in the order of its files."""
-        batch, order = self.config.batch_size, Order(len(self.dataset), self.config.seed)
+        batch, order = self.config.batch, Order(len(self.dataset), self.config.seed)
         return [self.dataset.get_details(i).raw_idx for i in order.indices(step * batch, (step + 1) * batch)]
 
     def describe(self, step: int) -> str:

@@ -16,7 +16,7 @@ from dnnlib.atomic import check_no_link, write_text
 from dnnlib.errors import printable
 from dnnlib.util import read_file
 from torch_utils import distributed as dist
-from training.config import TrainConfig
+from training.recipe import TrainConfig
 
 RUN_ID = "wandb-run-id.txt"  # in the run directory: a resumed run keeps its number
 

@@ -22,8 +22,8 @@ from formats import state
 from formats.network_files import save_network
 from torch_utils import distributed as dist
 from torch_utils.progress import print_above_bars, training_bar
-from training.config import TrainConfig
 from training.loader import Loader
+from training.recipe import TrainConfig
 from training.training_loop import Trainer
 
 from .health import Health
@@ -76,7 +76,7 @@ class Loop:
         loader = Loader(
             trainer.dataset,
             seed=config.seed,
-            batch_size=config.batch_size,
+            batch_size=config.batch,
             rank=trainer.rank,
             world_size=trainer.world_size,
             step=trainer.step_count,
@@ -106,9 +106,9 @@ class Loop:
         while trainer.nimg < config.total_nimg:
             trainer.step(loader)
             self.health.add(trainer.step_count - 1, trainer.skipped)
-            self.bar.update(config.batch_size)
+            self.bar.update(config.batch)
             done = trainer.nimg >= config.total_nimg
-            if done or self.tick == 0 or trainer.nimg >= self.tick_start_nimg + config.kimg_per_tick * 1000:
+            if done or self.tick == 0 or trainer.nimg >= self.tick_start_nimg + config.tick * 1000:
                 tick_end = time.time()
                 self.end_tick(done, self.elapsed_before + tick_end - start, tick_end - tick_start, maintenance)
                 tick_start = time.time()
@@ -118,7 +118,7 @@ class Loop:
                     self.save_state(f"training-state-{trainer.nimg // 1000:06d}.pt", elapsed)
                     last_save = time.time()
             stop = 0 if done else signals.agreed()
-            if stop or (not done and time.time() - last_save >= config.save_every_min * 60):
+            if stop or (not done and time.time() - last_save >= config.save_every * 60):
                 self.save_state(state.rolling_name(trainer.nimg), self.elapsed_before + time.time() - start)
                 last_save = time.time()
             if stop:
@@ -127,8 +127,7 @@ class Loop:
     def stop(self, number: int) -> None:
         """Raises Stopped, once the state is written."""
         dist.barrier()  # whoever ended first would have the launcher kill the one that writes
-        nosubdir = self.config.extras.get("command_line", {}).get("nosubdir", False)
-        resume = "the same command" if nosubdir else "the same command with --resume=latest"
+        resume = "the same command" if self.config.nosubdir else "the same command with --resume=latest"
         text = f"interrupted by {signal.Signals(number).name} at {self.trainer.nimg / 1000:g} kimg"
         self.log(f"Wrote {self.run_dir / state.rolling_name(self.trainer.nimg)}")
         self.log.note(f"{text[:1].upper()}{text[1:]}")
@@ -158,14 +157,14 @@ class Loop:
         config, trainer = self.config, self.trainer
         self.health.check()
         self.report_progress(elapsed, tick_seconds, maintenance)
-        if config.snapshot_ticks is not None and (done or self.tick % config.snapshot_ticks == 0):
+        if config.snap is not None and (done or self.tick % config.snap == 0):
             check_same_weights(trainer.net, trainer.ema)
             trainer.check_finite()
             if dist.is_main():
                 self.save_snapshot()
                 save_samples(trainer, self.run_dir / f"samples-{trainer.nimg // 1000:06d}.png")
             dist.barrier()
-        due = config.targets_ticks and (done or self.tick % config.targets_ticks == 0)
+        due = config.targets and (done or self.tick % config.targets == 0)
         if due and trainer.stage is not None and dist.is_main():
             save_targets(trainer, self.run_dir / f"targets-{trainer.nimg // 1000:06d}.png")
         self.write_stats()
@@ -208,7 +207,7 @@ class Loop:
         self.bar.set_postfix_str(f"loss {stats.mean('Loss/loss'):.4g}", refresh=False)
         left = self.config.total_nimg - trainer.nimg
         # Half a tick: of the first one, and of what an interruption left of one, the most is warming up.
-        enough = max(self.config.batch_size + 1, self.config.kimg_per_tick * 500)
+        enough = max(self.config.batch + 1, self.config.tick * 500)
         if images >= enough and left > 0 and not self.estimated:
             self.log(f"About {format_time(left / images * tick_seconds)} for the {left / 1000:g} kimg that are left")
             self.estimated = True
@@ -248,7 +247,7 @@ class Loop:
 
     def should_dump(self, done: bool) -> bool:
         """EDM's rule for `--dump`, asked after the tick's number has moved on."""
-        ticks = self.config.state_dump_ticks
+        ticks = self.config.dump
         return ticks is not None and (done or (self.tick > 1 and (self.tick - 1) % ticks == 0))
 
     def save_state(self, name: str, elapsed: float) -> None:

@@ -13,11 +13,11 @@ import torch
 from dnnlib.cli import UserError, bold, green, program
 from metrics.classifier import FEWEST_IMAGES
 from torch_utils import distributed as dist
-from training.config import STAGE_MIMG
 from training.dataset import ImageFolderDataset
+from training.recipe import STAGE_MIMG, Options, entries, flag
 from training.steps import ratios_that_work
 
-from .options import Options, flag, given
+from .options import given
 from .setup import Run
 
 FID_IMAGES, FEW_IMAGES = 50000, 2000  # fid.py's default; on a CPU
@@ -167,10 +167,10 @@ def typed(script: str, options: Options, device: str | None, *more: str) -> str:
 
     What has train.py's own default is left out. device: to be named too.
     """
-    words = launched(script)
+    words, flags = launched(script), {each.name for each in entries(Options) if each.is_flag}
     for name, value in given(options).items():
         option = flag(name)
-        if isinstance(value, bool) and name in FLAGS:
+        if name in flags:
             words.append(option)
         elif isinstance(value, list):
             words.append(f"{option}={','.join(map(str, value))}")
@@ -192,12 +192,3 @@ def launched(script: str, alone: bool = False) -> list[str]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nodes = ["--standalone"] if local == world else [f"--nnodes={world // local}"]
     return [program("torchrun"), *nodes, f"--nproc_per_node={local}", name]
-
-
-FLAGS = (
-    "nosubdir",
-    "self_teacher",
-    "deterministic",
-    "tensorboard",
-    "trust_network_code",
-)  # options of train.py that take no value

@@ -1,124 +1,22 @@
-"""The values of `train.py`'s options: what they are, which belong together, how a file gives them. Imports no torch."""
+"""What to do with options: checks, those of a file, differences between runs by the names of options. No torch."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
 
-import click
-
-from dnnlib import cli
 from dnnlib.errors import UsageError, UserError, public_url
 from training.config import ARCHITECTURES, PRECONDS, Kwargs, check_batch, differences, plain
+from training.recipe import DISTILLATION, LadderOptions, Options, entries
 from training.steps import check_steps
 
-WANDB_PROJECT = "edm-distill"
-LADDER_ALONE = frozenset(("until", "eval_num", "eval_sets", "eval_batch", "curve", "ref", "detector", "stop_if_worse"))
-COMMAND_LINE = "command_line"  # the key of training_options.json under which the options lie that were given
-# Options that train.py and distill.py have alike.
-batch_gpu_option = click.option(
-    "--batch-gpu", help="Limit batch size per process; auto: what fits", metavar="INT|auto", type=cli.WholeOrAuto()
-)
-teacher_precision_option = click.option(
-    "--teacher-precision",
-    help="Arithmetic of the teacher; fp32 is TF32 on GPUs where --precision is another",
-    type=cli.Choice(["fp32", "bf16", "fp16"]),
-    default="fp32",
-)
-recompute_option = click.option(
-    "--recompute",
-    help="Recompute activations: less memory, one more network call an image",
-    metavar="BOOL",
-    type=cli.Bool(),
-    default=False,
-)
-
-
-def option(default: Any, *alters: str) -> Any:
-    """A field of Options. alters: what the option decides of `TrainConfig.identity`; none: it alters no result."""
-    return field(default=default, metadata={"alters": alters})
-
-
-@dataclass
-class Options:
-    """The values of `train.py`'s options; None where the default depends on other options.
-
-    The one place that lists which options alter the result: resuming (`named_differences`) and a ladder's recipe follow
-    it.
-    """
-
-    outdir: str = option(MISSING)
-    data: str = option(MISSING, "data.0")
-    precond: str = option("edm", "network", "loss")
-    cond: bool | None = option(None, "data.1")
-    arch: str | None = option(None, "network")
-    cbase: int | None = option(None, "network.model_channels")
-    cres: list[int] | None = option(None, "network.channel_mult")  # noqa: RUF009  # it makes a field
-    blocks: int | None = option(None, "network.num_blocks")
-    sigma_data: float | None = option(None, "network.sigma_data", "loss.sigma_data")
-    p_mean: float | None = option(None, "loss.P_mean")
-    p_std: float | None = option(None, "loss.P_std")
-    num_steps: int | None = option(None, "loss.num_steps", "distillation.num_steps")
-    ratio: int = option(2, "loss.ratio", "distillation.ratio")
-    teacher_solver: str | None = option(None, "loss.teacher_solver", "distillation.teacher_solver")
-    weighting: str = option("geomean", "loss.weighting")
-    intervals: str | None = option(None, "loss.intervals")  # loss
-    self_teacher: bool = option(False, "distillation.self_teacher")
-    duration: float | None = option(None, "duration")  # Mimg
-    batch: int = option(512, "batch")
-    batch_gpu: int | str | None = option(None)  # or AUTO
-    lr: float | None = option(None, "lr.0")
-    lr_decay: str | None = option(None, "lr-decay")
-    warmup: float | None = option(None, "warmup")  # Mimg
-    ema: float = option(0.5, "ema.0")  # Mimg
-    ema_std: float | None = option(None, "ema.std")
-    clip: float | None = option(None, "clip")
-    dropout: float | None = option(None, "network.dropout")
-    augment: float | None = option(None, "augment.p")
-    xflip: bool = option(False, "data.2")
-    precision: str | None = option(None, "precision")
-    teacher_precision: str = option("fp32", "teacher-precision")
-    recompute: bool = option(False)
-    fp16: bool = option(False, "precision")
-    compile: bool = option(False)
-    ls: float = option(1.0, "ls")
-    bench: bool = option(True)
-    cache: bool = option(True)
-    workers: int = option(1)
-    deterministic: bool = option(False)
-    desc: str | None = option(None)
-    nosubdir: bool = option(False)
-    tick: float = option(50)  # kimg
-    snap: int | None = option(50)
-    dump: int | None = option(500)
-    targets: int | None = option(None)
-    save_every: float = option(10)  # minutes
-    seed: int | None = option(None, "seed")
-    transfer: str | None = option(None, "transfer")
-    resume: str | None = option(None)
-    tensorboard: bool = option(False)
-    wandb: str | None = option(None)  # project
-    trust_network_code: bool = option(False)
-
-    @property
-    def distils(self) -> bool:
-        return self.precond == "edm_distillation"
-
-
-ALTERING = tuple(each.name for each in fields(Options) if each.metadata["alters"])
-DISTILLATION = (
-    *("num_steps", "ratio", "teacher_solver", "weighting", "intervals", "self_teacher", "teacher_precision", "targets"),
-)
+COMMAND_LINE = "command_line"  # the key of training_options.json and ladder-options.json for the options as given
+ALTERING = tuple(each.name for each in entries(Options) if each.parts)  # options on which the result depends
+LADDER_ALONE = {each.name for each in entries(LadderOptions)} - {each.name for each in entries(Options)}
 FILES = ("--data", "--transfer")  # compared by their content
-
-
-def flag(name: str) -> str:
-    """How an option is typed."""
-    return "--" + (name if name == "num_steps" else name.replace("_", "-"))
 
 
 def _age(path: Path) -> float:
@@ -167,24 +65,21 @@ def check_options(options: Options, world_size: int) -> None:
         if options.transfer is None:
             raise UsageError("--precond=edm_distillation needs a teacher: --transfer=FILE or URL of a network")
         check_steps(options.num_steps, options.ratio)
-        for name in _changed(options, "p_mean", "p_std", "sigma_data"):
+        for name in _changed(options, "edm"):
             raise UsageError(f"{name} has no meaning in distillation, whose noise levels are the teacher's")
         return
-    others = {
-        "edm_distillation": DISTILLATION,
-        "edm": () if options.precond == "edm" else ("p_mean", "p_std", "sigma_data"),
-    }
-    for precond, names in others.items():
-        if wrong := _changed(options, *names):
+    for precond in (DISTILLATION, "edm"):
+        wrong = _changed(options, precond)
+        if wrong and precond != options.precond:
             verb = "belongs" if len(wrong) == 1 else "belong"
             raise UsageError(
                 f"{', '.join(wrong[:-1])}{' and ' * (len(wrong) > 1)}{wrong[-1]} {verb} to --precond={precond}"
             )
 
 
-def _changed(options: Options, *names: str) -> list[str]:
-    """Those options, as they are typed, that have another value than their default."""
-    return [flag(name) for name in names if getattr(options, name) != getattr(Options, name)]
+def _changed(options: Options, only: str) -> list[str]:
+    """The options of one --precond, as they are typed, that have another value than their default."""
+    return [each.flag for each in entries(Options) if each.only == only and getattr(options, each.name) != each.default]
 
 
 def given(options: Options) -> Kwargs:
@@ -207,7 +102,7 @@ _WITHOUT_OPTION = {
 def named_differences(saved: Kwargs, identity: Kwargs) -> list[str]:
     """The options that alter the result and differ between two identities, with both values; what has no option is
     named as `training_options.json` has it."""
-    old, new = without_defaults(saved), without_defaults(identity)
+    old, new = completed(without_defaults(saved)), completed(without_defaults(identity))
     exact = differences(old, new)
     return told_as_options(old, new) or exact if exact else []
 
@@ -220,7 +115,7 @@ def by_content(options: Kwargs) -> Kwargs:
 def as_options(identity: Kwargs) -> Kwargs:
     """An identity as people know it: by the options of `train.py`, in their units, and what has no option by name."""
     parts: Kwargs = {}
-    for name, value in plain(identity).items():
+    for name, value in plain(completed(identity)).items():
         if name == "ema" and value[:1] == ["std"]:
             parts["ema.std"] = value[1]
         elif isinstance(value, list):
@@ -231,15 +126,26 @@ def as_options(identity: Kwargs) -> Kwargs:
             parts["augment.p"] = 0.0
         else:
             parts[name] = value
-    names = {part: flag(each.name) for each in reversed(fields(Options)) for part in each.metadata["alters"]}
+    names = {part: each.flag for each in reversed(entries(Options)) for part in each.parts}
     told = by_content({names.get(part, _WITHOUT_OPTION.get(part, part)): value for part, value in parts.items()})
     if isinstance(told.get("--cres"), list):
         told["--cres"] = ",".join(map(str, told["--cres"]))
-    told["--teacher-precision"] = told.get("--teacher-precision") or "fp32"
-    for name, images in (("--duration", 1_000_000), ("--warmup", 1000), ("--ema", 1000)):
-        if isinstance(told.get(name), (int, float)):
-            told[name] /= images  # Mimg
+    for each in entries(Options):
+        if isinstance(told.get(each.flag), (int, float)) and each.scale != 1:
+            told[each.flag] /= each.scale * (1000 if each.name == "duration" else 1)  # an identity has it in images
     return told
+
+
+def completed(identity: Kwargs) -> Kwargs:
+    """An identity with the defaults of options that did not exist when it was written."""
+    distils = bool(identity.get("distillation"))
+    later = {each.parts[0]: (each.usual(distils), each.scale) for each in entries(Options) if each.alters is True}
+    missing = {
+        part: value if scale == 1 else value * scale
+        for part, (value, scale) in later.items()
+        if "." not in part and identity.get(part) is None and value is not None
+    }
+    return identity | missing
 
 
 def without_defaults(identity: Kwargs) -> Kwargs:
@@ -279,7 +185,7 @@ def options_of_file(content: Kwargs) -> Kwargs:
     """
     if COMMAND_LINE in content:
         values = _object(content, COMMAND_LINE)
-        if not LADDER_ALONE.isdisjoint(values):
+        if LADDER_ALONE & values.keys():
             raise ValueError("it is a ladder's; distill.py takes it")
         return {"seed": content.get("seed"), **values}
     if "identity" in content:
@@ -306,38 +212,23 @@ def _options_of_edm(content: Kwargs) -> Kwargs:
     arch = "adm" if network.get("model_type") == "DhariwalUNet" else "ncsnpp"
     if network.get("embedding_type") == "positional":
         arch = "ddpmpp"
-    own = ("class_name", "dropout", "use_fp16", "augment_dim", "model_channels", "channel_mult")
+    own = {each.place.removeprefix("network_kwargs.") for each in entries(Options)} | {"class_name", "augment_dim"}
     usual = {name: value for name, value in ARCHITECTURES[arch].items() if name not in own}
     _check_same("network_kwargs", {name: value for name, value in network.items() if name not in own}, usual)
     adam = {"class_name": "torch.optim.Adam", "betas": [0.9, 0.999], "eps": 1e-8}
     _check_same("optimizer_kwargs", {name: value for name, value in optimizer.items() if name != "lr"}, adam)
     augment = _object(content, "augment_kwargs") if content.get("augment_kwargs") else {"p": 0}
-    return {
-        "data": data.get("path"),
-        "cond": data.get("use_labels"),
-        "xflip": data.get("xflip"),
-        "cache": data.get("cache"),
-        "workers": _object(content, "data_loader_kwargs").get("num_workers"),
-        "precond": precond,
-        "arch": arch,
-        "cbase": network.get("model_channels"),
-        "cres": network.get("channel_mult"),
-        "dropout": network.get("dropout"),
-        "fp16": network.get("use_fp16"),
-        "augment": augment.get("p"),
-        "lr": optimizer.get("lr"),
-        "duration": _thousandth(content, "total_kimg"),
-        "ema": _thousandth(content, "ema_halflife_kimg"),
-        "batch": content.get("batch_size"),
-        "batch_gpu": content.get("batch_gpu"),
-        "ls": content.get("loss_scaling"),
-        "bench": content.get("cudnn_benchmark"),
-        "tick": content.get("kimg_per_tick"),
-        "snap": content.get("snapshot_ticks"),
-        "dump": content.get("state_dump_ticks"),
-        "seed": content.get("seed"),
-        "transfer": content.get("resume_pkl"),
+    parts = {
+        "dataset_kwargs": data,
+        "data_loader_kwargs": _object(content, "data_loader_kwargs"),
+        "network_kwargs": network,
+        "optimizer_kwargs": optimizer,
+        "augment_kwargs": augment,
     }
+    known = content | {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    found = {each.name: known[each.place] for each in entries(Options) if each.place in known}
+    scaled = {each.name: _scaled(content, each.place, each.scale) for each in entries(Options) if each.scale != 1}
+    return {**found, **scaled, "precond": precond, "arch": arch}
 
 
 def _precond(network: Kwargs, loss: Kwargs) -> str:
@@ -362,9 +253,9 @@ def _object(content: Kwargs, key: str) -> Kwargs:
     return value
 
 
-def _thousandth(content: Kwargs, key: str) -> float | None:
-    """Millions of images from thousands."""
+def _scaled(content: Kwargs, key: str, scale: int) -> float | None:
+    """A number in the unit of its option."""
     value = content.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ValueError(f"its '{key}' is no number")
-    return None if value is None else value / 1000
+    return None if value is None else value / scale

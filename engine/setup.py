@@ -28,9 +28,7 @@ from training.config import (
     AUGMENTATION,
     AUTO,
     PRECONDS,
-    STAGE_MIMG,
     Kwargs,
-    TrainConfig,
     check_run_dir,
     describe_run,
     next_run_number,
@@ -38,6 +36,7 @@ from training.config import (
 from training.dataset import ImageFolderDataset, PackedFiles
 from training.distillation import EDMDistillationLoss, Stage, plan_stage
 from training.loader import print_remarks
+from training.recipe import Options, TrainConfig, entries, flag
 from training.samplers import grid_sampler
 from training.training_loop import Trainer, matching
 
@@ -54,7 +53,7 @@ from .costs import (
     training_calls,
 )
 from .loop import Log, Loop, check_same_options, other_options
-from .options import Options, check_options, flag, given
+from .options import check_options, given
 
 STRANGE_KIMG = 5_000_000  # twice EDM's longest run
 FEW_IMAGES = 1000
@@ -106,11 +105,11 @@ class Run:
             say(f"Teacher:                 {teacher.source} (sha256 {teacher.sha256[:16]})")
             say(f"                         {teacher.describe()}")
             say(f"Distillation:            {self.stage.describe()}")
-            dropout = "as in the teacher" if teacher.own_code else f"{config.network_kwargs['dropout']:g}"
+            dropout = "as in the teacher" if teacher.own_code else f"{config.dropout:g}"
             say(
-                f"Distillation's settings: weighting {config.loss_kwargs['weighting']}, intervals "
-                f"{config.loss_kwargs['intervals']}, lr {config.lr:g}, decay {config.lr_decay}, dropout {dropout}, "
-                f"augmentation {(config.augment_kwargs or {}).get('p', 0):g}"
+                f"Distillation's settings: weighting {config.weighting}, intervals "
+                f"{config.intervals}, lr {config.lr:g}, decay {config.lr_decay}, dropout {dropout}, "
+                f"augmentation {config.augment:g}"
             )
             if dataset.has_label_vectors and not teacher.has_label_vectors:
                 say(
@@ -133,7 +132,7 @@ class Run:
                     "the file? (--arch, --cbase, --cres, --blocks, --cond; --precond=edm_distillation takes the file's)"
                 )
         say(f"Processes:               {dist.get_world_size()} on {dist.device().type}")
-        say(f"Batch size:              {config.batch_size}, for {config.total_nimg / 1000:g} kimg")
+        say(f"Batch size:              {config.batch}, for {config.total_nimg / 1000:g} kimg")
         say(
             f"Work:                    {self.flops_per_image * config.total_nimg:.3g} FLOP, "
             f"{self.flops_per_image / 1e9:.4g} GFLOP an image ({self.calls:g} network calls' worth)"
@@ -142,9 +141,8 @@ class Run:
         say(f"Precision:               {config.precision}{teachers}")
         say(f"Memory per process:      {describe_memory(self)}")
         say(f"Disk:                    {disk_need(config, dataset, self.stage).describe(config.run_dir)}")
-        asked = dict(config.extras["command_line"]).get("duration")
-        if asked is not None and abs(asked * 1000 - config.total_kimg) > 1e-6:
-            say(f"Note: --duration={asked:g}, in whole thousands of images, is {config.total_kimg} kimg")
+        if abs(config.duration * 1000 - config.total_kimg) > 1e-6:
+            say(f"Note: --duration={config.duration:g}, in whole thousands of images, is {config.total_kimg} kimg")
         if config.total_kimg >= STRANGE_KIMG:
             say(f"Note: that is {config.total_nimg:.3g} images: --duration is in millions (EDM's longest run: 2500)")
         for note in dataset.notes:
@@ -155,13 +153,13 @@ class Run:
             say(absurd)
         if config.precision == "fp16" and dist.device().type != "cuda":
             say(f"Note: fp16 is for CUDA; on {dist.device().type} the network computes in fp32")
-        if config.kimg_per_tick * 1000 >= config.total_nimg > config.batch_size:
-            tick = f"{config.kimg_per_tick:g}"
+        if config.tick * 1000 >= config.total_nimg > config.batch:
+            tick = f"{config.tick:g}"
             say(f"Note: the run is no longer than a tick of {tick} kimg (--tick), so nothing is printed before its end")
-        if config.batch_size > config.total_nimg:
-            say(f"Note: the run is a single step: --batch={config.batch_size} is more than its images")
+        if config.batch > config.total_nimg:
+            say(f"Note: the run is a single step: --batch={config.batch} is more than its images")
         if config.lr_rampup_kimg >= config.total_nimg / 1000:
-            say(f"Note: the run ends within its --warmup ({config.lr_rampup_kimg / 1000:g} Mimg), far below --lr")
+            say(f"Note: the run ends within its --warmup ({config.warmup:g} Mimg), far below --lr")
         say("")
 
 
@@ -209,7 +207,7 @@ def prepare(options: Options) -> Run:
     config = _config(options, dataset, stage, teacher)
     arch = "foreign" if stage is not None and stage.teacher.own_code else _arch_name(config.network_kwargs)
     name = describe_run(
-        dataset.name, cond, arch, options.precond, dist.get_world_size(), config.batch_size, config.precision
+        dataset.name, cond, arch, options.precond, dist.get_world_size(), config.batch, config.precision
     )
     config.run_dir = options.outdir if options.nosubdir else _numbered(options.outdir, name, options.desc)
     check_run_dir(config.run_dir, make=False)
@@ -245,22 +243,14 @@ def load_everywhere(source: str, trust: bool = False) -> NetworkFile:
 def _config(
     options: Options, dataset: ImageFolderDataset, stage: Stage | None, transfer: NetworkFile | None
 ) -> TrainConfig:
-    distils = stage is not None
-    precision = "fp16" if options.fp16 else options.precision or "fp32"
-    augment = options.augment if options.augment is not None else (0.0 if distils else 0.12)
-    dropout = options.dropout if options.dropout is not None else (0.0 if distils else 0.13)
-    duration = options.duration if options.duration is not None else (STAGE_MIMG if distils else 200.0)
-    warmup = options.warmup if options.warmup is not None else (0.0 if distils else 10.0)
-    if stage is not None:
-        network_kwargs, loss_kwargs = _student_kwargs(stage, dropout, precision, options)
-        if augment and not network_kwargs.get("augment_dim"):
-            raise UsageError(
-                "--augment: this teacher takes no augmentation labels, so its student can't be told what was done"
-            )
-    else:
-        network_kwargs, loss_kwargs = _fresh_kwargs(options, dropout, augment > 0, precision)
-    total_kimg = max(int(duration * 1000), 1)
+    filled = options.filled()
+    network_kwargs, loss_kwargs = _fresh_kwargs(filled) if stage is None else _student_kwargs(stage, filled)
+    if stage is not None and filled.augment and not network_kwargs.get("augment_dim"):
+        raise UsageError(
+            "--augment: this teacher takes no augmentation labels, so its student can't be told what was done"
+        )
     return TrainConfig(
+        **{**vars(filled), "cond": dataset.has_labels, "transfer": transfer and transfer.source},
         run_dir=options.outdir,
         dataset_kwargs={
             "path": options.data,
@@ -272,60 +262,20 @@ def _config(
         },
         network_kwargs=network_kwargs,
         loss_kwargs=loss_kwargs,
-        augment_kwargs={"p": augment, **AUGMENTATION} if augment > 0 else None,
-        total_kimg=total_kimg,
-        batch_size=options.batch,
-        batch_gpu=options.batch_gpu,
-        lr=options.lr if options.lr is not None else (5e-4 if distils else 10e-4),
-        lr_rampup_kimg=warmup * 1000,
-        lr_decay=options.lr_decay or ("linear" if distils else "none"),
-        loss_scaling=options.ls,
-        ema_halflife_kimg=int(options.ema * 1000)
-        if options.ema * 1000 == int(options.ema * 1000)
-        else options.ema * 1000,
-        ema_rampup_ratio=None if options.transfer and not distils else 0.05,
-        ema_std=options.ema_std,
-        clip=options.clip,
-        precision=precision,
-        teacher_precision=options.teacher_precision,
-        recompute=options.recompute,
-        compile=options.compile,
-        cudnn_benchmark=options.bench,
-        deterministic=options.deterministic,
-        workers=options.workers,
-        kimg_per_tick=options.tick,
-        snapshot_ticks=options.snap,
-        state_dump_ticks=options.dump,
-        targets_ticks=options.targets,
-        save_every_min=options.save_every,
-        tensorboard=options.tensorboard,
-        wandb=options.wandb,
-        transfer=transfer.source if transfer else None,
+        augment_kwargs={"p": filled.augment, **AUGMENTATION} if filled.augment else None,
+        ema_rampup_ratio=None if options.transfer and stage is None else 0.05,
         transfer_sha256=transfer.sha256 if transfer else None,
         distillation=describe_distillation(stage) if stage else None,
-        trust_network_code=options.trust_network_code,
-        extras={
-            "data_fingerprint": fingerprint(options.data),
-            "command_line": {k: v for k, v in given(options).items() if k not in COMMAND_LINE_ONLY},
-        },
+        data_fingerprint=fingerprint(options.data),
+        command_line={k: v for k, v in given(options).items() if k not in COMMAND_LINE_ONLY},
     )
 
 
 def _check_foreign(options: Options, stage: Stage) -> None:
     """Tries out a teacher of foreign code: training its copy, an image, a snapshot. Raises UsageError or UserError."""
     net, name = stage.teacher.net, printable(type(stage.teacher.net).__name__, 100)
-    fixed = [
-        "arch",
-        "cbase",
-        "cres",
-        "blocks",
-        "dropout",
-        "augment",
-        "precision",
-        "fp16",
-        "teacher_precision",
-        "recompute",
-    ]
+    fixed = [each.name for each in entries(Options) if each.place.startswith(("network_kwargs.", "augment_kwargs."))]
+    fixed += ["arch", "precision", "teacher_precision", "recompute"]
     if wrong := [flag(each) for each in fixed if getattr(options, each) not in (getattr(Options, each), 0, "fp32")]:
         raise UsageError(f"{', '.join(wrong)}: a network of foreign code ({name}) is trained as it is; leave it out")
     try:
@@ -372,44 +322,36 @@ def describe_distillation(stage: Stage) -> Kwargs:
     }
 
 
-def _fresh_kwargs(options: Options, dropout: float, augment: bool, precision: str) -> tuple[Kwargs, Kwargs]:
+def _fresh_kwargs(options: Options) -> tuple[Kwargs, Kwargs]:
+    """Settings of network and loss for training from scratch."""
     precond, loss = PRECONDS[options.precond]
-    network: Kwargs = dict(ARCHITECTURES[options.arch or "ddpmpp"])
-    network["class_name"] = f"training.networks.{precond}"
-    if options.cbase is not None:
-        network["model_channels"] = options.cbase
-    if options.cres is not None:
-        network["channel_mult"] = list(options.cres)
-    if options.blocks is not None:
-        network["num_blocks"] = options.blocks
-    if augment:
+    network = {**ARCHITECTURES[options.arch or "ddpmpp"], "class_name": f"training.networks.{precond}"}
+    network |= options.within("network_kwargs") | {"use_fp16": options.precision == "fp16"}
+    loss_kwargs = {"class_name": f"training.loss.{loss}", **options.within("loss_kwargs")}
+    if options.augment:
         network["augment_dim"] = 9
-    network |= {"dropout": dropout, "use_fp16": precision == "fp16"}
-    loss_kwargs: Kwargs = {"class_name": f"training.loss.{loss}"}
     if options.sigma_data is not None:
-        network["sigma_data"] = loss_kwargs["sigma_data"] = options.sigma_data
-    loss_kwargs |= {"P_mean": options.p_mean} if options.p_mean is not None else {}
-    loss_kwargs |= {"P_std": options.p_std} if options.p_std is not None else {}
+        network["sigma_data"] = options.sigma_data
     return network, loss_kwargs
 
 
-def _student_kwargs(stage: Stage, dropout: float, precision: str, options: Options) -> tuple[Kwargs, Kwargs]:
+def _student_kwargs(stage: Stage, options: Options) -> tuple[Kwargs, Kwargs]:
+    """Settings of network and loss of a student: its teacher's network, which may be of foreign code."""
     net = stage.teacher.net
     network: Kwargs = {"class_name": printable(type(net).__name__, 100)}
     if not stage.teacher.own_code:
         network = {name: value for name, value in dict(net.init_kwargs).items() if name not in INTERFACE}
         network |= {
             "class_name": f"training.networks.{type(net).__name__}",
-            "dropout": dropout,
-            "use_fp16": precision == "fp16",
+            "dropout": options.dropout,
+            "use_fp16": options.precision == "fp16",
         }
     loss_kwargs = {
         "class_name": "training.loss.EDMDistillationLoss",
         "num_steps": stage.grid.steps,
         "ratio": stage.ratio,
         "teacher_solver": stage.solver,
-        "weighting": options.weighting,
-        "intervals": options.intervals or "loss",
+        **options.within("loss_kwargs"),
     }
     return network, loss_kwargs
 
@@ -422,26 +364,28 @@ def _arch_name(network_kwargs: Kwargs) -> str:
 
 
 def _check_architecture(options: Options, net: Any) -> None:
-    """The student has its teacher's architecture; an option that says otherwise is an error."""
-    given = dict(net.init_kwargs)
-    arch = _arch_name(given)
-    defaults = ARCHITECTURES[arch]
-    wrong = []
-    if options.arch not in (None, arch):
-        wrong.append(f"--arch={options.arch} (the teacher's is {arch})")
-    channels = given.get("model_channels", defaults["model_channels"])
-    if options.cbase not in (None, channels):
-        wrong.append(f"--cbase={options.cbase} (the teacher's is {channels})")
-    mult = given.get("channel_mult", [1, 2, 2, 2] if arch != "adm" else [1, 2, 3, 4])
-    if options.cres is not None and list(options.cres) != list(mult):
-        wrong.append(f"--cres={','.join(map(str, options.cres))} (the teacher's is {','.join(map(str, mult))})")
-    blocks = given.get("num_blocks", 3 if arch == "adm" else 4)
-    if options.blocks not in (None, blocks):
-        wrong.append(f"--blocks={options.blocks} (the teacher's is {blocks})")
+    """The student has its teacher's architecture. Raises UsageError for options that ask for another."""
+    kwargs = dict(net.init_kwargs)
+    arch = _arch_name(kwargs)
+    teachers = {
+        "arch": arch,
+        "cbase": kwargs.get("model_channels", ARCHITECTURES[arch]["model_channels"]),
+        "cres": list(kwargs.get("channel_mult", [1, 2, 3, 4] if arch == "adm" else [1, 2, 2, 2])),
+        "blocks": kwargs.get("num_blocks", 3 if arch == "adm" else 4),
+    }
+    wrong = [
+        f"{flag(name)}={_listed(getattr(options, name))} (the teacher's is {_listed(value)})"
+        for name, value in teachers.items()
+        if getattr(options, name) not in (None, value)
+    ]
     if wrong:
         raise UsageError(
             f"a student has its teacher's architecture, which contradicts {', '.join(wrong)}; leave it out"
         )
+
+
+def _listed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def fingerprint(path: str) -> str:

@@ -23,7 +23,7 @@ import io
 import json
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from engine.next_steps import (
     train_command,
     trusting,
 )
-from engine.options import ALTERING, COMMAND_LINE, Options, by_content, flag
+from engine.options import ALTERING, COMMAND_LINE, by_content
 from engine.setup import Run, load_everywhere, prepare, train
 from formats.network_files import NetworkFile
 from formats.state import images_seen, list_states
@@ -48,10 +48,11 @@ from torch_utils import distributed as dist
 from training import pictures
 from training.config import check_run_dir, differences
 from training.grids import Sampling, Solver
+from training.recipe import LadderOptions, Options, flag
 from training.samplers import nfe
 from training.steps import plan_ladder
 
-from .measuring import SEEDS, SHOWN, Measured, Measuring, MeasuringOptions, Past, curve_plan
+from .measuring import SEEDS, SHOWN, Measured, Measuring, Past, curve_plan
 from .results import (
     CurvePoint,
     Rung,
@@ -61,20 +62,6 @@ from .results import (
 )
 
 LONGEST = 1e6  # Mimg, as in train.py
-
-
-@dataclass(kw_only=True)
-class LadderOptions(MeasuringOptions):
-    """The values of `distill.py`'s options that are not a stage's own."""
-
-    num_steps: int | None
-    until: int
-    ratios: list[int]
-    durations: list[float]  # Mimg, one for all stages or one each
-    lrs: list[float]
-    curve: bool = True
-    stop_if_worse: float | None = None
-    command_line: dict[str, Any] | None = None  # what was typed, for ladder-options.json
 
 
 class Ladder:
@@ -104,15 +91,15 @@ class Ladder:
             raise UsageError(
                 f"--num_steps is needed: {self.teacher.source} is undistilled and has no noise grid of its own"
             )
-        self.ratios = plan_ladder(num_steps, options.until, options.ratios)
+        self.ratios = plan_ladder(num_steps, options.until, options.ratio)
         self.chain = [num_steps]
         for ratio in self.ratios:
             self.chain.append(self.chain[-1] // ratio)
-        self.durations = one_per_stage("--duration", options.durations, self.chain)
+        self.durations = one_per_stage("--duration", options.duration, self.chain)
         if max(self.durations) > LONGEST:
             raise UsageError(f"--duration: {max(self.durations):g} million images are too many; {LONGEST:g} at most")
         self.lengths = [max(int(duration * 1000), 1) for duration in self.durations]  # kimg
-        self.lrs = one_per_stage("--lr", options.lrs, self.chain)
+        self.lrs = one_per_stage("--lr", options.lr, self.chain)
         self.held = contextlib.ExitStack()  # the folder, from the first file on
         self.noted: set[str] = set()
         self.measured: list[Measured] = []
@@ -143,7 +130,7 @@ class Ladder:
                 "Note: Inception, made for photographs, says little of such images: see --detector, fid.py detector"
             )
         need = sum(
-            disk_need(replace(self.config, total_kimg=kimg), first.dataset, first.stage).total for kimg in self.lengths
+            disk_need(replace(self.config, duration=each), first.dataset, first.stage).total for each in self.durations
         )
         self.say(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
 
@@ -280,10 +267,9 @@ class Ladder:
         assert first.stage is not None
         known = {
             "transfer": self.teacher.sha256,
-            "data": first.config.extras["data_fingerprint"],
+            "data": first.config.data_fingerprint,
             "cond": first.config.dataset_kwargs["use_labels"],
             "teacher_solver": first.stage.solver,
-            "intervals": first.config.loss_kwargs["intervals"],
             "num_steps": self.chain[0],
             "ratio": self.ratios[: index + 1],
             "duration": self.durations[index],

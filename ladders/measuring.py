@@ -41,10 +41,11 @@ from metrics.statistics import (
 from torch_utils import distributed as dist
 from torch_utils.progress import show_progress
 from training import pictures
-from training.config import TrainConfig, differences
+from training.config import differences
 from training.dataset import ImageFolderDataset
 from training.grids import Sampling, Solver, network_grid
 from training.labels import Labels, vector_labels
+from training.recipe import LadderOptions, TrainConfig
 from training.samplers import nfe
 from training.sampling import Batch, iterate_images, plan_sampling
 from training.speed import set_precision, use_cpu_kernels
@@ -58,17 +59,6 @@ DRAWS, FEW_DRAWS, WIDE = 10, 3, 512  # from the data set; few where a detector h
 ABSURD = 100.0  # an end-point error of images that have left [-1, 1] for good
 SEEDS = 1 << 32  # different ones
 PATIENCE = 4.0  # seconds of silence after which a try (of three) to download the Inception weights is given up
-
-
-@dataclass(kw_only=True)
-class MeasuringOptions:
-    """The values of `distill.py`'s options that say how to measure."""
-
-    ref: str | None = None
-    detector: str = "inception"
-    eval_num: int = 50000
-    eval_batch: int = 64
-    eval_sets: int = 3
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ class Measuring:
 
     def __init__(
         self,
-        options: MeasuringOptions,
+        options: LadderOptions,
         teacher: NetworkFile,
         steps: int,
         solver: Solver,
@@ -135,7 +125,7 @@ class Measuring:
                 check_reference(given, self.detector)
             self.reference_id = hashlib.sha256(given.mu.tobytes() + given.sigma.tobytes()).hexdigest()
         else:
-            self.reference_id = str(config.extras["data_fingerprint"])
+            self.reference_id = str(config.data_fingerprint)
         self.reference, self.reference_source = given, ref and public_url(ref)
         self.labels: Labels | None = None  # vectors to draw from, where the data set has no classes
         if config.dataset_kwargs["use_labels"]:
@@ -371,7 +361,7 @@ class Past:
     Raises UserError for a --detector that is none, or that does not fit --ref; downloads no Inception weights.
     """
 
-    def __init__(self, outdir: Path, options: MeasuringOptions) -> None:
+    def __init__(self, outdir: Path, options: LadderOptions) -> None:
         self.folder, self.options = outdir / "rungs", options
         inception, none = options.detector == "inception", options.detector == "none"
         own = detectors.INCEPTION if inception or none else detectors.load_detector(options.detector, dist.device()).id

@@ -24,7 +24,7 @@ from PIL import Image
 from dnnlib.errors import UserError, printable
 from dnnlib.util import count, read_file
 from ladders.results import CurvePoint, Floor, Rung
-from training.config import TrainConfig
+from training.recipe import Options, TrainConfig, entries
 
 MAX_LINE = 1 << 22  # bytes of a line of stats.jsonl
 MAX_TICKS = 1_000_000
@@ -197,52 +197,44 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a reader wants to know first, in words; what the options lack is left out."""
-    data, net = mapping(options.get("dataset_kwargs")), mapping(options.get("network_kwargs"))
-    loss, distillation = mapping(options.get("loss_kwargs")), mapping(options.get("distillation"))
-    optimizer, augment = mapping(options.get("optimizer_kwargs")), mapping(options.get("augment_kwargs"))
+    """What a reader wants to know first: options by their titles in the table, and what follows from data and network.
+
+    What the file does not have is left out."""
+    data, net, loss = (mapping(options.get(f"{name}_kwargs")) for name in ("dataset", "network", "loss"))
+    found = {}
+    for each in entries(Options):
+        outer, _, inner = each.place.rpartition(".")
+        title = each.title if each.title is not None else each.name.replace("_", " ") if each.parts else ""
+        found[title] = (mapping(options.get(outer)) if outer else options).get(inner)
+    part = number(options.get("ema_rampup_ratio", TrainConfig.ema_rampup_ratio))  # EDM's files lack it mostly
+    half_life = number(found["EMA half-life, kimg"])
+    if found["EMA std"] is not None:
+        found["EMA half-life, kimg"] = None
+    elif half_life is not None and part:
+        found["EMA half-life, kimg"] = f"{half_life:g}, at most {part:.0%} of the images seen"
+    if found["augmentation"] is None and ("augment_kwargs" in options or loss):
+        found["augmentation"] = 0
+    if not options.get("distillation"):
+        found["teacher's precision"] = None
+    found["teacher"] = options.get("transfer") or found["teacher"]
+    found["self-teacher"] = found["self-teacher"] or None
+    found["activations"] = "recomputed" if found["activations"] else None
+    found["mirror images"] = "yes" if found["mirror images"] else None
+    if found["channels"] is not None:
+        found["channels"] = f"{found['channels']} x {net.get('channel_mult')}"
+    found["labels"] = None if found["labels"] is None else "yes" if found["labels"] else "no"
     size = data.get("resolution")
-    usual = TrainConfig.ema_rampup_ratio  # which EDM's files of training from scratch lack
-    ema, part = options.get("ema_halflife_kimg"), number(options.get("ema_rampup_ratio", usual))
-    if options.get("ema_std") is not None:
-        ema = None
-    elif number(ema) is not None and part:
-        ema = f"{ema:g}, at most {part:.0%} of the images seen"
     rows: list[tuple[str, Any]] = [
-        ("data", data.get("path")),
+        ("data", found.pop("data")),
         ("images", f"{data.get('max_size')}, {size} x {size}" if size else None),
-        ("labels", "yes" if data.get("use_labels") else "no" if "use_labels" in data else None),
         ("network", " ".join(str(net[key]) for key in ("class_name", "model_type") if key in net)),
-        ("channels", f"{net['model_channels']} x {net.get('channel_mult')}" if "model_channels" in net else None),
-        ("teacher", options.get("transfer") or options.get("resume_pkl")),
-        ("teacher's steps", distillation.get("num_steps")),
-        ("ratio", distillation.get("ratio")),
-        ("teacher's solver", distillation.get("teacher_solver")),
-        ("self-teacher", distillation.get("self_teacher") or None),
         ("loss", loss.get("class_name")),
-        ("weighting", loss.get("weighting")),
-        ("intervals", loss.get("intervals")),
-        ("batch", options.get("batch_size")),
-        ("batch of a process and round", options.get("batch_gpu")),
-        ("length, kimg", options.get("total_kimg")),
-        ("learning rate", optimizer.get("lr")),
-        ("learning-rate decay", options.get("lr_decay")),
-        ("warm-up, kimg", options.get("lr_rampup_kimg")),
-        ("EMA half-life, kimg", ema),
-        ("EMA std", options.get("ema_std")),
-        ("gradient clip", options.get("clip")),
-        ("dropout", net.get("dropout")),
-        ("augmentation", augment.get("p", 0 if "augment_kwargs" in options or "loss_kwargs" in options else None)),
-        ("mirror images", "yes" if data.get("xflip") else None),
-        ("precision", options.get("precision")),
-        ("teacher's precision", options.get("teacher_precision") if distillation else None),
-        ("activations", "recomputed" if options.get("recompute") else None),
-        ("seed", options.get("seed")),
+        *found.items(),
     ]
     return [
         (name, f"{value:g}" if number(value) is not None and abs(value) < 1e6 else printable(value))
         for name, value in rows
-        if value not in (None, "")
+        if name and value not in (None, "")
     ]
 
 

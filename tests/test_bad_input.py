@@ -653,7 +653,7 @@ def test_a_refused_option_leaves_the_run_as_it_was(files: Path, fails: Fails, tm
     fails(1, "other options: --cbase (was 4, now 32)", train, *run, "--cbase=32")
     fails(1, "lr (was", train, *run, "--lr=1e-2", "-n")
     more = ["--ema=0.2", "--warmup=0.003", "--clip=1", "--lr-decay=cosine", "--duration=0.002"]
-    told = "--warmup (was 0.0, now 0.003); --lr-decay (was none, now cosine); --ema (was 0.5, now 0.2); --clip (was not"
+    told = "--lr-decay (was none, now cosine); --warmup (was 0.0, now 0.003); --ema (was 0.5, now 0.2); --clip (was not"
     fails(1, [f"other options: {told} given, now 1.0). Use"], train, *run, *more)
     other = [f"--data={make_dataset(tmp_path.parent / f'{tmp_path.name}.zip', count=41)}", *run[1:]]
     fails(1, ["the content of --data (was ", "...); number of images (was 40, now 41)"], train, *other)

@@ -32,13 +32,14 @@ import generate
 import train
 from dnnlib import cli, version
 from engine.next_steps import measure_commands
-from engine.options import COMMAND_LINE, Options, given, options_of_file
+from engine.options import COMMAND_LINE, given, options_of_file
 from formats.network_files import save_network
 from helpers import GOLDEN, load_recipe, make_dataset, small_network
 from test_dataset_tool import cifar
 from training.config import ARCHITECTURES
 from training.dataset import ImageFolderDataset
 from training.grids import Sampling, network_grid
+from training.recipe import Options
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {module.__name__: module for module in (train, distill, generate, fid, example, convert, dataset_tool)}
@@ -236,7 +237,7 @@ def test_contradictions_are_answered_before_torch_is_loaded(args: list[str], wor
         (["--weighting=edm", "--ratio=4"], "error: --ratio and --weighting belong to --precond=edm_distillation"),
         (["--targets=1", "--num_steps=4", "--self-teacher"], "--num_steps, --self-teacher and --targets belong to"),
         (["--precond=vp", "--p-std=1"], "error: --p-std belongs to --precond=edm"),
-        (["--precond=vp", "--p-mean=0", "--sigma-data=1"], "error: --p-mean and --sigma-data belong to --precond=edm"),
+        (["--precond=vp", "--p-mean=0", "--sigma-data=1"], "error: --sigma-data and --p-mean belong to --precond=edm"),
         (["--precond=edm_distillation", "--transfer=x", "--p-std=1"], "error: --p-std has no meaning in distillation"),
         (["--tick=1e308"], "Invalid value for '--tick': '1e308' is too large a number"),
         (["--seed=1" + 30 * "0"], "is too large a number"),

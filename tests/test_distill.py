@@ -49,6 +49,7 @@ from torch_utils.progress import show_progress
 from training import pictures
 from training.dataset import ImageFolderDataset
 from training.distillation import plan_stage
+from training.recipe import Options
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler
 from training.sampling import Batch
 from training.training_loop import Trainer
@@ -897,7 +898,7 @@ def test_the_train_command_of_a_stage(place, climbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
 
         def dying_step(self, loader):
-            if self.step_count == 15 and "stage-2" in str(self.run_dir):
+            if self.step_count == 15 and "stage-2" in self.config.run_dir:
                 raise Killed
             real_step(self, loader)
 
@@ -947,7 +948,7 @@ def test_a_train_command_says_all_options_of_its_stage(place, tmp_path, monkeypa
     with train.command.make_context("train.py", words[2:]) as context:
         values = dict(context.params)
     assert values.pop("device") == "cpu" and values.pop("dry_run") is False
-    assert setup.Options(**values) == seen[0]
+    assert Options(**values) == seen[0]
 
 
 def test_the_costs_in_advance(place, tmp_path, capsys):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from engine import costs
-from engine.options import Options
 from engine.setup import prepare
 from formats.network_files import load_network, save_network
 from helpers import make_dataset, small_network
 from test_training import SMALL, assert_same_state, losses, run
+from training.recipe import Options
 from training.speed import recompute_blocks
 
 

@@ -167,7 +167,7 @@ def test_a_run_records_what_it_stood_on_and_goes_on_elsewhere(tmp_path):
     assert train.main([*args, "--duration=0.002"]) == 0
     assert json.loads(file.read_text())["environment"] == told
     text = page_of(tmp_path / "run").text
-    assert "finished, 2" in text and told["torch"] in text and "Going on" in (tmp_path / "run" / "log.txt").read_text()
+    assert "finished, 2" in text and told["torch"] in text and "Resuming" in (tmp_path / "run" / "log.txt").read_text()
 
 
 # -- going on, torn, damaged -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,15 +23,16 @@ import train
 from engine import costs
 from engine import loop as course
 from engine.loop import cut_lines
-from engine.options import ALTERING, DISTILLATION, Options, flag, named_differences, told_as_options
+from engine.options import ALTERING, named_differences, told_as_options
 from engine.setup import prepare
 from formats import state
 from formats.network_files import load_network, save_network
 from helpers import GOLDEN, golden, load_recipe, make_dataset, small_network
-from training.config import TrainConfig, check_batch, differences, next_run_number
+from training.config import check_batch, differences, next_run_number
 from training.dataset import Dataset, ImageFolderDataset
 from training.loader import Batch, Loader, Order
 from training.optimizer import Gradients, LossScale, ema_factor, learning_rate
+from training.recipe import DISTILLATION, Options, TrainConfig, entries
 from training.training_loop import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -114,8 +115,9 @@ def assert_same_state(a, b):
 
 
 def config(**kwargs):
+    """A config with the defaults of training from scratch."""
     base = {"run_dir": "", "dataset_kwargs": {}, "network_kwargs": {}, "loss_kwargs": {}}
-    return TrainConfig(**{**base, **kwargs})
+    return TrainConfig(**{**vars(Options("", "").filled()), "seed": 0, **base, **kwargs})
 
 
 def test_golden_learning_rate_and_ema_tables():
@@ -125,10 +127,10 @@ def test_golden_learning_rate_and_ema_tables():
         nimg = row["nimg"]
         for batch, half, ratio in ((512, 500, 0.05), (512, 500, None), (4096, 50000, 0.05), (256, 250, 0.05)):
             name = f"ema_b{batch}_hl{half}_" + ("norampup" if ratio is None else f"r{ratio}")
-            settings = config(batch_size=batch, ema_halflife_kimg=half, ema_rampup_ratio=ratio)
+            settings = config(batch=batch, ema=half / 1000, ema_rampup_ratio=ratio)
             assert ema_factor(nimg, settings) == pytest.approx(row[name], rel=1e-12, abs=1e-300)
         for ramp in (10000, 1, 0):
-            rate = learning_rate(nimg, config(lr=1.0, lr_rampup_kimg=ramp))
+            rate = learning_rate(nimg, config(lr=1.0, warmup=ramp / 1000))
             if not (ramp == 0 and nimg == 0):  # EDM computes 0 / 0+ = 0 there; without a ramp we start at full rate
                 assert rate == pytest.approx(row[f"lr_factor_rampup{ramp}"], rel=1e-12)
         assert learning_rate(nimg, config(lr=1e-3)) == pytest.approx(row["lr_1e-3_rampup10000"], rel=1e-12)
@@ -136,7 +138,7 @@ def test_golden_learning_rate_and_ema_tables():
 
 def test_decay_reaches_zero_at_the_end():
     for decay, half in (("linear", 0.5), ("cosine", 0.5)):
-        settings = config(lr=1.0, lr_rampup_kimg=0, lr_decay=decay, total_kimg=10)
+        settings = config(lr=1.0, warmup=0, lr_decay=decay, duration=0.01)
         assert learning_rate(0, settings) == 1.0
         assert learning_rate(5000, settings) == pytest.approx(half)
         assert learning_rate(10000, settings) == pytest.approx(0, abs=1e-12)
@@ -146,7 +148,7 @@ def test_decay_reaches_zero_at_the_end():
 def test_power_function_average(std):
     """The weights of all steps add up to 1, grow as a power of the step, and have the deviation asked for."""
     steps = 4000
-    factors = np.array([ema_factor(k * 64, config(batch_size=64, ema_std=std)) for k in range(steps)])
+    factors = np.array([ema_factor(k * 64, config(batch=64, ema_std=std)) for k in range(steps)])
     assert factors[0] == 0 and (np.diff(factors) > 0).all()
     weights = (1 - factors) * np.append(np.cumprod(factors[:0:-1])[::-1], 1.0)
     assert weights.sum() == pytest.approx(1)
@@ -177,10 +179,10 @@ def test_golden_training_steps():
         network_kwargs={"class_name": "EDMPrecond", **spec["network_kwargs"]},
         loss_kwargs={"class_name": "EDMLoss"},
         augment_kwargs={"p": spec["p"], **spec["aug"]},
-        batch_size=4,
+        batch=4,
         lr=spec["lr"],
-        lr_rampup_kimg=spec["lr_rampup_kimg"],
-        ema_halflife_kimg=spec["ema_halflife_kimg"],
+        warmup=spec["lr_rampup_kimg"] / 1000,
+        ema=spec["ema_halflife_kimg"] / 1000,
         ema_rampup_ratio=spec["ema_rampup_ratio"],
     )
     trainer = Trainer(settings, dataset)
@@ -603,7 +605,7 @@ def test_what_is_printed_at_the_start(data, tmp_path, capsys):
 def test_a_run_of_years_is_announced(monkeypatch, size, words):
     """EDM's defaults at 32x32 on two cores, and parts of them."""
     monkeypatch.setattr(costs.os, "cpu_count", lambda: 2)
-    config = SimpleNamespace(total_nimg=200_000_000, batch_size=512)
+    config = SimpleNamespace(total_nimg=200_000_000, batch=512)
     line = costs.describe_absurdity(SimpleNamespace(flops_per_image=size * 6.3e10, config=config, stage=None))
     assert line is None if words is None else words in line
 
@@ -748,8 +750,8 @@ def test_gradients_whose_squares_overflow_are_skipped(data, tmp_path):
         run_dir=str(tmp_path),
         network_kwargs={"class_name": "EDMPrecond", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
         loss_kwargs={"class_name": "EDMLoss"},
-        batch_size=4,
-        loss_scaling=1e25,
+        batch=4,
+        ls=1e25,
     )
     trainer = Trainer(small, dataset)
     before = [parameter.clone() for parameter in trainer.parameters]
@@ -1061,14 +1063,62 @@ def bases(tmp_path_factory):
         yield [(each, prepare(each).config.identity()) for each in (plain, distils)]
 
 
-@pytest.mark.parametrize("each", fields(Options), ids=lambda each: each.name)
+@pytest.mark.parametrize("each", entries(Options), ids=lambda each: each.name)
 def test_every_option_either_alters_the_result_or_does_not(each, bases):
     """The table says which; resuming (the identity) and a ladder's recipe follow it."""
-    options, identity = bases[each.name in (*DISTILLATION, "transfer", "trust_network_code")]
+    options, identity = bases[each.only == DISTILLATION or each.name in ("transfer", "trust_network_code")]
     other = prepare(replace(options, **{each.name: OTHER_VALUES[each.name]})).config.identity()
-    assert bool(differences(identity, other)) == bool(each.metadata["alters"]) == (each.name in ALTERING)
+    assert bool(differences(identity, other)) == bool(each.parts) == (each.name in ALTERING)
     if each.name in ALTERING and each.name not in ("arch", "precond"):
-        assert flag(each.name if each.name != "fp16" else "precision") in " ".join(named_differences(identity, other))
+        assert (each.flag if each.name != "fp16" else "--precision") in " ".join(named_differences(identity, other))
+
+
+ENTRY = '    glow: float = hyper(("0.25", "0.5"), "Glow", PROBABILITY)\n'
+SEES_IT = """
+import click
+from engine.options import named_differences
+from engine.setup import prepare
+from ladders.ladder import Ladder
+from reporting.run_files import settings_of
+from training.recipe import LadderOptions, Options
+import distill, train
+
+for script, words in ((train, "Glow: default 0.25, distillation 0.5"), (distill, "Glow [default: 0.5; 0<=x<=1]")):
+    assert words in " ".join(script.command.get_help(click.Context(script.command, show_default=True)).split()), script
+options = Options("out", "data.zip", precond="edm_distillation", num_steps=4, transfer="data.pkl", cond=False, seed=0)
+usual, other = (prepare(Options(**{**vars(options), "glow": value})).config for value in (None, 1.0))
+assert usual.glow == usual.identity()["glow"] == usual.to_options()["glow"] == 0.5
+assert ("glow", "1") in settings_of(other.to_options()) and other.command_line["glow"] == 1.0
+before = {name: value for name, value in usual.identity().items() if name != "glow"}  # of a state without the option
+assert named_differences(before, usual.identity()) == []
+for earlier in (before, usual.identity()):
+    assert named_differences(earlier, other.identity()) == ["--glow (was 0.5, now 1.0)"]
+ladder = Ladder(Options(**{**vars(options), "glow": 1.0}), LadderOptions(ratio=[2], duration=[1], lr=[1], num_steps=4))
+ladder.check()
+assert [recipe["--glow"] for recipe in ladder.recipes] == [1.0, 1.0]
+"""
+
+
+def test_an_option_is_one_entry(tmp_path):
+    """Added to the table alone, it is on both command lines, in files, identity, recipe and report."""
+    for path in (*ROOT.glob("*/__init__.py"), *ROOT.glob("[a-z]*.py")):
+        source = path.parent if path.name == "__init__.py" else path
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(
+            source,
+            tmp_path / source.name,
+            **({"ignore": shutil.ignore_patterns("__pycache__")} if source.is_dir() else {}),
+        )
+    table = tmp_path / "training/recipe.py"
+    text = table.read_text()
+    table.write_text(text.replace("    xflip: bool", f"{ENTRY}    xflip: bool", 1))
+    assert table.read_text() != text
+    make_dataset(tmp_path / "data.zip", count=20)
+    net = small_network(model_channels=4, channel_mult=[1])
+    load_recipe(net, 0)
+    save_network(tmp_path / "data.pkl", net)
+    done = subprocess.run([sys.executable, "-c", SEES_IT], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_run_numbers(tmp_path):

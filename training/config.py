@@ -1,10 +1,9 @@
-"""What a run is made of: one typed value from the command line to the training loop, and its two written forms."""
+"""Architectures, how identities of runs differ, run directories, and how a batch is divided. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from dnnlib.cli import UsageError, UserError
 
 Kwargs = dict[str, Any]
 AUTO = "auto"  # of --batch-gpu
-STAGE_MIMG = 20.0  # default length of a distillation, in millions of images
 
 ARCHITECTURES: dict[str, Kwargs] = {
     "ddpmpp": {
@@ -41,129 +39,6 @@ ARCHITECTURES: dict[str, Kwargs] = {
 PRECONDS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
 INTERVALS = ("uniform", "loss")  # of training.intervals
 AUGMENTATION: Kwargs = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1, "translate_frac": 1}
-
-
-@dataclass
-class TrainConfig:
-    """All that a training run needs. Units: kimg = 1000 images; rates per step; sizes in images."""
-
-    run_dir: str
-    dataset_kwargs: Kwargs  # path, use_labels, xflip, cache, resolution, max_size
-    network_kwargs: Kwargs  # class_name and constructor arguments, without the interface that the data dictates
-    loss_kwargs: Kwargs  # class_name and constructor arguments (a distillation's grid comes from the teacher)
-    augment_kwargs: Kwargs | None = None
-    seed: int = 0
-    total_kimg: int = 200000
-    batch_size: int = 512
-    batch_gpu: int | str | None = None  # or AUTO
-    lr: float = 10e-4
-    lr_rampup_kimg: float = 10000
-    lr_decay: str = "none"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    loss_scaling: float = 1.0
-    ema_halflife_kimg: float = 500
-    ema_rampup_ratio: float | None = 0.05
-    ema_std: float | None = None  # a power-function average of this relative width instead
-    clip: float | None = None  # largest length of the gradient
-    precision: str = "fp32"
-    teacher_precision: str = "fp32"
-    recompute: bool = False
-    compile: bool = False
-    cudnn_benchmark: bool = True
-    deterministic: bool = False
-    workers: int = 1
-    kimg_per_tick: float = 50
-    snapshot_ticks: int | None = 50
-    state_dump_ticks: int | None = 500
-    targets_ticks: int | None = None
-    save_every_min: float = 10
-    tensorboard: bool = False
-    wandb: str | None = None  # project
-    transfer: str | None = None
-    transfer_sha256: str | None = None
-    distillation: Kwargs | None = None  # num_steps, ratio, teacher_solver, self_teacher, teacher_levels, lineage
-    trust_network_code: bool = False
-    extras: Kwargs = field(default_factory=dict)  # written to training_options.json as they are
-
-    @property
-    def total_nimg(self) -> int:
-        """Images after which the run is done."""
-        return self.total_kimg * 1000
-
-    def to_options(self) -> Kwargs:
-        """The run as `training_options.json` tells it: EDM's keys, then this program's own."""
-        options: Kwargs = {
-            "dataset_kwargs": {"class_name": "training.dataset.ImageFolderDataset", **self.dataset_kwargs},
-            "data_loader_kwargs": {"pin_memory": True, "num_workers": self.workers, "prefetch_factor": 2},
-            "network_kwargs": self.network_kwargs,
-            "loss_kwargs": self.loss_kwargs,
-            "optimizer_kwargs": {
-                "class_name": "torch.optim.Adam",
-                "lr": self.lr,
-                "betas": list(self.betas),
-                "eps": self.eps,
-            },
-        }
-        if self.augment_kwargs is not None:
-            options["augment_kwargs"] = {"class_name": "training.augment.AugmentPipe", **self.augment_kwargs}
-        options |= {
-            "total_kimg": self.total_kimg,
-            "ema_halflife_kimg": self.ema_halflife_kimg,
-            "batch_size": self.batch_size,
-            "batch_gpu": self.batch_gpu,
-            "loss_scaling": self.loss_scaling,
-            "cudnn_benchmark": self.cudnn_benchmark,
-            "kimg_per_tick": self.kimg_per_tick,
-            "snapshot_ticks": self.snapshot_ticks,
-            "state_dump_ticks": self.state_dump_ticks,
-            "seed": self.seed,
-        }
-        if self.transfer is not None:
-            options |= {"resume_pkl": self.transfer}
-        if self.transfer is not None or self.distillation is not None:
-            options |= {"ema_rampup_ratio": self.ema_rampup_ratio}
-        options["run_dir"] = self.run_dir
-        known = {"total_kimg", "batch_size", "batch_gpu", "seed", "run_dir", "ema_rampup_ratio", "transfer", "extras"}
-        known |= set(options) | {"lr", "betas", "eps", "workers"}
-        options |= {name: value for name, value in asdict(self).items() if name not in known}
-        return options | self.extras
-
-    def to_file(self, nimg: int) -> Kwargs:
-        """How a network came about, for its file: `identity` without what the file says elsewhere, and images seen."""
-        elsewhere = ("network", "loss", "augment", "distillation")
-        return {
-            "kimg": nimg / 1000,
-            **{name: value for name, value in self.identity().items() if name not in elsewhere},
-        }
-
-    def identity(self) -> Kwargs:
-        """Everything that alters the result, for going on with a run: what differs here is a different run.
-
-        Left out: paths, the partition of a batch (batch_gpu), workers, ticks, and what only saves or shows. The length
-        of a run belongs here when the learning rate decays towards its end, and only then.
-        """
-        length = self.total_nimg if self.lr_decay != "none" else None
-        return {
-            "data": [self.extras.get("data_fingerprint")]
-            + [self.dataset_kwargs.get(name) for name in ("use_labels", "xflip", "resolution", "max_size")],
-            "network": self.network_kwargs,
-            "loss": self.loss_kwargs,
-            "augment": self.augment_kwargs,
-            "seed": self.seed,
-            "batch": self.batch_size,
-            "lr": [self.lr, list(self.betas), self.eps],
-            "warmup": self.lr_rampup_kimg,
-            "lr-decay": self.lr_decay,
-            "duration": length,
-            "ls": self.loss_scaling,
-            "ema": [self.ema_halflife_kimg, self.ema_rampup_ratio] if self.ema_std is None else ["std", self.ema_std],
-            "clip": self.clip,
-            "precision": self.precision,
-            "teacher-precision": self.teacher_precision if self.teacher_precision != "fp32" else None,
-            "transfer": self.transfer_sha256,
-            "distillation": self.distillation and {k: v for k, v in self.distillation.items() if k != "lineage"},
-        }
 
 
 def differences(old: Kwargs, new: Kwargs) -> list[str]:

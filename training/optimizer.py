@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_utils import distributed as dist
 
-from .config import TrainConfig
+from .recipe import TrainConfig
 
 LARGEST_GRADIENT = 1e18  # Adam adds up squares, which would be infinite soon beyond that
 
@@ -28,11 +28,11 @@ def learning_rate(nimg: int, config: TrainConfig) -> float:
 def ema_factor(nimg: int, config: TrainConfig) -> float:
     """How much of the old average stays: 0.5^(batch / half-life), the half-life ramped up with the images seen."""
     if config.ema_std is not None:
-        return power_ema_factor(nimg // config.batch_size + 1, config.ema_std)
+        return power_ema_factor(nimg // config.batch + 1, config.ema_std)
     halflife = config.ema_halflife_kimg * 1000
     if config.ema_rampup_ratio is not None:
         halflife = min(halflife, nimg * config.ema_rampup_ratio)
-    return float(0.5 ** (config.batch_size / max(halflife, 1e-8)))
+    return float(0.5 ** (config.batch / max(halflife, 1e-8)))
 
 
 def power_ema_factor(step: int, std: float) -> float:

@@ -14,7 +14,7 @@ from torch_utils import cpu_kernels
 from torch_utils.misc import allow_tf32
 
 from . import networks
-from .config import TrainConfig
+from .recipe import TrainConfig
 
 
 def use_cpu_kernels(wanted: bool = True) -> bool:
@@ -36,7 +36,7 @@ def recompute_blocks(net: Any) -> None:
 def set_precision(config: TrainConfig) -> None:
     """Process-wide switches. fp32 means fp32: no TF32 in products or convolutions, unless a lesser one is asked for."""
     allow_tf32(config.precision != "fp32")
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
+    torch.backends.cudnn.benchmark = config.bench and not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)

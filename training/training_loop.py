@@ -22,12 +22,13 @@ from torch_utils.training_stats import Collector
 from . import distillation, networks
 from . import loss as losses
 from .augment import AugmentPipe
-from .config import TrainConfig, check_batch
+from .config import check_batch
 from .dataset import ImageFolderDataset
 from .distillation import Stage
 from .draws import BatchPart, StepDraws, key
 from .loader import Batch, Loader
 from .optimizer import LARGEST_GRADIENT, Gradients, LossScale, ema_factor, learning_rate
+from .recipe import TrainConfig
 from .speed import compute_dtype, maybe_compile, recompute_blocks, set_precision, use_cpu_kernels
 
 NETWORKS = {name: getattr(networks, name) for name in ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")}
@@ -75,7 +76,7 @@ class Trainer:
         self.config, self.dataset, self.stage = config, dataset, stage
         self.device = dist.device()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.batch_gpu, self.rounds = check_batch(config.batch_size, config.batch_gpu, self.world_size)
+        self.batch_gpu, self.rounds = check_batch(config.batch, config.batch_gpu, self.world_size)
         set_precision(config)
         use_cpu_kernels(self.device.type == "cpu")
 
@@ -123,13 +124,13 @@ class Trainer:
     def step(self, loader: Loader) -> None:
         """One optimisation step over `batch_size` images. Nothing here waits for the device."""
         batch = next(loader)
-        draws = StepDraws(self.config.seed, self.step_count, self.config.batch_size, self.device)
+        draws = StepDraws(self.config.seed, self.step_count, self.config.batch, self.device)
         torch.manual_seed(key(self.config.seed, self.step_count, "dropout", self.rank))
         self.gradients.zero()
         for images, labels, source in self.slices(batch, draws):
             loss = self.loss_fn(self.forward, images, labels, self.augment_pipe, source)
             self.stats.report("Loss/loss", loss)
-            (loss.sum() * (self.config.loss_scaling / self.config.batch_size) * self.scale.scale).backward()
+            (loss.sum() * (self.config.ls / self.config.batch) * self.scale.scale).backward()
         self.gradients.sum_over_processes()
         self.skipped = self.apply_gradients()
         self.update_ema()
@@ -137,7 +138,7 @@ class Trainer:
         if by_interval is not None:
             self.stats.report_moments("Loss/interval", by_interval)
         self.stats.update()
-        self.nimg += self.config.batch_size
+        self.nimg += self.config.batch
         self.step_count += 1
 
     def slices(self, batch: Batch, draws: StepDraws) -> Iterator[tuple[Tensor, Tensor | None, BatchPart]]:
