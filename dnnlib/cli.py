@@ -208,10 +208,10 @@ def given(ctx: click.Context) -> dict[str, Any]:
 def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, str]:
     """The values of a --config file as they would be typed. Raises UserError or UsageError for what is no option, or
     one of COMMAND_LINE_ONLY."""
-    from .util import read_file
+    from .util import parse_json, read_file
 
     try:
-        content = json.loads(read_file(path, "JSON"))
+        content = parse_json(read_file(path, "a run's JSON"))
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
         values = read(content)
@@ -241,6 +241,9 @@ def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[
         if text is None or (isinstance(param.type, click.types.StringParamType) and not isinstance(value, str)):
             kind = "text" if isinstance(param.type, click.types.StringParamType) else f"a {param.type.name}"
             raise UsageError(f"--config={path}: {name} should be {kind}, not {json.dumps(value)[:80]}")
+        if not text.isprintable():
+            shown = f"{name} is {printable(text, 80)}, with characters that are not printed"
+            raise UsageError(f"--config={path}: {shown}; type it on the command line")
         try:
             param.type_cast_value(ctx, text)
         except click.BadParameter as exc:

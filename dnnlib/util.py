@@ -37,7 +37,7 @@ LIMITS = {  # bytes that a file of a kind may have: many times what this program
     "a training state": 32 << 30,
     "statistics": 1 << 30,
     "a detector": 1 << 30,
-    "JSON": 1 << 26,
+    "JSON": 1 << 25,
     "a run's JSON": 1 << 22,
     "a log": 1 << 28,
     "a picture": 1 << 28,

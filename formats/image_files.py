@@ -72,7 +72,7 @@ class Manifest:
                     raise ValueError(f"{len(seeds)} seeds in {batches} batches")
                 runs.append(Run(tuple(seeds), batches))
             return cls(dict(data["network"]), dict(data["options"]), tuple(runs))
-        except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
             raise UserError(f"{where} is no list of generated images ({exc!r}); use another --outdir") from exc
 
     def name(self, seed: int) -> str:

@@ -456,6 +456,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
             run = read_json(path.with_name("training_options.json"))
             values = {**asdict(Options("", "")), **run[COMMAND_LINE]}
             record["options"] = {**{flag(name): values[name] for name in ALTERING}, **record["options"]}
-        return record if isinstance(record["kimg"], (int, float)) and 0 <= record["kimg"] < 1e15 else None
+        is_sound = isinstance(record["kimg"], (int, float)) and 0 <= record["kimg"] < 1e15
+        # a name, not a path: where its content is another, the file is renamed
+        return record if is_sound and record["student"] in (None, Path(record["student"] or "").name) else None
     except (AttributeError, KeyError, TypeError):
         return None

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dnnlib.atomic import atomic_write, write_text
-from dnnlib.errors import UsageError, UserError, public_url
-from dnnlib.util import cache_path, count, open_file, open_url, read_json
+from dnnlib.errors import UsageError, UserError, printable, public_url
+from dnnlib.util import cache_path, count, open_file, open_url, parse_json, read_json
 from formats.network_files import NetworkFile
 from metrics import detectors
 from metrics.detectors import Detector
@@ -196,11 +196,15 @@ class Measuring:
         is_teacher = self.teacher_images is None
         plan = plan_sampling(network)
         kept = self.compared() if is_teacher else SHOWN
+        net = network.net
+        shape = (min(kept, self.compared()), net.img_channels, net.img_resolution, net.img_resolution)
         sets: list[MeasuredSet] = []
         news = False
         for number in range(self.options.eval_sets):
             path = set_path(self.folder, plan.steps, number)
             found = self.recall(path, self.key(network, number))
+            if found is not None and number == 0 and (found.endpoint_rmse is None or found.images.shape != shape):
+                found = None
             if found is None:
                 if number and self.detector is None:
                     break  # without distances, the first set says all there is to say
@@ -250,7 +254,7 @@ class Measuring:
                 if dist.is_main():
                     save_set(path, found)
             if found.endpoint_rmse is None:
-                say(f"{left_out} {found.problem}")
+                say(f"{left_out} {printable(found.problem)}")
                 continue
             points.append(CurvePoint(solver, steps, nfe(steps, solver), found.fd, found.endpoint_rmse))
             say(describe_point(points[-1]))
@@ -443,12 +447,30 @@ def save_set(path: Path, measured: MeasuredSet) -> None:
 
 
 def load_set(path: Path) -> MeasuredSet | None:
-    """What `save_set` wrote, or None where there is no such file or it can't be read."""
+    """What `save_set` wrote, or None where there is no such file, it can't be read, or holds something else."""
     try:
         with open_file(path, "statistics") as file, np.load(file, allow_pickle=False) as content:
-            return MeasuredSet(**json.loads(str(content["record"])), images=torch.from_numpy(content["images"]))
-    except (UserError, OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            if any(part.compress_type for part in content.zip.infolist()):  # it may unpack to any size
+                return None
+            found = MeasuredSet(**parse_json(str(content["record"])), images=torch.from_numpy(content["images"]))
+        return found if _is_whole(found) else None
+    except (UserError, OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError, EOFError):
         return None
+    except (zipfile.BadZipFile, MemoryError):
+        return None
+
+
+def _is_whole(found: MeasuredSet) -> bool:
+    """Whether all values are of their kind."""
+    numbers = [found.seconds, *(each for each in (found.fd, found.endpoint_rmse) if each is not None)]
+    return (
+        {"network", "detector", "reference"} <= found.key.keys()
+        and all(isinstance(each, (int, float)) and 0 <= each < math.inf for each in numbers)
+        and isinstance(found.timed, int)
+        and 0 <= found.timed <= SEEDS
+        and isinstance(found.problem or "", str)
+        and found.images.dtype == torch.float32
+    )
 
 
 def load_stats(path: Path) -> Stats | None:

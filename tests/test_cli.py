@@ -354,7 +354,9 @@ EDM_FILE = {
         ({**EDM_FILE, "loss_kwargs": {"class_name": "x.EDMLoss", "P_mean": 0}}, 1, "settings of its loss_kwargs"),
         ({**EDM_FILE, "optimizer_kwargs": {"class_name": "torch.optim.SGD"}}, 1, "optimizer_kwargs: class_name"),
         ({**EDM_FILE, "network_kwargs": {**EDM_FILE["network_kwargs"], "skip": 1}}, 1, "network_kwargs: skip"),
+        *[({COMMAND_LINE: {"outdir": f"a{odd}b"}}, 2, "type it on the command line") for odd in "\0\n\x1b\u202e\ud800"],
         ({**EDM_FILE, "total_kimg": "many"}, 1, "'total_kimg' is no number"),
+        ({**EDM_FILE, "total_kimg": 10**400}, 2, "duration: inf is not in the range"),
         ({**EDM_FILE, "total_kimg": 5}, 2, "Missing option '--outdir'"),
     ],
 )

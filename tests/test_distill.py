@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -1040,6 +1041,66 @@ def test_a_ladder_may_be_moved_and_grow_downwards(place, climbed, tmp_path, monk
     assert trained == [str(tmp_path / "out" / "stage-2-2to1")]
     assert timeless(tmp_path / "out") == timeless(climbed)
     assert all(Path(rung["network"]).is_relative_to(tmp_path) for rung in rungs(tmp_path / "out")[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "images"),
+    [
+        *[({"fd": each}, None) for each in ("1", [], -1.0, math.inf, {"a": 1})],
+        ({"endpoint_rmse": None}, None),
+        ({"seconds": "x"}, None),
+        ({"timed": 0.5}, None),
+        ({"timed": 1 << 40}, None),
+        ({"key": [1]}, None),
+        ({"key": {}}, None),
+        ({"problem": [1]}, None),
+        ({"more": 1}, None),
+        ({}, np.zeros((2, 2), np.float32)),
+        ({}, np.zeros((16, 1, 8, 8), np.float64)),
+        ({}, np.array(["x"])),
+    ],
+    ids=str,
+)
+def test_a_seed_set_that_is_none_is_measured_again(place, climbed, tmp_path, change, images, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(climbed, out)
+    path = out / "rungs" / "steps-2.npz"
+    with np.load(path) as content:
+        record, kept = json.loads(str(content["record"])), content["images"]
+    np.savez(path, record=np.str_(json.dumps({**record, **change})), images=kept if images is None else images)
+    measured = []
+    whole = Measuring.measure_set
+    monkeypatch.setattr(
+        Measuring, "measure_set", lambda *args, **more: measured.append(args[2]) or whole(*args, **more)
+    )
+    assert distill.main([*options(place, *STAGES), f"--outdir={out}"]) == 0
+    assert measured == [0] and timeless(out) == timeless(climbed)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_seed_set_takes_no_more_memory_than_its_file(tmp_path, compressed):
+    path = tmp_path / "set.npz"
+    save = np.savez_compressed if compressed else np.savez
+    save(path, record=np.str_("{}"), images=np.zeros([1 << 24], np.uint8))
+    tracemalloc.start()
+    assert measuring.load_set(path) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (1 << 20 if compressed else 1 << 26)
+
+
+@pytest.mark.parametrize("student", ["{0}", "../../precious.pkl", [], {"a": 1}, 5, "."])
+def test_a_stage_names_no_file_elsewhere(place, climbed, tmp_path, student):
+    """A file that is not what the stage left is renamed: never one that lies outside."""
+    precious = tmp_path / "precious.pkl"
+    precious.write_bytes(b"x")
+    out = tmp_path / "out"
+    shutil.copytree(climbed, out)
+    path = out / "stage-1-4to2" / "stage.json"
+    name = student.format(precious) if isinstance(student, str) else student
+    path.write_text(json.dumps({**json.loads(path.read_text()), "student": name}))
+    assert distill.main([*options(place, *STAGES), f"--outdir={out}"]) == 0
+    assert precious.read_bytes() == b"x" and timeless(out) == timeless(climbed)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -564,6 +565,8 @@ def test_a_subfolder_that_is_a_link_is_refused(
         [{"seeds": "0-9999999", "batches": 1}] * 8,
         [{"seeds": "0-3", "batches": 10**12}],
         [{"seeds": "0-3", "batches": 0}],
+        [{"seeds": "0-3", "batches": math.inf}],
+        [{"seeds": [math.inf], "batches": 1}],
     ],
 )
 def test_a_short_manifest_takes_little_memory(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
