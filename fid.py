@@ -77,7 +77,7 @@ def command() -> None:
 @cli.section("Main")
 @click.option("--images", help="Images to measure", metavar="DIR|ZIP|NPZ", required=True)
 @ref_option
-@click.option(*NUM, help="Number of images to use", metavar="INT", type=cli.Whole(min=2), default=50000)
+@click.option(*NUM, help="Number of images to use", metavar="INT", type=cli.Whole(2, cli.MAX_RANGE), default=50000)
 @click.option("--seed", help="Which images, if there are more", metavar="INT", type=int, default=0)
 @detector_option
 @cli.section("Performance")
@@ -99,7 +99,7 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 @click.option("--network", help="Network to measure", metavar="PATH|URL", required=True)
 @ref_option
 @click.option("--seeds", help="One image per seed  [default: 0 to num - 1]", metavar="LIST", type=cli.Seeds())
-@click.option(*NUM, help="Number of images  [default: 50000]", metavar="INT", type=cli.Whole(min=2))
+@click.option(*NUM, help="Number of images  [default: 50000]", metavar="INT", type=cli.Whole(2, cli.MAX_RANGE))
 @click.option("--trust-network-code", help="Run the code in a --network file of unknown class or version", is_flag=True)
 @click.option("--steps", help="Sampling steps  [default: as generate.py]", metavar="INT", type=cli.Whole(min=1))
 @click.option(

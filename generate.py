@@ -154,9 +154,11 @@ def command(
             f"--outdir={outdir}: many images go into a folder or a .zip; one picture of all: example.py --out"
         )
     from engine.stopping import stopping_at_once
-    from formats.image_files import ImageZip, Manifest, open_output, prepare
+    from formats.image_files import MAX_IMAGES, ImageZip, Manifest, open_output, prepare
     from torch_utils import distributed as dist
 
+    if len(seeds) > MAX_IMAGES:
+        raise cli.UsageError(f"--seeds names {len(seeds)} images; {MAX_IMAGES} are the most of a folder or zip")
     seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
     if not seeds:
         raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")

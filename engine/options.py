@@ -116,7 +116,7 @@ def as_options(identity: Kwargs) -> Kwargs:
     """An identity as people know it: by the options of `train.py`, in their units, and what has no option by name."""
     parts: Kwargs = {}
     for name, value in plain(completed(identity)).items():
-        if name == "ema" and value[:1] == ["std"]:
+        if name == "ema" and isinstance(value, list) and len(value) == 2 and value[0] == "std":
             parts["ema.std"] = value[1]
         elif isinstance(value, list):
             parts |= {f"{name}.{index}": part for index, part in enumerate(value)}
@@ -169,7 +169,9 @@ def told_as_options(old: Kwargs, new: Kwargs) -> list[str]:
         ("--augment", "augment."),
         ("--augment", "network.augment_dim"),
     ):
-        if before.get(cause) != now.get(cause) and (follows != "--duration" or None in (before[follows], now[follows])):
+        if before.get(cause) != now.get(cause) and (
+            follows != "--duration" or None in (before.get(follows), now.get(follows))
+        ):
             now = {name: value for name, value in now.items() if not name.startswith(follows)}
     return differences(before, now)
 

@@ -26,7 +26,6 @@ where it fails: that is why there is more than one.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import zipfile
@@ -145,12 +144,12 @@ def _is_complete(state: dict[str, Any]) -> bool:
             seconds, batch_gpu = position.get("elapsed_sec"), state.get("batch_gpu", 1)
             return (
                 all(isinstance(number, int) and 0 <= number < MOST for number in [*numbers, growth])
-                and seed >= 0
+                and 0 <= seed < 1 << 63
                 and position["tick_start_nimg"] <= position["nimg"]
                 and max(position["tick_start_step"], position["skipped"]) <= position["step"]
                 and isinstance(seconds, float)
                 and 0 <= seconds < MOST
-                and 0 < scale < math.inf
+                and 0 < scale < 3e38  # of float32
                 and 0 < world_size < MOST
                 and all(isinstance(tensor, Tensor) for tensor in tensors)
                 and all(

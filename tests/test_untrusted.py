@@ -480,6 +480,8 @@ ABSURD: dict[str, list[tuple[str, list[str]]]] = {
     ],
     "generate": [
         ("--seeds", ["--seeds=0-999999999999"]),
+        ("--seeds names 2000001 images", ["--seeds=0-2000000"]),
+        ("rho=1e-300", ["--rho=1e-300"]),
         ("--seeds", ["--seeds=" + ",".join(["0-9999998"] * 3)]),
         ("--seeds", ["--seeds=" + "1" * 6000]),
         ("--steps", ["--steps=1000000000"]),
@@ -495,10 +497,16 @@ ABSURD: dict[str, list[tuple[str, list[str]]]] = {
         ("--dest", ["--dest=FILE"]),
         ("--max-images", ["--max-images=1e3"]),
     ],
-    "fid": [("--num", ["--num=1e5"]), ("--batch", ["--batch=-1"]), ("empty", ["--ref="])],
+    "fid": [
+        ("--num", ["--num=1e5"]),
+        ("--num", ["--num=9223372036854775806"]),
+        ("--batch", ["--batch=-1"]),
+        ("empty", ["--ref="]),
+    ],
     "example": [("--seeds", ["--seeds=0-99999999"]), ("--steps", ["--steps=1000000000"])],
     "distill": [
         ("--eval-num", ["--eval-num=1000000000000"]),
+        ("--eval-num", ["--eval-num=10000001"]),
         ("--eval-sets", ["--eval-sets=1000000000"]),
         ("--until", ["--until=99999999999999999999"]),
         ("--ratio", ["--ratio=0-9999999999"]),

@@ -60,7 +60,10 @@ def karras_levels(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
     """Eq. 5 of Karras et al. 2022, without the final 0: float64 [steps]. A single step starts at sigma_max."""
     check_count(steps)
     ramp = np.arange(steps, dtype=np.float64) / max(steps - 1, 1)
-    return np.asarray((sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho)
+    try:
+        return np.asarray((sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho)
+    except OverflowError:
+        raise ValueError(f"rho={rho:g} gives no noise levels in float64") from None
 
 
 def network_grid(

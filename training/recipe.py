@@ -423,7 +423,9 @@ class LadderOptions:
     detector: str = measuring(
         "inception", "Features for the Fréchet distance; none: endpoint_rmse alone", metavar="inception|none|FILE"
     )
-    eval_num: int = measuring(50000, "Images that measure a rung (endpoint_rmse: the first 2048)", cli.Whole(min=2))
+    eval_num: int = measuring(
+        50000, "Images that measure a rung (endpoint_rmse: the first 2048)", cli.Whole(2, cli.MAX_RANGE)
+    )
     eval_sets: int = measuring(
         3, "Measure a rung so many times, each with --eval-num other seeds: fd becomes mean ± std", cli.Whole(min=1)
     )
