@@ -1073,6 +1073,36 @@ def test_every_option_either_alters_the_result_or_does_not(each, bases):
         assert (each.flag if each.name != "fp16" else "--precision") in " ".join(named_differences(identity, other))
 
 
+EARLIER = {  # of a state of the version before the table of options
+    "data": ["d", False, False, 8, 20],
+    "network": {"class_name": "training.networks.EDMPrecond", "model_channels": 4, "dropout": 0.0, "use_fp16": False},
+    "loss": {
+        **{"class_name": "training.loss.EDMDistillationLoss", "num_steps": 8, "ratio": 2, "teacher_solver": "heun"},
+        **{"weighting": "geomean", "intervals": "loss"},
+    },
+    **{"augment": None, "seed": 1, "batch": 512, "lr": [0.0005, [0.9, 0.999], 1e-08], "warmup": 0.0},
+    **{"lr-decay": "linear", "duration": 20000000, "ls": 1.0, "ema": [500, 0.05], "clip": None, "precision": "fp32"},
+    **{"teacher-precision": None, "transfer": "t"},
+    "distillation": {"num_steps": 8, "ratio": 2, "teacher_solver": "heun", "self_teacher": False, "teacher_levels": []},
+}
+
+
+def test_a_state_from_before_the_table_has_the_same_identity():
+    parts = {name: EARLIER[name] for name in ("network", "loss")}
+    options = Options("", "", precond=DISTILLATION, transfer="x", seed=1)
+    now = TrainConfig(
+        **vars(options.filled()),
+        **{f"{name}_kwargs": value for name, value in parts.items()},
+        dataset_kwargs={"use_labels": False, "xflip": False, "resolution": 8, "max_size": 20},
+        distillation={**EARLIER["distillation"], "lineage": [1]},
+        run_dir="",
+        data_fingerprint="d",
+        transfer_sha256="t",
+    )
+    assert json.loads(json.dumps(now.identity())) == EARLIER
+    assert named_differences(EARLIER, replace(now, clip=1.0).identity()) == ["--clip (was not given, now 1.0)"]
+
+
 ENTRY = '    glow: float = hyper(("0.25", "0.5"), "Glow", PROBABILITY)\n'
 SEES_IT = """
 import click
