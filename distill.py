@@ -25,7 +25,7 @@ from training.steps import plan_ladder
 @cli.section("Performance")
 @cli.device_option
 @options_of("distill", "Performance")
-@options_of("distill", "Output and going on")
+@options_of("distill", "Output and resuming")
 @click.option("-n", "--dry-run", help="Print what the stages cost, then exit", is_flag=True)
 def command(device: str, dry_run: bool, **values: Any) -> None:
     """Distil a teacher into students of half its steps, again and again, and measure every rung of the ladder.

@@ -25,7 +25,7 @@ from training.recipe import Options, options_of
 @cli.section("Performance")
 @cli.device_option
 @options_of("train", "Performance")
-@options_of("train", "Output and going on")
+@options_of("train", "Output and resuming")
 @click.option("-n", "--dry-run", help="Print training options and costs, then exit", is_flag=True)
 def command(device: str, dry_run: bool, **values: Any) -> None:
     """Train a diffusion model, or distil one into fewer steps.

@@ -204,8 +204,7 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
     found = {}
     for each in entries(Options):
         outer, _, inner = each.place.rpartition(".")
-        title = each.title if each.title is not None else each.name.replace("_", " ") if each.parts else ""
-        found[title] = (mapping(options.get(outer)) if outer else options).get(inner)
+        found[each.heading] = (mapping(options.get(outer)) if outer else options).get(inner)
     part = number(options.get("ema_rampup_ratio", TrainConfig.ema_rampup_ratio))  # EDM's files lack it mostly
     half_life = number(found["EMA half-life, kimg"])
     if found["EMA std"] is not None:

@@ -145,8 +145,8 @@ def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--help"]) == 0
     text = capsys.readouterr().out
     titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
-    assert titles == ["Main", "Distillation", "Hyperparameters", "Performance", "Output and going on", "Help"]
-    part = text.partition("Performance:")[2].partition("Output and going on:")[0]
+    assert titles == ["Main", "Distillation", "Hyperparameters", "Performance", "Output and resuming", "Help"]
+    part = text.partition("Performance:")[2].partition("Output and resuming:")[0]
     assert "--precision" in part and "--lr" not in part and "\x1b" not in text
     for param in train.command.params:
         assert all(option in text for option in param.opts if option.startswith("--")), param.opts

@@ -44,7 +44,7 @@ class Entry:
     scale: int = 1  # the file's unit in the option's: 1000 for kimg and Mimg
     title: str | None = None  # in a report; None: the name of what alters the result, "": not there
     only: str | None = None  # the --precond that it belongs to
-    distill: Kwargs | None = field(default_factory=dict)  # what differs in distill.py; None: it has no such option
+    distill: Kwargs | None = field(default_factory=dict)  # arguments for distill.py; None: it has no such option
     click: Kwargs = field(default_factory=dict)  # further arguments of click.option
 
     @property
@@ -63,18 +63,20 @@ class Entry:
         return self.name if self.key is None else self.key
 
     @property
+    def heading(self) -> str:
+        """What a report calls it, empty where it is not there."""
+        return (self.name.replace("_", " ") if self.parts else "") if self.title is None else self.title
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The parts of `TrainConfig.identity` that it decides."""
         if isinstance(self.alters, str):
             return tuple(self.alters.split())
         outer, _, inner = self.place.rpartition(".")
-        if not self.alters or not outer:
-            return (self.name.replace("_", "-"),) if self.alters else ()
-        return (
-            (f"loss.{inner}", f"distillation.{inner}")
-            if outer == "distillation"
-            else (self.place.replace("_kwargs", ""),)
-        )
+        if outer == "distillation":  # which the loss has too
+            return (f"loss.{inner}", self.place)
+        own = self.place.replace("_kwargs", "") if outer else self.name.replace("_", "-")
+        return (own,) if self.alters else ()
 
     def usual(self, distils: bool) -> Any:
         """The default in distillation or in training from scratch."""
@@ -88,15 +90,15 @@ class Entry:
         text = self.help if isinstance(self.help, str) else self.help[distill]
         attrs: Kwargs = {"metavar": self.metavar or METAVARS.get(type(self.type)), "type": self.type}
         if self.varies is None:
-            attrs |= {"is_flag": self.is_flag or None}
             attrs |= {"required": True} if self.default is MISSING else {"default": self.default}
+            attrs["is_flag"] = self.is_flag or None
         elif distill:
             attrs["default"] = self.varies[1]
         else:
             scratch, distilled = self.varies
             text += f": default {scratch}{'' if scratch == distilled else f', distillation {distilled}'}"
         attrs |= self.click | ((self.distill or {}) if distill else {})
-        given = {name: value for name, value in attrs.items() if value is not None and name != "section"}
+        given = {name: value for name, value in attrs.items() if value is not None}
         return click.option(self.flag, help=text, **given)(function)
 
 
@@ -120,13 +122,12 @@ def flag(name: str) -> str:
     return "--" + (name if name == "num_steps" else name.replace("_", "-"))
 
 
-MAIN, METHOD, HYPER, MEASURING, SPEED, OUTPUT = (
-    *("Main", "Distillation", "Hyperparameters", "Measuring", "Performance", "Output and going on"),
-)
-main, hyper, measuring = (partial(option, section=title) for title in (MAIN, HYPER, MEASURING))
-method = partial(option, section=METHOD, only=DISTILLATION)
-edm = partial(option, section=HYPER, only="edm", distill=None, title="")
-speed, output = (partial(option, section=title, alters=False) for title in (SPEED, OUTPUT))
+main, measuring = partial(option, section="Main"), partial(option, section="Measuring")
+method = partial(option, section="Distillation", only=DISTILLATION)
+hyper = partial(option, section="Hyperparameters")
+edm = partial(hyper, only="edm", distill=None, title="")
+speed = partial(option, section="Performance", alters=False)
+output = partial(option, section="Output and resuming", alters=False)
 
 
 @dataclass
@@ -135,7 +136,7 @@ class Options:
 
     outdir: str = main(
         MISSING,
-        ("Where to save the results", "Where to save the results; the same command goes on there"),
+        ("Where to save the results", "Where to save the results; the same command resumes there"),
         metavar="DIR",
         alters=False,
         key="",
@@ -195,13 +196,13 @@ class Options:
     )
     weighting: str = method(
         "geomean",
-        "Weight of noise levels in the loss; the default measured best",
+        "Weight of noise levels in the loss; the default worked best",
         Word(list(WEIGHTINGS)),
         key="loss_kwargs.weighting",
     )
     intervals: str = method(
         "loss",
-        "Train all jumps equally often, or by their loss, which measured better",
+        "Train all jumps equally often, or by their loss, which worked better",
         Word(INTERVALS),
         key="loss_kwargs.intervals",
     )
@@ -300,6 +301,9 @@ class Options:
     xflip: bool = hyper(
         False, "Enable dataset x-flips", Switch(), alters="data.2", key="dataset_kwargs.xflip", title="mirror images"
     )
+    seed: int | None = hyper(
+        None, ("Random seed  [default: random]", "Random seed"), cli.Whole(min=0), distill={"default": 0}
+    )
     sigma_data: float | None = edm(
         None,
         "Data deviation (edm)  [default: 0.5]",
@@ -346,7 +350,7 @@ class Options:
     workers: int = speed(1, "Threads that read images", cli.Whole(1, 256), key="data_loader_kwargs.num_workers")
     deterministic: bool = speed(False, "CUDA: deterministic kernels, for exact resuming")
     desc: str | None = output(None, "String to include in result dir name", metavar="STR", key="", distill=None)
-    nosubdir: bool = output(False, "Use --outdir itself; the same command goes on where it was", key="", distill=None)
+    nosubdir: bool = output(False, "Use --outdir itself; the same command resumes the run", key="", distill=None)
     tick: float = output(50, "How often to print progress", POSITIVE, "KIMG", key="kimg_per_tick")
     snap: int | None = output(50, "How often to save snapshots", cli.Whole(min=1), "TICKS", key="snapshot_ticks")
     dump: int | None = output(
@@ -355,14 +359,7 @@ class Options:
     save_every: float = output(
         10, "Rolling training state (the last 2 are kept)", cli.Number(min=0), "MIN", key="save_every_min"
     )
-    seed: int | None = output(
-        None,
-        ("Random seed  [default: random]", "Random seed"),
-        cli.Whole(min=0),
-        alters=True,
-        distill={"default": 0, "section": HYPER},
-    )
-    resume: str | None = output(None, "Go on from a training state", metavar="PT|latest", key="", distill=None)
+    resume: str | None = output(None, "Resume from a training state", metavar="PT|latest", key="", distill=None)
     tensorboard: bool = output(False, "Also write TensorBoard events")
     wandb: str | None = output(
         None,
@@ -406,7 +403,7 @@ class LadderOptions:
     )
     duration: list[float] = main(  # noqa: RUF009  # Mimg
         (f"{STAGE_MIMG:g}", f"{STAGE_MIMG:g}"),
-        "Length of a stage, for all or each: a first one of twice the others or more measured best",
+        "Length of a stage, for all or each: the first works best at twice the others or more",
         cli.FloatList(),
         "MIMG,...",
     )
@@ -446,7 +443,6 @@ def options_of(script: str, section: str) -> Callable[[Function], Function]:
     table = {each.name: each for each in entries(Options) if script == "train" or each.distill is not None}
     if script == "distill":
         table |= {each.name: each for each in entries(LadderOptions)}
-        table = {name: replace(each, **_section(each)) for name, each in table.items()}
 
     def decorate(function: Function) -> Function:
         for entry in reversed(table.values()):
@@ -455,10 +451,6 @@ def options_of(script: str, section: str) -> Callable[[Function], Function]:
         return cli.section(section)(function)
 
     return decorate
-
-
-def _section(entry: Entry) -> Kwargs:
-    return {"section": (entry.distill or {}).get("section", entry.section)}
 
 
 @dataclass(kw_only=True)
