@@ -36,9 +36,9 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
           --transfer=teacher.pkl --num_steps=32 --until=1 --duration=20 --ref=cifar10-32x32.npz
 
     Leaves ladder.json, ladder.csv, ladder.png and samples.png in --outdir, teacher-curve.json and .csv (the teacher
-    itself with as few steps), and a run directory for every stage. The same command started again goes on there.
+    itself with as few steps), and a run directory for every stage. The same command resumes there.
 
-    What would it cost? The same command with --dry-run tells, and changes nothing.
+    What would it cost? The same command with --dry-run prints it and changes nothing.
 
     \b
     The same ladder elsewhere, with another seed:

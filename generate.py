@@ -102,7 +102,7 @@ class Grid(click.ParamType):
 @click.option(
     "--grid", help="For a student whose file has no grid: it was distilled from N steps, K at a time", type=Grid()
 )
-@cli.section("Output and going on")
+@cli.section("Output and resuming")
 @click.option("--subdirs", help="A subfolder for every 1000 seeds", is_flag=True)
 @click.option("--skip-existing", help="Continue an interrupted run in a folder", is_flag=True)
 @cli.section("Performance")

@@ -48,7 +48,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
       python train.py --config=training-runs/00000-run/training_options.json --seed=1
 
     MIMG stands for millions of images, KIMG for thousands, and a tick ends with a line of progress (--tick). Every
-    start makes a new numbered directory in --outdir; with --nosubdir the same command goes on where it was.
+    start makes a new numbered directory in --outdir; with --nosubdir the same command resumes the run.
     """
     options = Options(**values)
     check_options(options, cli.world_size())  # answered at once, before anything heavy is loaded
