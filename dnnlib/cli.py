@@ -373,6 +373,8 @@ def _message(exc: BaseException) -> str:
         return f"{advice}. {text}".strip()
     if isinstance(exc, ModuleNotFoundError):
         return missing_package(exc)
+    if isinstance(exc, RecursionError):
+        return "a file holds lists or tables nested too deeply (EDM_DEBUG=1 shows where)"
     if isinstance(exc, RuntimeError) and _launched() and _LOST_PEER.search(f"{type(exc).__name__} {text}"):
         return "another process has ended, or can't be reached any more; unless it was killed, its own message says why"
     return f"unexpected {type(exc).__name__}: {text} (EDM_DEBUG=1 shows where; please report it)"

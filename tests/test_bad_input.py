@@ -1002,6 +1002,7 @@ def test_messages_for_what_happens_to_a_process(monkeypatch: pytest.MonkeyPatch)
     assert "please report" in cli._message(ValueError("socket"))
     for text in ("DefaultCPUAllocator: can't allocate memory: you tried ...", "std::bad_alloc", "CUDA out of memory."):
         assert cli._message(RuntimeError(text)).startswith("out of memory")
+    assert "nested too deeply" in cli._message(RecursionError("maximum recursion depth exceeded"))
     assert "is a file" in cli._message(FileExistsError(errno.EEXIST, "File exists", "some/file"))
 
 

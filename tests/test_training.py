@@ -970,6 +970,11 @@ def test_check_batch():
         check_batch(100, None, 3)
 
 
+def test_differences_are_printable_and_short():
+    (line,) = differences({"a": {"\x1b[2J": "\x1b]0;x\x07"}}, {"a": {"\x1b[2J": "y" * 500}})
+    assert line.isprintable() and len(line) < 250
+
+
 def test_differences_ignore_tuples_and_lists():
     assert differences({"a": [1, 2], "b": 1}, {"a": (1, 2), "b": 1}) == []
     assert differences({"a": 1}, {"a": 2}) == ["a (was 1, now 2)"]

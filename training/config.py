@@ -9,6 +9,7 @@ from typing import Any
 
 from dnnlib.atomic import check_folder
 from dnnlib.cli import UsageError, UserError
+from dnnlib.errors import printable
 
 Kwargs = dict[str, Any]
 AUTO = "auto"  # of --batch-gpu
@@ -57,7 +58,7 @@ def _told(name: str, old: Any, new: Any) -> list[str]:
         differing = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
         if len(differing) == 1:
             ((old, new),) = differing
-    return [f"{name} (was {_short(old)}, now {_short(new)})"] if old != new else []
+    return [f"{printable(name, 80)} (was {_short(old)}, now {_short(new)})"] if old != new else []
 
 
 def plain(value: Any) -> Any:
@@ -71,7 +72,7 @@ def _short(value: Any) -> str:
     text = "not given" if value is None else str(value)
     if re.fullmatch("[0-9a-f]{16,}", text):  # a hash, of which the beginning tells enough
         return f"{text[:8]}..."
-    return text if len(text) <= 80 else text[:77] + "..."
+    return printable(text, 80)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
