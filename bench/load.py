@@ -118,7 +118,7 @@ def command(repeats: int, cbase: int, blocks: int) -> None:
                 f"{label:22s} {path.stat().st_size / 1e6:7.1f} {first:8.3f} {spread:>15s} {first / base[0]:6.2f} "
                 f"{again:8.3f} {again / base[1]:6.2f} {growth / 1e6:8.0f}"
             )
-        print(f"The SHA-256 of the pickle, computed in a thread once it is loaded, takes {digest:.3f} s")
+        print(f"The SHA-256 of the pickle, which is part of loading it, takes {digest:.3f} s")
 
 
 def main(args: Sequence[str] | None = None) -> int:

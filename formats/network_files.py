@@ -169,9 +169,9 @@ def load_network(path_or_url: str | os.PathLike[str], *, trust_network_code: boo
         raise UserError(f"{source}: is a folder, a file is needed{_network_in(Path(source))}")
     try:
         with open_url(path_or_url, check=_check_start) as file:
-            start = file.read(1024)
-            _check_start(start)
-            return _understand(start + file.read(), source, trust_network_code)
+            _check_start(file.read(1024))
+            file.seek(0)
+            return _understand(file.read(), source, trust_network_code)
     except ForeignNetworkError:
         raise
     except (UserError, ContentError) as exc:
