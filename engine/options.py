@@ -83,11 +83,11 @@ def _changed(options: Options, only: str) -> list[str]:
 
 
 def given(options: Options) -> Kwargs:
-    """The options that differ from their defaults, as a file tells them. Not `resume`: that is about one start."""
+    """The options that differ from their defaults, as a file holds them. Not `resume`: that is about one start."""
     values = {each.name: getattr(options, each.name) for each in fields(Options) if each.name != "resume"}
     defaults = {each.name: each.default for each in fields(Options) if each.default is not MISSING}
-    told = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
-    return {name: public_url(value) if isinstance(value, str) else value for name, value in told.items()}
+    named = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    return {name: public_url(value) if isinstance(value, str) else value for name, value in named.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,13 +127,13 @@ def as_options(identity: Kwargs) -> Kwargs:
         else:
             parts[name] = value
     names = {part: each.flag for each in reversed(entries(Options)) for part in each.parts}
-    told = by_content({names.get(part, _WITHOUT_OPTION.get(part, part)): value for part, value in parts.items()})
-    if isinstance(told.get("--cres"), list):
-        told["--cres"] = ",".join(map(str, told["--cres"]))
+    named = by_content({names.get(part, _WITHOUT_OPTION.get(part, part)): value for part, value in parts.items()})
+    if isinstance(named.get("--cres"), list):
+        named["--cres"] = ",".join(map(str, named["--cres"]))
     for each in entries(Options):
-        if isinstance(told.get(each.flag), (int, float)) and each.scale != 1:
-            told[each.flag] /= each.scale * (1000 if each.name == "duration" else 1)  # an identity has it in images
-    return told
+        if isinstance(named.get(each.flag), (int, float)) and each.scale != 1:
+            named[each.flag] /= each.scale * (1000 if each.name == "duration" else 1)  # an identity has it in images
+    return named
 
 
 def completed(identity: Kwargs) -> Kwargs:
@@ -149,7 +149,7 @@ def completed(identity: Kwargs) -> Kwargs:
 
 
 def without_defaults(identity: Kwargs) -> Kwargs:
-    """An identity without what EDM's loss and preconditioning would have without being told."""
+    """An identity without what EDM's loss and preconditioning would have by default."""
     usual = {"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}
     lean = dict(identity)
     for part in ("loss", "network"):
