@@ -507,9 +507,7 @@ def _without_processes(run_dir: str | Path) -> str:
     return re.sub(r"-gpus\d+-", "-", Path(run_dir).name.partition("-")[2])
 
 
-def train(
-    options: Options, run: Run, trainer_class: type[Trainer] = Trainer, tell: Callable[[], None] | None = None
-) -> Path:
+def train(options: Options, run: Run, tell: Callable[[], None] | None = None) -> Path:
     """Runs what `prepare` returned, going on where there is a state, and returns the path of the final snapshot.
 
     tell: called once it is certain where the run goes on, and so which directory is its own; nothing is written yet.
@@ -520,14 +518,14 @@ def train(
     dist.from_rank0(lambda: check_disk(run))
     with contextlib.ExitStack() as stack:
         dist.from_rank0(lambda: stack.enter_context(locked(run.config.run_dir)))
-        loop = _loop(run, found, trainer_class)
+        loop = _loop(run, found)
         del found  # as large as all that the trainer holds, which has copied it
         snapshot = loop.run()
         print_remarks(run.dataset)
         return snapshot
 
 
-def _loop(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Trainer]) -> Loop:
+def _loop(run: Run, found: tuple[Path, Kwargs] | None) -> Loop:
     """The loop of a run, at the state to resume from, with its directory made and its options written."""
     config = run.config
     if config.batch_gpu == AUTO:
@@ -542,7 +540,7 @@ def _loop(run: Run, found: tuple[Path, Kwargs] | None, trainer_class: type[Train
             run.announce(lambda line: append_text(Path(config.run_dir, "log.txt"), line + "\n"))
     dist.barrier()
     log = Log(Path(config.run_dir, "log.txt"))
-    loop = Loop(trainer_class(config, run.dataset, run.stage, run.transfer, log), log)
+    loop = Loop(Trainer(config, run.dataset, run.stage, run.transfer, log), log)
     if found is not None:
         loop.load_state(*found)
     return loop

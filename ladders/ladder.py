@@ -320,7 +320,7 @@ class Ladder:
             "train_command": command,
         }
         self.write_record(folder, {**record, "student": None, "sha256": None})
-        path = self.train(options, run)
+        path = train(options, run)
         run.dataset.close()
         student = load_everywhere(str(path), self.base.trust_network_code)
         self.write_record(folder, {**record, "student": path.name, "sha256": student.sha256})
@@ -332,10 +332,6 @@ class Ladder:
             self.say(line)
         if line.startswith("Note: "):
             self.noted.add(line)
-
-    def train(self, options: Options, run: Run) -> Path:
-        """What `train.py` does."""
-        return train(options, run)
 
     def load_finished(self, folder: Path, record: dict[str, Any]) -> NetworkFile | None:
         """The student that a finished stage left; None where it isn't finished, or the file is not the one it left."""

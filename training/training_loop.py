@@ -63,8 +63,6 @@ class Trainer:
     log: prints a line, such as one about a compiler that is missing.
     """
 
-    distillation_loss = distillation.EDMDistillationLoss
-
     def __init__(
         self,
         config: TrainConfig,
@@ -116,7 +114,7 @@ class Trainer:
         stage = (self.stage.grid, self.stage.ratio, self.stage.solver)
         settings = {"weighting": kwargs["weighting"], "intervals": kwargs["intervals"], "device": self.device}
         if not self.stage.self_teacher:
-            return self.distillation_loss(teacher, *stage, **settings)
+            return distillation.EDMDistillationLoss(teacher, *stage, **settings)
         self.ema.compute_dtype = teacher_dtype
         self_teacher = maybe_compile(self.ema, self.config.compile, log)
         return distillation.SelfTeacherLoss(teacher, self_teacher, *stage, **settings)
