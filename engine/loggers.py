@@ -34,7 +34,7 @@ class Logger(Protocol):
 class TensorBoard:
     """Event files in the run directory. What an earlier start wrote beyond `begin` images is not shown any more."""
 
-    def __init__(self, config: TrainConfig, begin: int = 0) -> None:
+    def __init__(self, config: TrainConfig, begin: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer: Any = SummaryWriter(config.run_dir, purge_step=begin + 1)
@@ -54,7 +54,7 @@ class Wandb:
     Steps only grow there: what a resumed run repeats, to the same figures, is left out.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, begin: int) -> None:
         import wandb
 
         folder = Path(config.run_dir)
@@ -76,6 +76,13 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+# By the option that asks for it: made from the run's settings, and the number of images that it has behind it.
+LOGGERS: dict[str, Callable[[TrainConfig, int], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+}
 
 
 def run_id(folder: Path) -> str:
@@ -121,9 +128,5 @@ class Loggers:
 def open_loggers(config: TrainConfig, log: Callable[[str], None], begin: Callable[[], int] = lambda: 0) -> Loggers:
     """Those that `config` asks for, on rank 0; none elsewhere. begin: how many images the run has behind it, called
     when the first figures come."""
-    makers: dict[str, Callable[[], Logger]] = {}
-    if config.tensorboard and dist.is_main():
-        makers["tensorboard"] = lambda: TensorBoard(config, begin())
-    if config.wandb is not None and dist.is_main():
-        makers["wandb"] = lambda: Wandb(config)
-    return Loggers(makers, log)
+    asked = {name: make for name, make in LOGGERS.items() if getattr(config, name) and dist.is_main()}
+    return Loggers({name: lambda make=make: make(config, begin()) for name, make in asked.items()}, log)

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: its patches apply to this version, and what they add works with the commands beside them."""
+"""The examples of CONTRIBUTING.md: each is put into a copy of the repository, and its commands work there."""
 
 from __future__ import annotations
 
@@ -12,37 +12,35 @@ from pathlib import Path
 
 import pytest
 
+from examples.apply import EXAMPLES, apply
+
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^### (.*?)\n.*?^```diff\n(.*?)^```\n+```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-CODE = ("dnnlib", "engine", "formats", "ladders", "metrics", "reporting", "torch_utils", "training", "assets")
-SHIPPED = ("A sampler",)  # is taken out and put in again
-LAST_WORDS = {"A metric": r"^\d+(\.\d+)?\n$", "A loss weighting": "weighting late"}
+CODE = [path.parent for path in ROOT.glob("*/__init__.py")]
+LAST_LINES = {"metric": r"\d+(\.\d+)?", "weighting": ".*", "logger": r"1000,[\w/]+,[\d.e+-]+"}
+NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/try.sh"))
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-@pytest.mark.parametrize(("title", "patch", "commands"), EXAMPLES, ids=[title for title, _, _ in EXAMPLES])
-def test_an_addition_works(title: str, patch: str, commands: str, tmp_path: Path) -> None:
-    for name in CODE:
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_works(name: str, tmp_path: Path) -> None:
+    for folder in (*CODE, ROOT / "assets"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
-
-    def run(words: list[str], text: str | None = None) -> str:
-        done = subprocess.run(words, cwd=tmp_path, input=text, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr[-2000:]}"
-        return done.stdout
-
-    if title in SHIPPED:
-        run(["git", "apply", "-R", "-"], patch)
-    run(["git", "apply", "-C1", "-"], patch)
-    lines = [*re.findall(r"^    (python dataset_tool.py .*)$", PAGE, re.MULTILINE)]
-    lines += commands.replace("\\\n", " ").splitlines()
-    for line in lines:
-        said = run([sys.executable, *shlex.split(line)[1:]])
-    assert re.search(LAST_WORDS.get(title, "Done: 4 images"), said), said
+    apply(name, tmp_path)
+    output = ""
+    commands = ["python dataset_tool.py --source=digits --dest=datasets/digits.zip"]
+    for line in [*commands, *(EXAMPLES / name / "try.sh").read_text().splitlines()]:
+        words = [sys.executable, *shlex.split(line)[1:]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
+        output = done.stdout
+    last = output.strip().splitlines()[-1]
+    assert re.fullmatch(LAST_LINES.get(name, ".*"), last) and (name in LAST_LINES or "Done: 4 images" in output), output
+    if name == "weighting":
+        assert "weighting late" in output
 
 
-def test_all_four_are_found() -> None:
-    assert [title for title, _, _ in EXAMPLES] == ["An architecture", "A loss weighting", "A sampler", "A metric"]
+def test_each_example_is_explained() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\(tests/examples/(\w+)\)", page)) == NAMES
