@@ -8,19 +8,15 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
 import pytest
-from PIL import Image
-
-import dataset_tool
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 SCRIPTS = [path.name for path in ROOT.glob("*.py")]
+PACKAGES = ["training", "formats", "metrics", "engine", "ladders", "reporting", "torch_utils", "dnnlib"]
 LAUNCHERS = {"python", "python3", ".venv/bin/python", "torchrun", "srun", "bash"}
 
 
@@ -102,8 +98,7 @@ def test_links(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_named_in_prose_exist(name):
     for path in re.findall(
-        r"`((?:training|formats|metrics|engine|ladders|reporting|torch_utils|dnnlib|docs|tests|bench|assets)/[\w/.-]+\.\w+)`",
-        text_of(name),
+        rf"`((?:{'|'.join([*PACKAGES, 'docs', 'tests', 'bench', 'assets'])})/[\w/.-]+\.\w+)`", text_of(name)
     ):
         assert (ROOT / path).exists(), f"{name} names {path}"
 
@@ -243,14 +238,7 @@ def command_of(script: str) -> click.Command:
 def templates() -> str:
     """Every text in the program, one a line, with an ellipsis where a value is put in."""
     found = []
-    for path in [
-        *ROOT.glob("*.py"),
-        *(
-            file
-            for name in ("training", "formats", "metrics", "engine", "ladders", "reporting", "torch_utils", "dnnlib")
-            for file in (ROOT / name).rglob("*.py")
-        ),
-    ]:
+    for path in [*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
@@ -267,27 +255,3 @@ def test_messages_in_troubleshooting_are_the_programs():
     assert len(ours) > 20
     for message in ours:
         assert message in known, message
-
-
-# -- commands of pages, run --------------------------------------------------------------------------------------------
-
-
-def test_your_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    """From a folder of photographs of odd shapes to the measured sigma_data. (test_docs_commands.py runs the rest.)"""
-    page = text_of("docs/your-own-data.md")
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        folder = tmp_path / "photos" / ("cats", "dogs")[index % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40 + index, 60, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
-    found = commands(page)
-    convert = next(line for line in found if "dataset_tool.py" in line)
-    assert dataset_tool.main(shlex.split(convert)[2:]) == 0
-    capsys.readouterr()
-    code = re.search(r"```python\n(.*?)```", page, flags=re.S)
-    assert code is not None
-    names: dict[str, Any] = {}
-    exec(code[1], names)
-    assert re.fullmatch(r"sigma_data 0\.\d{3}\n", capsys.readouterr().out)
-    assert 0.2 < names["pixels"].std() < 0.8 and names["pixels"].shape == (12, 3, 32, 32)

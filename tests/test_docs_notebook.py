@@ -1,12 +1,12 @@
-"""docs/notebook.md: every block of Python on it runs, as it stands; and what it says of `sample` is true."""
+"""Every block of Python in docs/ runs, as it stands; and what docs/notebook.md says of `sample` is true."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,26 +16,29 @@ from PIL import Image
 import generate
 from dnnlib.cli import UsageError, UserError
 from formats.network_files import save_network
-from helpers import load_recipe, small_network
+from helpers import load_recipe, make_dataset, small_network
 from metrics.classifier import train_detector
 from training.grids import Sampling, network_grid
 from training.network_files import load_network
 from training.sampling import sample
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+PAGES = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("notebook.md", "your-own-data.md"))
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGES, re.MULTILINE | re.DOTALL)
+assert len(BLOCKS) >= 6
 BUNDLED = ROOT / "assets" / "digits-student.pkl"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make demo` leaves, in a small way."""
+    """What `make demo` leaves, in a small way, and a data set of photographs."""
     import dataset_tool
 
     place = tmp_path_factory.mktemp("notebook")
     (place / "assets").symlink_to(ROOT / "assets")
     assert dataset_tool.main(["--source=digits", f"--dest={place}/runs/demo/digits.zip", "--max-images=300"]) == 0
+    (place / "datasets").mkdir()
+    make_dataset(place / "datasets/photos-32x32.zip", size=32, channels=3)
     train_detector(place / "runs/demo/digits.zip", place / "runs/demo/detector.pt", seed=0, kimg=1, device="cpu")
     net = small_network()
     for name, steps in (("stage-2-8to4", 4), ("stage-4-2to1", 1)):
@@ -46,14 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
 def test_a_block_runs_as_it_stands(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs = re.search(r"^# needs: (\w+)$", code, re.MULTILINE)
@@ -61,15 +56,10 @@ def test_a_block_runs_as_it_stands(code: str, folder: Path, monkeypatch: pytest.
         pytest.skip(f"{needs[1]} is not installed")
     monkeypatch.chdir(folder)
     values: dict[str, object] = {}
-    exec(compile(code, "docs/notebook.md", "exec"), values)
+    exec(compile(code, "docs", "exec"), values)
     for name in re.findall(r'save(?:fig)?\("(.*?)"', code):
         Image.open(name).verify()
-    if "distance" in values:
-        assert 0 < float(values["distance"]) < 1e6  # type: ignore[arg-type]
-
-
-def test_there_are_blocks() -> None:
-    assert len(BLOCKS) >= 5
+    assert 0 < float(values.get("distance", 1)) < 1e6  # type: ignore[arg-type]
 
 
 def test_sample_gives_what_generate_writes(tmp_path: Path) -> None:
@@ -97,22 +87,29 @@ def test_sample_of_a_class(tmp_path: Path) -> None:
         sample(network, [0], class_idx=3)
 
 
-def test_mistakes() -> None:
+NETWORK = load_network(BUNDLED)
+
+
+@pytest.mark.parametrize(
+    ("network", "seeds", "options", "words"),
+    [
+        (NETWORK, [0], {"steps": 5}, "distilled for 4"),
+        (NETWORK, [], {}, "at least 1"),
+        ("student.pkl", [0], {}, "load_network"),
+        (NETWORK.net, [0], {}, "load_network"),
+        (SimpleNamespace(sampling=None), [0], {}, "load_network"),
+        (NETWORK, 4, {}, "range"),
+        (NETWORK, [0], {"step": 4}, "no sampler has a setting 'step'; did you mean steps"),
+        (NETWORK, [0], {"temperature": 1}, "no sampler has a setting 'temperature'$"),
+    ],
+)
+def test_mistakes(network: Any, seeds: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        sample(network, seeds, **options)
+
+
+def test_images_that_are_not_finite() -> None:
     network = load_network(BUNDLED)
-    with pytest.raises(UsageError, match="distilled for 4"):
-        sample(network, [0], steps=5)
-    with pytest.raises(UsageError, match="at least 1"):
-        sample(network, [])
-    for arguments, options, words in (
-        (("student.pkl", [0]), {}, "load_network"),
-        ((network.net, [0]), {}, "load_network"),
-        ((SimpleNamespace(sampling=None), [0]), {}, "load_network"),
-        ((network, 4), {}, "range"),
-        ((network, [0]), {"step": 4}, "no sampler has a setting 'step'; did you mean steps"),
-        ((network, [0]), {"temperature": 1}, "no sampler has a setting 'temperature'$"),
-    ):
-        with pytest.raises(UsageError, match=words):
-            sample(*arguments, **options)  # type: ignore[call-overload]
     with torch.no_grad():
         next(network.net.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="seeds 5 to 5 hold NaN"):
