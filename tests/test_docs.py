@@ -113,37 +113,21 @@ def parse(line: str) -> None:
         targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), flags=re.M))
         assert all(word in targets or "=" in word for word in words[1:]), line
         return
-    while words and "=" in words[0] and not words[0].startswith("-"):
-        words.pop(0)  # variables of the environment
-    if "-m" in words and words[words.index("-m") + 1].startswith(("bench.", "torch.distributed.run")):
-        at = words.index("-m") + 1
-        module = words[at]
-        if module.startswith("bench."):
-            parse_click(importlib.import_module(module).command, words[at + 1 :], line)
-            return
-        words = words[at:]
-    scripts = [index for index, word in enumerate(words) if word in SCRIPTS]
-    if not scripts:
-        assert words[:2] != ["python", "-m"] or importlib.util.find_spec(words[2]) is not None, line
-        assert "-c" in words or "-m" in words, f"what is it? {line}"
+    at = next((index for index, word in enumerate(words) if word in SCRIPTS or word.startswith("bench.")), None)
+    if at is None:
+        assert "-c" in words or importlib.util.find_spec(words[words.index("-m") + 1]) is not None, line
         return
-    module = importlib.import_module(words[scripts[0]].removesuffix(".py"))
-    args = words[scripts[0] + 1 :]
+    args = words[at + 1 :]
     if "torchrun" in words:
         assert "--num" not in [arg.partition("=")[0] for arg in args], f"torchrun takes --num: {line}"
-    command = module.command if hasattr(module, "command") else module.main_group
-    parse_click(command, args, line)
+    parse_click(importlib.import_module(words[at].removesuffix(".py")).command, args, line)
 
 
 def parse_click(command: click.Command, args: list[str], line: str) -> None:
-    if any(arg.startswith("--config=") for arg in args):
-        args = [
-            "..." if arg.startswith("--config=") else arg for arg in args
-        ]  # that file, which a run leaves, has the rest
-    if "..." in args:  # an excerpt: what is there must fit
-        args = [arg for arg in args if arg != "..."]
+    complete = [arg for arg in args if arg != "..." and not arg.startswith("--config=")]
+    if complete != args:  # an excerpt, or a file has the rest: what is there must fit
         known = {name.replace("_", "-") for parameter in command.params for name in parameter.opts}
-        assert {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")} <= known, line
+        assert {arg.partition("=")[0].replace("_", "-") for arg in complete if arg.startswith("--")} <= known, line
         return
     try:
         context = command.make_context(command.name, list(args))
