@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def plain_layers() -> Iterator[None]:
         return F.softmax(similarity, dim=-1).to(v.dtype) @ v
 
     ways = {
-        "upsample": lambda *args: resample(F.conv_transpose2d, 4, *args),
-        "downsample": lambda *args: resample(F.conv2d, 1, *args),
+        "upsample": partial(resample, F.conv_transpose2d, 4),
+        "downsample": partial(resample, F.conv2d, 1),
         "attend": attend,
         "fused_norm": None,
     }

@@ -68,7 +68,8 @@ class Setting:
         self.device, self.precision, self.compile, self.folder = device, precision, compile, folder
         self.batch, self.data = SIZES[size]["batch"], folder / "data.zip"
         self.network = {name: SIZES[size][name] for name in ("cbase", "cres", "blocks")}
-        write_images(self.data, *SIZES[size]["images"])
+        self.images, side, channels = SIZES[size]["images"]
+        write_images(self.data, self.images, side, channels)
         run = self.prepare(None)
         torch.manual_seed(0)
         net = build_network(run.config.network_kwargs, run.dataset.resolution, run.dataset.num_channels, 0)
@@ -160,7 +161,7 @@ def sampling(setting: Setting) -> Pair:
 
 def generating(setting: Setting, name: str) -> Pair:
     """Images of a student, from its file to PNGs in a folder or zip."""
-    folder, out, count = setting.folder / "plain", setting.folder / name, 1024
+    folder, out, count = setting.folder / "plain", setting.folder / name, min(1024, setting.images)
     words = [f"--network={setting.student}", f"--outdir={out}", f"--seeds=0-{count - 1}"]
     words += [
         f"--device={setting.device.type}",

@@ -19,7 +19,7 @@ def values_of(options):
     return values, len(plan_ladder(values["num_steps"], values["until"], values["ratio"]))
 
 
-@pytest.mark.parametrize(("screen", "variant", "folder", "options"), recipe.plan(list(recipe.SCREENS)))
+@pytest.mark.parametrize(("screen", "variant", "folder", "options"), list(recipe.plan(list(recipe.SCREENS))))
 def test_every_variant_is_a_command_that_distill_takes(screen, variant, folder, options):
     values, stages = values_of(options)
     assert values["batch"] in (32, 64, 128) and len(values["duration"]) in (1, stages)
