@@ -16,11 +16,16 @@ from examples.apply import EXAMPLES, apply
 
 ROOT = Path(__file__).parent.parent
 CODE = [path.parent for path in ROOT.glob("*/__init__.py")]
-LAST_LINES = {"metric": r"\d+(\.\d+)?", "weighting": ".*", "logger": r"1000,[\w/]+,[\d.e+-]+"}
-NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/try.sh"))
+OUTPUT = {  # of an example's last command
+    "architecture": "Done: 4 images",
+    "logger": r"^\d+,Loss/loss,[\d.e-]+\n$",
+    "metric": r"^\d+(\.\d+)?\n$",
+    "sampler": "Done: 4 images",
+    "weighting": "weighting late",
+}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OUTPUT)
 def test_an_example_works(name: str, tmp_path: Path) -> None:
     for folder in (*CODE, ROOT / "assets"):
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -35,12 +40,9 @@ def test_an_example_works(name: str, tmp_path: Path) -> None:
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
         output = done.stdout
-    last = output.strip().splitlines()[-1]
-    assert re.fullmatch(LAST_LINES.get(name, ".*"), last) and (name in LAST_LINES or "Done: 4 images" in output), output
-    if name == "weighting":
-        assert "weighting late" in output
+    assert re.search(OUTPUT[name], output), output
 
 
 def test_each_example_is_explained() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"\(tests/examples/(\w+)\)", page)) == NAMES
+    assert sorted(re.findall(r"\(tests/examples/(\w+)\)", page)) == sorted(OUTPUT)
