@@ -128,5 +128,9 @@ class Loggers:
 def open_loggers(config: TrainConfig, log: Callable[[str], None], begin: Callable[[], int] = lambda: 0) -> Loggers:
     """Those that `config` asks for, on rank 0; none elsewhere. begin: how many images the run has behind it, called
     when the first figures come."""
-    asked = {name: make for name, make in LOGGERS.items() if getattr(config, name) and dist.is_main()}
-    return Loggers({name: lambda make=make: make(config, begin()) for name, make in asked.items()}, log)
+
+    def maker(make: Callable[[TrainConfig, int], Logger]) -> Callable[[], Logger]:
+        return lambda: make(config, begin())
+
+    asked = {name: maker(make) for name, make in LOGGERS.items() if getattr(config, name) and dist.is_main()}
+    return Loggers(asked, log)
