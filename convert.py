@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from dnnlib import cli  # before packages: it prints what to do where they are missing
 
@@ -85,10 +85,7 @@ def command(src: str, dst: str, half: bool | None, like: str | None, overwrite: 
         print(f"A state_dict holds the weights alone: without {grid}the arguments that build the network")
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,6 @@ The result is a function of the input alone, down to the last byte of the zip fi
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -15,8 +14,9 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,9 @@ SMALL = [  # for 16x16 in minutes on two cores: docs/your-own-data.md
 ]
 CLASS_ORDER = "How class folders are numbered if all their names are numbers: 0, 1, 2, 10, or 0, 1, 10, 2 as in EDM"
 MAX_SIDE = 8192  # pixels
-NAMED = 10  # so many images that can't be read are named, the rest counted
 
 Save = Callable[[str, bytes], None]
-Transform = Callable[["np.ndarray"], "np.ndarray | None"]
+Size = tuple[int, int]  # width, height
 
 
 @dataclass
@@ -63,62 +62,59 @@ class Outcome:
 # Transforms
 
 
-def make_transform(name: str | None, size: tuple[int, int] | None) -> Transform:
-    """uint8 [H, W, C] -> the image that is stored, or None for one that is refused. `size` is (width, height).
+def check_size(transform: str | None, size: Size | None) -> None:
+    """Raises UsageError for a size that can't give a square image with a power of two pixels on a side."""
+    if size is None:
+        if transform is not None:
+            raise UsageError(f"--transform={transform} needs --resolution=WxH")
+        return
+    width, height = size
+    if transform == "center-crop-wide" and height > width:
+        raise UsageError(f"--resolution={width}x{height}: for center-crop-wide the height is at most the width")
+    if transform != "center-crop-wide" and width != height:
+        raise UsageError(f"--resolution={width}x{height}: images must be square; or use --transform=center-crop-wide")
+    if not _is_power_of_two(width) or width > MAX_SIDE:
+        raise UsageError(f"--resolution={width}x{height}: the side must be a power of two, 8, 16, 32, ... {MAX_SIDE}")
+
+
+def cut(pixels: np.ndarray, transform: str | None, size: Size | None) -> np.ndarray | None:
+    """uint8 [H, W, C] -> the image that is stored, or None for one that is refused.
 
     None              resized to `size` regardless of the sides' ratio, or left alone without `size`
     center-crop       the largest square in the middle, resized
     center-crop-wide  EDM's: all columns, and as many rows of the middle as the whole has when it is `width` wide,
                       resized, with black above and below; true to shape for images of just `size`. Images narrower
                       than that, or with fewer such rows than `height`, are refused
-
-    Raises UsageError for a size that can't give a square image with a power of two pixels on a side.
     """
+    import numpy as np
+
     if size is None:
-        if name is not None:
-            raise UsageError(f"--transform={name} needs --resolution=WxH")
-        return lambda pixels: pixels
-    width, height = size
-    if name == "center-crop-wide":
-        if not 0 < height <= width:
-            raise UsageError(f"--resolution={width}x{height}: for center-crop-wide the height is at most the width")
-    elif width != height:
-        raise UsageError(f"--resolution={width}x{height}: images must be square; or use --transform=center-crop-wide")
-    if not _is_power_of_two(width) or width > MAX_SIDE:
-        raise UsageError(f"--resolution={width}x{height}: the side must be a power of two, 8, 16, 32, ... {MAX_SIDE}")
-
-    def square(pixels: np.ndarray) -> np.ndarray:
-        h, w = pixels.shape[:2]
+        return pixels
+    h, w = pixels.shape[:2]
+    if transform is None:
+        return resize(pixels, size)
+    if transform == "center-crop":
         side = min(h, w)
-        middle = pixels[(h - side) // 2 : (h + side) // 2, (w - side) // 2 : (w + side) // 2]
-        return resize(middle, width, height)
-
-    def wide(pixels: np.ndarray) -> np.ndarray | None:
-        import numpy as np
-
-        h, w = pixels.shape[:2]
-        part = round(width * h / w)
-        if w < width or part < height:
-            return None
-        middle = resize(pixels[(h - part) // 2 : (h + part) // 2], width, height)
-        canvas = np.zeros([width, width, pixels.shape[2]], dtype=np.uint8)
-        canvas[(width - height) // 2 : (width + height) // 2] = middle
-        return canvas
-
-    if name == "center-crop-wide":
-        return wide
-    return square if name == "center-crop" else lambda pixels: resize(pixels, width, height)
+        return resize(pixels[(h - side) // 2 : (h + side) // 2, (w - side) // 2 : (w + side) // 2], size)
+    width, height = size
+    part = round(width * h / w)
+    if w < width or part < height:
+        return None
+    canvas = np.zeros([width, width, pixels.shape[2]], dtype=np.uint8)
+    middle = resize(pixels[(h - part) // 2 : (h + part) // 2], size)
+    canvas[(width - height) // 2 : (width + height) // 2] = middle
+    return canvas
 
 
-def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+def resize(pixels: np.ndarray, size: Size) -> np.ndarray:
     """uint8 [h, w, C] -> uint8 [height, width, C] with Pillow's Lanczos filter; nothing is done at the right size."""
     import numpy as np
     from PIL import Image
 
-    if pixels.shape[:2] == (height, width):
+    if pixels.shape[:2] == size[::-1]:
         return pixels
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
-    return np.array(image.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, -1)
+    return np.array(image.resize(size, Image.Resampling.LANCZOS)).reshape(*size[::-1], -1)
 
 
 def _is_power_of_two(size: int) -> bool:
@@ -131,17 +127,16 @@ def _is_power_of_two(size: int) -> bool:
 
 def check_dest(dest: str, source: str) -> None:
     """Raises UserError if `dest` can't be written, or would become part of the source, before any work is done."""
-    if not dest:
-        raise UsageError("--dest is empty; name a folder or a .zip file")
+    path = Path(dest)
     if _is_zip(dest):
-        if os.path.isdir(dest):
+        if path.is_dir():
             raise UserError(f"{dest} is a folder; name another --dest, or one that doesn't end in .zip")
-    elif os.path.isdir(dest):
-        if os.listdir(dest):
-            raise UserError(f"the folder {dest} is not empty; empty it or name another --dest")
-    elif os.path.exists(dest):
+        return
+    if path.is_dir() and os.listdir(dest):
+        raise UserError(f"the folder {dest} is not empty; empty it or name another --dest")
+    if path.exists() and not path.is_dir():
         raise UserError(f"{dest} is a file; name a folder or a .zip file as --dest")
-    if not _is_zip(dest) and Path(source).is_dir() and Path(dest).resolve().is_relative_to(Path(source).resolve()):
+    if Path(source).is_dir() and path.resolve().is_relative_to(Path(source).resolve()):
         raise UsageError(f"--dest={dest} lies in --source={source}, and would be part of it next time; name another")
 
 
@@ -149,30 +144,36 @@ def check_dest(dest: str, source: str) -> None:
 def open_dest(dest: str) -> Iterator[Save]:
     """Yields `save(name, data)`. A zip file appears, or replaces an older one, when the block ends well; a folder's
     files too. If it doesn't, all is as it was."""
-    if _is_zip(dest):
-        import zipfile
+    with (_open_zip if _is_zip(dest) else _open_folder)(dest) as save:
+        yield save
 
-        with atomic_write(dest) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
-            def save(name: str, data: bytes) -> None:
-                info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # the same bytes on every day
-                info.external_attr = 0o600 << 16
-                info.create_system = 3  # and on every system: file modes are Unix's
-                archive.writestr(info, data)
+@contextlib.contextmanager
+def _open_zip(dest: str) -> Iterator[Save]:
+    import zipfile
 
-            yield save
-        return
+    def save(name: str, data: bytes) -> None:
+        info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # the same bytes on every day
+        info.external_attr = 0o600 << 16
+        info.create_system = 3  # and on every system: file modes are Unix's
+        archive.writestr(info, data)
+
+    with atomic_write(dest) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        yield save
+
+
+@contextlib.contextmanager
+def _open_folder(dest: str) -> Iterator[Save]:
+    def save(name: str, data: bytes) -> None:
+        path = work / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+
     folder = Path(dest)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
     try:
-
-        def save(name: str, data: bytes) -> None:
-            path = work / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(data)
-
         yield save
         if hasattr(os, "sync"):
             os.sync()  # once for all files
@@ -188,16 +189,6 @@ def _is_zip(dest: str) -> bool:
     return dest.lower().endswith(".zip")
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, C] -> a PNG file that is not compressed: fast to read, and bytes that don't depend on zlib."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    image.save(file, format="png", compress_level=0, optimize=False)
-    return file.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +199,8 @@ class ColourAmongGrey(Exception):
 def convert(
     source: Source,
     save: Save,
-    transform: Transform,
+    transform: str | None = None,
+    size: Size | None = None,
     max_images: int | None = None,
     rgb: bool = False,
     skip_bad: bool = False,
@@ -217,33 +209,27 @@ def convert(
 
     Refused pictures leave no gap in the numbers. Grey images become RGB where the first is in colour, or with `rgb`;
     ColourAmongGrey is raised where that comes out too late. Raises UserError if images are not all of one shape,
-    square, with a power of two pixels on a side; if none is left; and, without `skip_bad`, if some can't be read: at
-    the end, with their names.
+    square, with a power of two pixels on a side; if none is left; and, without `skip_bad`, for one that can't be read.
     """
     import numpy as np
     from tqdm import tqdm
 
-    result = Outcome()
-    first = ""
-    unsaved = 0  # of those after one that can't be read
-    pictures = iter(source.pictures)
+    from training.decoding import encode_png
+
+    result, first = Outcome(), ""
     limit = source.count if max_images is None else min(max_images, source.count)
     with tqdm(total=limit, unit="img", disable=None, leave=False) as progress:
-        while len(result.labels) + unsaved < limit and (picture := next(pictures, None)) is not None:
+        for picture in source.pictures:
+            if picture.pixels is None and not skip_bad:
+                raise UserError(f"{picture.problem}; mend or remove it, or leave such images out by --skip-bad")
             if picture.pixels is None:
-                result.unreadable.append(
-                    f"{picture.name} ({picture.problem})" if not result.unreadable else picture.name
-                )
-                continue
-            if result.unreadable and not skip_bad:
-                unsaved += 1
-                progress.update()
+                result.unreadable.append(picture.name)
                 continue
             grey = picture.pixels.shape[2] == 1
             if not grey and result.shape[2:] == (1,):
                 raise ColourAmongGrey
             colours = grey and (rgb or result.shape[2:] == (3,))
-            pixels = transform(np.repeat(picture.pixels, 3, axis=2) if colours else picture.pixels)
+            pixels = cut(np.repeat(picture.pixels, 3, axis=2) if colours else picture.pixels, transform, size)
             if pixels is None:
                 result.skipped.append(picture.name)
                 continue
@@ -257,26 +243,22 @@ def convert(
                 )
             index = len(result.labels)
             name = f"{index // 1000:05d}/img{index:08d}.png"
-            save(name, encode_png(np.ascontiguousarray(pixels)))
+            # not compressed: fast to read, and bytes that don't depend on zlib
+            save(name, encode_png(np.ascontiguousarray(pixels), compress_level=0))
             result.labels.append((name, picture.label))
             result.coloured += colours
             result.remarks.update(picture.remarks)
             progress.update()
-    if result.unreadable and (not skip_bad or not result.labels + result.skipped):
-        advice = "no other is left" if skip_bad else "mend or remove what is bad, or leave it out by --skip-bad"
-        raise UserError(
-            f"{count(len(result.unreadable), 'image')} can't be read, so nothing is written ({advice}): "
-            f"{_first(result.unreadable)}"
-        )
+            if len(result.labels) == limit:
+                break
     if not result.labels:
-        raise UserError(f"no image is left: all {len(result.skipped)} are too small (the first: {result.skipped[0]})")
+        raise UserError(
+            f"no image is left: {len(result.skipped)} are too small, {len(result.unreadable)} can't be read "
+            f"(the first: {[*result.skipped, *result.unreadable][0]})"
+        )
     has_labels = result.labels[0][1] is not None
     save("dataset.json", json.dumps({"labels": result.labels if has_labels else None}).encode())
     return result
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _check_shape(shape: tuple[int, ...], name: str) -> None:
@@ -296,7 +278,23 @@ def _describe(shape: tuple[int, ...]) -> str:
 
 def report(result: Outcome, source: Source, dest: str) -> None:
     """Prints what was written, what was left out, and what to do next."""
-    has_classes = _report(result, source, dest)
+    from training.decoding import describe_remarks
+
+    total = len(result.labels)
+    print(f"{count(total, 'image')}, {_describe(result.shape)}, written to {dest}")
+    if result.coloured:
+        print(f"{count(result.coloured, 'grey image')} became RGB, as the others are")
+    for line in (*source.remarks, *describe_remarks(result.remarks)):
+        print(printable(line))
+    if result.unreadable:
+        bad = printable(", ".join(result.unreadable[:10]))
+        print(f"warning: left out {count(len(result.unreadable), 'image')} that can't be read: {bad}")
+    if result.skipped:
+        first = printable(result.skipped[0])
+        print(f"skipped {count(len(result.skipped), 'image')} smaller than --resolution, the first: {first}")
+    if rest := source.count - total - len(result.skipped) - len(result.unreadable):
+        print(f"left out: {count(rest, 'image')} after these (--max-images takes the first, in the order of names)")
+    has_classes = _report_labels(result, source)
     script = Path(__file__).with_name("train.py")
     words = [cli.program("python"), script.name if script.parent == Path.cwd() else str(script)]
     words += ["--outdir=training-runs", f"--data={dest}", f"--cond={int(has_classes)}"]
@@ -308,55 +306,33 @@ def report(result: Outcome, source: Source, dest: str) -> None:
     print(f"    {shlex.join(words)}")
 
 
-def _report(result: Outcome, source: Source, dest: str) -> bool:
-    """`report` without its end; returns whether there are labels to train with: a single class is none."""
+def _report_labels(result: Outcome, source: Source) -> bool:
+    """Prints what labels there are; returns whether there are any to train with: a single class is none."""
     from training.dataset import label_array
-    from training.decoding import describe_remarks
 
-    total = len(result.labels)
-    print(f"{count(total, 'image')}, {_describe(result.shape)}, written to {dest}")
-    if result.coloured:
-        print(f"{count(result.coloured, 'grey image')} became RGB, as the others are")
-    for line in (*source.remarks, *describe_remarks(result.remarks)):
-        print(printable(line))
-    if result.unreadable:
-        bad = printable(_first(result.unreadable))
-        print(f"warning: left out {count(len(result.unreadable), 'image')} that can't be read: {bad}")
-    if result.skipped:
-        first = printable(result.skipped[0])
-        print(f"skipped {count(len(result.skipped), 'image')} smaller than --resolution, the first: {first}")
-    rest = source.count - total - len(result.skipped) - len(result.unreadable)
-    if rest:
-        print(f"left out: {count(rest, 'image')} after these (--max-images takes the first, in the order of names)")
-    print(printable(source.note) + _folders(result, source))
-    if result.labels[0][1] is None:
+    names, values = zip(*result.labels, strict=True)
+    here = sorted({*values}) if source.folders else []
+    shown = ", ".join(f"{label} {source.folders[label]}" for label in here[:10])
+    print(printable(f"{source.note}: {shown}{', ...' if len(here) > 10 else ''}" if here else source.note))
+    if gone := [folder for label, folder in enumerate(source.folders) if label not in here]:
+        left_out = printable(", ".join(gone[:10]))
+        print(f"warning: no image of {count(len(gone), 'class')} came along: {left_out}")
+    if values[0] is None:
         return False
     try:
-        labels = label_array([label for _, label in result.labels], [name for name, _ in result.labels], "dataset.json")
-        if labels.ndim == 1:
-            here = len({*labels.tolist()})
-            print(count(int(labels.max()) + 1, "class") + (f", images of {here}" if here <= labels.max() else ""))
-            if not rest and here < len(source.folders):
-                gone = next(name for label, name in enumerate(source.folders) if label not in labels)
-                print(f"warning: no image of {count(len(source.folders) - here, 'class')} is left: {printable(gone)}")
-            if rest and (here == 1 or here < len(source.folders)):
-                print(f"warning: images of {count(here, 'class')} came along; without --max-images there may be more")
-        else:
-            print(f"{count(labels.shape[1], 'number')} each")
+        labels = label_array(list(values), list(names), "dataset.json")
     except UserError as exc:
-        print(f"warning: the labels were copied, but can't be trained on: {printable(str(exc))}")
+        print(f"warning: the labels were copied, but can't be trained on: {printable(exc)}")
         return False
-    return bool(labels.ndim > 1 or labels.max() > 0)
+    if labels.ndim == 2:
+        print(f"{count(labels.shape[1], 'number')} each")
+        return True
+    classes, used = int(labels.max()) + 1, len({*labels.tolist()})
+    print(count(classes, "class") + (f", images of {used}" if used < classes else ""))
+    return classes > 1
 
 
-def _folders(result: Outcome, source: Source) -> str:
-    """': 0 cat, 1 dog', the folders that images came from, by their classes."""
-    here = sorted({label for _, label in result.labels if isinstance(label, int)}) if source.folders else []
-    shown = ", ".join(f"{label} {printable(source.folders[label])}" for label in here[:10])
-    return f": {shown}{', ...' if len(here) > 10 else ''}" if here else ""
-
-
-def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> Size | None:
     if value is None:
         return None
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", value.strip().lower())
@@ -368,7 +344,7 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 @cli.command(name="dataset_tool")
 @click.option("--source", help="Where the images are: see above", metavar="PATH", required=True)
 @click.option("--dest", help="Zip file (replaced) or empty folder for the result", metavar="PATH", required=True)
-@click.option("--max-images", help="Write at most so many, the first ones", metavar="INT", type=cli.Whole(min=1))
+@click.option("--max-images", help="Write at most so many, the first ones", type=cli.Whole(min=1))
 @click.option("--transform", help="Cut to shape", type=cli.Choice(["center-crop", "center-crop-wide"]))
 @click.option("--resolution", help="Resize, for example 64x64; 64 is the same", metavar="WxH", callback=_parse_size)
 @click.option("--class-order", help=CLASS_ORDER, type=cli.Choice(["number", "name"]), default="number")
@@ -409,21 +385,19 @@ def command(
       python dataset_tool.py --source=digits --dest=datasets/digits-8x8.zip
     """
     check_dest(dest, source)
-    change = make_transform(transform, resolution)
+    check_size(transform, resolution)
     from formats.image_sources import open_source
 
     for rgb in (False, True):
         opened = open_source(source, max_images, by_name=class_order == "name")
         with contextlib.suppress(ColourAmongGrey):
             with open_dest(dest) as save:
-                result = convert(opened, save, change, max_images, rgb, skip_bad)
+                result = convert(opened, save, transform, resolution, max_images, rgb, skip_bad)
             break
     report(result, opened, dest)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

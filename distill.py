@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from dnnlib import cli  # before packages: it prints what to do where they are missing
@@ -78,10 +78,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
     dist.shutdown()
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 @click.option(
     "--network", help="Network file  [default: the bundled student of handwritten digits]", metavar="PATH|URL"
 )
-@click.option("--steps", help="Sampling steps  [default: a student's own, or 18]", metavar="INT", type=cli.Whole(min=1))
+@click.option("--steps", help="Sampling steps  [default: a student's own, or 18]", type=cli.Whole(min=1))
 @click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.Seeds(), default="0-63")
 @click.option(
     "--class",
     "class_idx",
     help="Class of all images, classes to draw from (1,2,5-10), or a label vector (0.2,0.8)  [default: random class]",
-    metavar="LIST",
     type=cli.Condition(),
 )
 @click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
@@ -67,34 +66,27 @@ def command(
     from formats.network_files import load_network
     from torch_utils import distributed as dist
     from training import pictures
-    from training.sampling import iterate_images, plan_sampling
+    from training.sampling import plan_sampling, sample
 
     where = dist.init(device)
     check_target(out)
-    loaded = dist.rank0_first(lambda: load_network(network or BUNDLED, trust_network_code=trust_network_code))
+    loaded = load_network(network or BUNDLED, trust_network_code=trust_network_code)
     if loaded.net.img_channels not in (1, 3):
         raise cli.UserError(f"{loaded.source} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
-    plan = plan_sampling(loaded, steps=steps)
     dist.print0(f"Found {loaded.describe()}")
+    plan = plan_sampling(loaded, steps=steps)
     dist.print0(f"Sampling {loaded.source if network else BUNDLED.name} with {plan.text} ...")
     start = time.monotonic()
-    made: dict[int, torch.Tensor] = {}
-    for batch in iterate_images(loaded, seeds, steps=steps, class_idx=class_idx, labels=labels, device=where):
-        if not batch.images.isfinite().all():
-            raise cli.UserError(f"{loaded.source} makes no images but NaN or infinity; try another network")
-        made.update(zip(batch.seeds, pictures.to_uint8(batch.images.double()).cpu(), strict=True))
-    for part in dist.gather_objects(made):  # of every process, should there be several
-        made.update(part)
+    images = torch.from_numpy(
+        sample(loaded, seeds, steps=steps, class_idx=class_idx, labels=labels, device=where)
+    ).permute(0, 3, 1, 2)
     if dist.is_main():
-        images = torch.stack([made[seed] for seed in seeds])
         pictures.save_png(out, pictures.tile(images, columns=math.ceil(math.sqrt(len(seeds))), gap=2))
     dist.print0(f"{count(len(seeds), 'image')} in {out}, made in {time.monotonic() - start:.1f} s on {where.type}")
     dist.shutdown()
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,10 +9,9 @@ Programs written against EDM find `edm_sampler`, `ablation_sampler` and `Stacked
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,6 @@ POSITIVE = cli.Number(min=0, min_open=True)
 NOT_NEGATIVE = cli.Number(min=0)
 LIMIT = cli.Number(min=0, infinite=True)
 SOLVER_HELP = ", ".join(f"{name} ({method.text})" for name, method in SOLVERS.items())
-ENOUGH = 1000  # images, for a distance to be worth measuring
 
 
 def __getattr__(name: str) -> Any:
@@ -51,15 +49,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Grid(click.ParamType):
+class Grid(cli.Parsed):
     """'32/2': (32, 2)."""
 
     name = "n/k"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d+)/(\d+)", str(value))
+    def parse(self, text: str) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None:
-            self.fail(f"'{value}' is not a number of steps and a ratio, such as 32/2", param, ctx)
+            raise ValueError("is not a number of steps and a ratio, such as 32/2")
         return int(match[1]), int(match[2])
 
 
@@ -77,24 +75,19 @@ class Grid(click.ParamType):
     "--class",
     "class_idx",
     help="Class of all images, classes to draw from (1,2,5-10), or a label vector (0.2,0.8)  [default: random class]",
-    metavar="LIST",
     type=cli.Condition(),
 )
 @click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
 @click.option("--trust-network-code", help="Run the code in a --network file of unknown class or version", is_flag=True)
 @cli.section("Sampling")
-@click.option("--steps", help="Sampling steps  [default: 18, or a student's own]", metavar="INT", type=cli.Whole(min=1))
-@click.option("--sigma_min", help="Lowest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)
-@click.option("--sigma_max", help="Highest noise level  [default: varies]", metavar="FLOAT", type=POSITIVE)
-@click.option("--rho", help="Time step exponent  [default: 7]", metavar="FLOAT", type=POSITIVE)
-@click.option("--S_churn", "S_churn", help="Stochasticity strength  [default: 0]", metavar="FLOAT", type=NOT_NEGATIVE)
-@click.option("--S_min", "S_min", help="Stochasticity from this noise level  [default: 0]", metavar="FLOAT", type=LIMIT)
-@click.option(
-    "--S_max", "S_max", help="Stochasticity up to this noise level  [default: inf]", metavar="FLOAT", type=LIMIT
-)
-@click.option(
-    "--S_noise", "S_noise", help="Inflation of the noise added  [default: 1]", metavar="FLOAT", type=NOT_NEGATIVE
-)
+@click.option("--steps", help="Sampling steps  [default: 18, or a student's own]", type=cli.Whole(min=1))
+@click.option("--sigma_min", help="Lowest noise level  [default: varies]", type=POSITIVE)
+@click.option("--sigma_max", help="Highest noise level  [default: varies]", type=POSITIVE)
+@click.option("--rho", help="Time step exponent  [default: 7]", type=POSITIVE)
+@click.option("--S_churn", "S_churn", help="Stochasticity strength  [default: 0]", type=NOT_NEGATIVE)
+@click.option("--S_min", "S_min", help="Stochasticity from this noise level  [default: 0]", type=LIMIT)
+@click.option("--S_max", "S_max", help="Stochasticity up to this noise level  [default: inf]", type=LIMIT)
+@click.option("--S_noise", "S_noise", help="Inflation of the noise added  [default: 1]", type=NOT_NEGATIVE)
 @click.option("--solver", help=f"ODE solver: {SOLVER_HELP}  [default: Heun, Alg. 2]", type=cli.Choice(list(SOLVERS)))
 @click.option("--disc", "discretization", help="Ablate the time steps", type=cli.Choice(["vp", "ve", "iddpm", "edm"]))
 @click.option("--schedule", help="Ablate the noise schedule sigma(t)", type=cli.Choice(["vp", "ve", "linear"]))
@@ -106,9 +99,7 @@ class Grid(click.ParamType):
 @click.option("--subdirs", help="A subfolder for every 1000 seeds", is_flag=True)
 @click.option("--skip-existing", help="Continue an interrupted run in a folder", is_flag=True)
 @cli.section("Performance")
-@click.option(
-    "--batch", "max_batch", help="Maximum batch size per process", metavar="INT", type=cli.Whole(min=1), default=64
-)
+@click.option("--batch", "max_batch", help="Maximum batch size per process", type=cli.Whole(min=1), default=64)
 @click.option(
     "--precision",
     help="Arithmetic of the network; auto: fp16 on CUDA if its file says so, otherwise fp32",
@@ -153,6 +144,8 @@ def command(
         raise cli.UsageError(
             f"--outdir={outdir}: many images go into a folder or a .zip; one picture of all: example.py --out"
         )
+    if not seeds:
+        raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
     from engine.stopping import stopping_at_once
     from formats.image_files import MAX_IMAGES, ImageZip, Manifest, open_output, prepare
     from torch_utils import distributed as dist
@@ -160,38 +153,25 @@ def command(
     if len(seeds) > MAX_IMAGES:
         raise cli.UsageError(f"--seeds names {len(seeds)} images; {MAX_IMAGES} are the most of a folder or zip")
     seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
-    if not seeds:
-        raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
-    if not outdir:
-        raise cli.UsageError("--outdir is empty; name a folder, or a .zip")
     where = dist.init(device, cli.options_in_use())
-    output = open_output(outdir)
 
     dist.print0(f"Loading network from {cli.public_url(network)} ...")
     loaded, plan, drawn_from = dist.rank0_first(
-        lambda: _load(network, trust_network_code, class_idx, labels, sampler_options)
+        partial(_load, network, trust_network_code, class_idx, labels, sampler_options)
     )
     dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
+
     options = {"class": class_idx[0] if class_idx is not None and len(class_idx) == 1 else class_idx}
     options |= {"subdirs": subdirs, "precision": precision, "compile": use_compile}
-    options |= {"labels": drawn_from.digest()} if labels is not None and drawn_from is not None else {}
-    manifest = Manifest(
-        network={"source": str(loaded.source), "sha256": loaded.sha256},
-        options={**plan.options, **options, "device": where.type},  # each kind of device draws its own random numbers
-    )
-    context = click.get_current_context()
-    dist.from_rank0(lambda: context.with_resource(output.lock()))
-    work = dist.from_rank0(
-        lambda: prepare(
-            output,
-            manifest,
-            seeds,
-            max_batch=max_batch,
-            world_size=dist.get_world_size(),
-            skip_existing=skip_existing,
-            labelled=drawn_from is not None,
-        )
-    )
+    if labels is not None and drawn_from is not None:
+        options["labels"] = drawn_from.digest()
+    options |= {"device": where.type}  # each kind of device draws its own random numbers
+    made_by = Manifest({"source": str(loaded.source), "sha256": loaded.sha256}, {**plan.options, **options})
+    output = open_output(outdir)
+    dist.from_rank0(partial(_lock, output))
+    processes = dist.get_world_size()
+    batches = partial(prepare, max_batch=max_batch, world_size=processes, skip_existing=skip_existing)
+    work = dist.from_rank0(partial(batches, output, made_by, seeds, labelled=drawn_from is not None))
 
     dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Using {plan.text}")
@@ -200,24 +180,17 @@ def command(
     if work.is_done:
         dist.print0(f"Nothing to do: {outdir} has {count(len(seeds), 'image')} of these seeds already")
     else:
-        images = count(sum(map(len, work.batches)), "image")
+        total = sum(map(len, work.batches))
         size = f"{loaded.net.img_resolution}x{loaded.net.img_resolution}"
-        dist.print0(f"Making {images} of {size} pixels in {outdir}, on {dist.get_world_size()} x {where.type} ...")
+        images = count(total, "image")
+        dist.print0(f"Making {images} of {size} pixels in {outdir}, on {processes} x {where.type} ...")
         net = _make_ready(loaded.net, where, precision, use_compile)
         start = time.monotonic()
         resume = "run the same command with --skip-existing to resume"
         with stopping_at_once("a zip is made in one go" if isinstance(output, ImageZip) else resume):
             _make_images(net, plan, work, output, where, drawn_from)
         seconds = time.monotonic() - start
-        rate = sum(map(len, work.batches)) / seconds
-        dist.print0(f"Done: {images} in {outdir} after {seconds:.1f} s, {rate:.1f} a second")
-    if len(seeds) >= ENOUGH:
-        from engine.next_steps import launched
-
-        measure = [*launched("fid.py"), "calc", f"--images={outdir}", f"--num-images={len(seeds)}", "--ref=REF.npz"]
-        dist.print0(cli.bold("Next:"))
-        dist.print0("  the Fréchet distance to a reference (of EDM, or made of a data set by fid.py ref)")
-        dist.print0(f"    {shlex.join(measure)}")
+        dist.print0(f"Done: {images} in {outdir} after {seconds:.1f} s, {total / seconds:.1f} a second")
     dist.shutdown()
 
 
@@ -240,6 +213,11 @@ def _load(
     return loaded, plan_sampling(loaded, **sampler_options), drawn_from
 
 
+def _lock(output: ImageFolder | ImageZip) -> None:
+    """Keeps others out of the output for as long as the command runs."""
+    click.get_current_context().with_resource(output.lock())
+
+
 def _make_ready(net: Any, where: torch.device, precision: str, use_compile: bool) -> Any:
     """The network on its device, in the arithmetic asked for; fp32 is full fp32, also on CUDA."""
     from torch_utils import distributed as dist
@@ -257,57 +235,43 @@ def _make_images(
     net: Any, plan: Plan, work: Work, output: ImageFolder | ImageZip, where: torch.device, labels: Labels | None
 ) -> None:
     """Makes this process's share of the images; the network works while threads write what it made before."""
-    from formats.image_files import BackgroundWriter
+    from formats.image_files import writing
     from torch_utils import distributed as dist
     from torch_utils.progress import show_progress
     from training.pictures import to_uint8
     from training.sampling import own_share, sample_batch
 
-    known: dict[int, Any] = {}
-    with BackgroundWriter(output, work.manifest.name, dist.get_rank()) as writer:
-        total = sum(map(len, work.batches))
+    total = sum(map(len, work.batches))
+    with writing(output, work.manifest.name, dist.get_rank()) as submit:
         for seeds in show_progress(own_share(work.batches), len, total, dist.print0, title=f"NFE {plan.nfe}"):
-            batch = sample_batch(net, seeds, plan, where, labels)
-            if labels is not None and batch.labels is not None:
-                known.update(zip(seeds, labels.plain(batch.labels), strict=True))
-            if not batch.images.isfinite().all():
+            images = sample_batch(net, seeds, plan, where, labels).images
+            if not images.isfinite().all():
                 raise cli.UserError(
                     f"the network made no image but NaN or infinity, between seeds {seeds[0]} and {seeds[-1]}; "
                     "try --precision=fp32, or another network"
                 )
-            writer.submit(seeds, to_uint8(batch.images.double()).permute(0, 2, 3, 1).cpu().numpy())
-    for each in dist.gather_objects(known):
-        known.update(each)
+            submit(seeds, to_uint8(images.double()).permute(0, 2, 3, 1).cpu().numpy())
+    dist.barrier()
     if dist.is_main():
-        output.finish(work.manifest, _all_labels(net, work.manifest, known, output, where, labels))
+        output.finish(work.manifest, _all_labels(net, work.manifest, where, labels))
 
 
-def _all_labels(
-    net: Any,
-    manifest: Manifest,
-    known: Mapping[int, Any],
-    output: ImageFolder | ImageZip,
-    where: torch.device,
-    labels: Labels | None,
-) -> dict[str, Any]:
-    """Labels of all images in the output, by name: those just made are known, those of before are drawn again."""
+def _all_labels(net: Any, manifest: Manifest, where: torch.device, labels: Labels | None) -> dict[str, Any]:
+    """Labels of all images, by name. Seeds decide them: they are drawn again, of images from before too."""
     from training.sampling import draw_inputs
 
     if labels is None:
         return {}
-    seeds = [seed for run in manifest.runs for seed in run.seeds]
-    before = [seed for seed in seeds if seed not in known and output.has(manifest.name(seed))]
-    again = {}
-    for seed in before:
-        _, _, drawn = draw_inputs(net, [seed], labels, where)
+    names, found = list(manifest.names().items()), dict[str, Any]()
+    for start in range(0, len(names), 256):
+        part = dict(names[start : start + 256])
+        _, _, drawn = draw_inputs(net, list(part.values()), labels, where)
         assert drawn is not None, "a network that takes labels"
-        (again[seed],) = labels.plain(drawn)
-    return {manifest.name(seed): label for seed, label in {**known, **again}.items()}
+        found.update(zip(part, labels.plain(drawn), strict=True))
+    return found
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dnnlib import cli  # before packages: it prints what to do where they are missing
@@ -66,10 +66,7 @@ def is_report(path: str, mark: str) -> bool:
         return False
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

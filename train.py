@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,7 @@ def describe_start(found: tuple[Path, dict[str, Any]] | None, total_nimg: int) -
     return f"go on from {path}"
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

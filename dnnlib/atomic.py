@@ -97,16 +97,9 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
         if _UNFINISHED.fullmatch(entry.name):
             with contextlib.suppress(OSError):  # gone already, or not ours to remove
                 if entry.name.endswith(SUFFIX) or time.time() - entry.stat().st_mtime > DAY:
-                    _remove_unless_held(entry.path)
-
-
-def _remove_unless_held(path: str) -> None:
-    fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
-    try:
-        if _try_lock(fd):
-            os.unlink(path)
-    finally:
-        os.close(fd)
+                    with os.fdopen(os.open(entry.path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+                        if _try_lock(file.fileno()):
+                            os.unlink(entry.path)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -74,16 +74,12 @@ def count(number: int, noun: str) -> str:
 def format_time(seconds: float) -> str:
     """A duration as EDM's status line shows it: '7s', '5m 10s', '2h 05m 10s', '1d 02h 03m'."""
     total = round(seconds)
-    minutes, s = divmod(total, 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
+    (d, h), m, s = divmod(total // 3600, 24), total // 60 % 60, total % 60
     if total < 60:
         return f"{s}s"
-    if total < 60 * 60:
+    if total < 3600:
         return f"{m}m {s:02d}s"
-    if total < 24 * 60 * 60:
-        return f"{h}h {m:02d}m {s:02d}s"
-    return f"{days}d {h:02d}h {m:02d}m"
+    return f"{d}d {h:02d}h {m:02d}m" if d else f"{h}h {m:02d}m {s:02d}s"
 
 
 def is_url(obj: Any, allow_file_urls: bool = False) -> bool:
@@ -143,12 +139,10 @@ def open_url(
 ) -> Any:
     """Opens a local path, a file:// URL or an http(s) URL for reading in binary. EDM's signature and four more options.
 
-    cache_dir: folder for downloads; default `downloads` below $DNNLIB_CACHE_DIR or ~/.cache/dnnlib.
-    num_attempts: how often a download is tried. Each attempt begins at the first byte.
+    cache_dir: folder for downloads. cache: keep the download; otherwise it stays in memory.
+    num_attempts: how often a download is tried, after a pause that doubles. Each attempt begins at the first byte.
     verbose: show a progress bar on standard error (rank 0 only).
     return_filename: return the name of the local file instead of an open file.
-    cache: keep the download; otherwise it stays in memory.
-    pause: seconds before the second attempt, doubled for each one after it.
     timeout: seconds of silence after which a connection counts as lost.
     kind: of `LIMITS`, whose size the file may not exceed.
     check: gets the first bytes of a download, and raises what is wrong with them before the rest is fetched.
@@ -156,29 +150,25 @@ def open_url(
     A download reaches its cache name complete or not at all, so processes may share the cache. Raises UserError for
     whatever the user can mend: a missing file, an unreachable host, HTTP 404, a web page in place of data.
     """
-    if num_attempts < 1:
-        raise ValueError("num_attempts must be at least 1")
-    if return_filename and not cache:
-        raise ValueError("a file name can only be returned for a file that is kept: cache=True")
+    if num_attempts < 1 or (return_filename and not cache):
+        raise ValueError("at least one attempt is needed, and a file name only exists for a file that is kept")
     name = os.fspath(url)
     if is_url(name):
         path = cache_path(name, cache_dir)
         verbose = verbose and os.environ.get("RANK", "0") == "0"
-        how = (num_attempts, verbose, pause, timeout, kind, check)
+        fetch = partial(_receive, name, verbose=verbose, timeout=timeout, kind=kind, check=check)
         if not cache:
             buffer = io.BytesIO()
-            _download(name, buffer, *how)
+            _download(fetch, buffer, public_url(name), num_attempts, pause)
             buffer.seek(0)
             return buffer
         if not os.path.exists(path):
             with atomic_write(path) as file:
-                _download(name, file, *how)
+                _download(fetch, file, public_url(name), num_attempts, pause)
     else:
         path = local_path(name)
-        if not path:
-            raise UserError("the name of a file to read is empty; give a path or a URL")
         if not os.path.exists(path):
-            raise UserError(f"{name}: no such file")
+            raise UserError(f"{name}: no such file" if path else "the name of a file to read is empty")
         if os.path.isdir(path):
             raise UserError(f"{name}: is a folder, a file is needed")
     return path if return_filename else open_file(path, kind)
@@ -258,7 +248,7 @@ def local_path(name: str) -> str:
         return name
     if not is_url(name, allow_file_urls=True):
         raise UserError(
-            f"{name}: not a kind of address this program opens; give a path or an http(s):// or file:// URL"
+            f"{name}: not a kind of address this program opens; give a path, or an http(s):// or file:// URL"
         )
     parts = urllib.parse.urlsplit(name)
     if parts.netloc not in ("", "localhost"):
@@ -275,114 +265,100 @@ class _Interrupted(Exception):
 
 
 def _download(
-    url: str,
-    file: IO[bytes],
-    num_attempts: int,
-    verbose: bool,
-    pause: float,
-    timeout: float,
-    kind: str,
-    check: Callable[[bytes], None] | None,
+    fetch: Callable[[IO[bytes]], None], file: IO[bytes], source: str, num_attempts: int, pause: float
 ) -> None:
-    """Leaves the complete content in `file`. Raises UserError when it can't be had."""
+    """Lets `fetch` leave the complete content in `file`. Raises UserError when it can't be had."""
     silent = 0
     for attempt in range(1, num_attempts + 1):
         file.seek(0)
         file.truncate()
         try:
-            with contextlib.closing(_stream(url, timeout)) as stream:
-                return _receive(stream, file, public_url(url), verbose, kind, check)
+            return fetch(file)
         except _Interrupted as exc:
             silent = 0 if exc.answered else silent + 1
             if attempt == num_attempts or silent == MAX_SILENT:
-                attempts = count(attempt, "attempt")
-                raise UserError(f"{public_url(url)}: download failed after {attempts}: {exc}") from None
+                raise UserError(f"{source}: download failed after {count(attempt, 'attempt')}: {exc}") from None
         time.sleep(min(pause * 2 ** (attempt - 1), MAX_PAUSE))
 
 
 def _receive(
-    stream: Iterator[Any],
-    file: IO[bytes],
-    source: str,
-    verbose: bool,
-    kind: str,
-    check: Callable[[bytes], None] | None,
+    url: str, file: IO[bytes], verbose: bool, timeout: float, kind: str, check: Callable[[bytes], None] | None
 ) -> None:
-    """Writes what an attempt brings. Raises _Interrupted for what may pass, UserError for the rest."""
+    """One attempt. Raises _Interrupted for what may pass, UserError for the rest."""
+    import requests
+    import urllib3
     from tqdm import tqdm
 
-    response = next(stream)
-    status, headers, position = response.status_code, response.headers, 0
-    if status in (408, 429) or status >= 500:
-        raise _Interrupted(f"the server answered HTTP {status} {response.reason}")
-    if status != 200:
-        raise UserError(f"{source}: the server answered HTTP {status} {response.reason}{_HINTS.get(status, '')}")
-    length = headers.get("Content-Length", "") if "Content-Encoding" not in headers else ""
-    total = int(length[:20]) if length.isascii() and length.isdigit() else None  # or thousands of digits
-    if verbose and not sys.stderr.isatty():
-        print(f"Downloading {source} ...", file=sys.stderr, flush=True)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show whole addresses
+    session = requests.Session()
+    session.max_redirects = MAX_REDIRECTS
+    session.hooks["response"].append(_drop_redirects_body)
+    waits = (min(CONNECT_TIMEOUT, timeout), timeout)
+    # Content-Length counts the bytes of the file itself only if the server doesn't compress it on the way.
+    get = partial(session.get, url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=waits)
+    source, answered, position = public_url(url), False, 0
     hide = None if verbose else True  # None: where standard error is no terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc=_base(source), disable=hide, leave=False) as bar:
-        for chunk in stream:
-            if position == 0 and _is_html(headers.get("Content-Type", ""), chunk):
-                raise UserError(f"{source}: is a web page, not a data file; give the address of the file itself")
-            if position == 0 and not chunk.startswith(STARTS.get(kind, b"")):
-                raise UserError(f"{source}: does not begin as {kind} does; check the address")
-            if position == 0 and check is not None:
-                check(chunk)
-            position += len(chunk)
-            if max(total or 0, position) > LIMITS[kind]:
-                raise UserError(f"{source}: {_too_large(kind)}")
-            file.write(chunk)
-            bar.update(len(chunk))
+    try:
+        response = _in_a_minute(get)
+        answered, total = True, _check_answer(response, source)
+        if verbose and not sys.stderr.isatty():
+            print(f"Downloading {source} ...", file=sys.stderr, flush=True)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=_base(source), disable=hide, leave=False) as bar:
+            # iter_content would yield each of a server's chunks, which may be of one byte
+            while chunk := _in_a_minute(partial(response.raw.read, CHUNK, decode_content=True)):
+                if position == 0:
+                    _check_start(chunk, source, kind, response.headers.get("Content-Type", ""))
+                    if check is not None:
+                        check(chunk)
+                position += len(chunk)
+                if max(total or 0, position) > LIMITS[kind]:
+                    raise UserError(f"{source}: {_too_large(kind)}")
+                file.write(chunk)
+                bar.update(len(chunk))
+    except queue.Empty:
+        raise _Interrupted("the server sends less than 1 kB/s", answered) from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as exc:
+        raise _failure(exc, source, answered) from None  # it holds the whole address
     if total not in (None, position):
         raise _Interrupted(f"got {position} of {total} bytes")
 
 
-def _stream(url: str, timeout: float) -> Generator[Any]:
-    """The response to a GET, then its body in pieces of CHUNK bytes; each of them comes within a minute.
-
-    A thread fetches them, and is left alone where it takes longer: each byte restarts the timeout of its socket.
-    """
-    import requests
-
-    items: queue.Queue[Any] = queue.Queue(maxsize=16)
-    closed = threading.Event()
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show whole addresses
+def _in_a_minute(call: Callable[[], Any]) -> Any:
+    """What `call` returns. Raises queue.Empty where it takes longer than a minute, in which a server may send one byte
+    after the other: each restarts the timeout of its socket. Its thread is then left alone."""
+    box: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
         try:
-            with requests.Session() as session:
-                session.max_redirects = MAX_REDIRECTS
-                session.hooks["response"].append(_drop_redirects_body)
-                waits = (min(CONNECT_TIMEOUT, timeout), timeout)
-                # Content-Length counts the bytes of the file itself only if the server doesn't compress it on the way.
-                headers = {"Accept-Encoding": "identity"}
-                with session.get(url, headers=headers, stream=True, timeout=waits) as response:
-                    items.put(response)
-                    # iter_content would yield each of a server's chunks, which may be of one byte
-                    for chunk in iter(partial(response.raw.read, CHUNK, decode_content=True), b""):
-                        if closed.is_set():
-                            return
-                        items.put(chunk)
-            items.put(None)
+            box.put((call(), None))
         except BaseException as exc:
-            items.put(exc)
+            box.put((None, exc))
 
     threading.Thread(target=work, daemon=True).start()
-    answered = False
-    try:
-        while (item := items.get(timeout=MINUTE)) is not None:
-            if isinstance(item, BaseException):
-                raise _failure(item, public_url(url), answered) from None  # it holds the whole address
-            yield item
-            answered = True
-    except queue.Empty:
-        raise _Interrupted("the server sends less than 1 kB/s", answered) from None
-    finally:
-        closed.set()
-        while not items.empty():  # the thread may wait for a place
-            items.get()
+    result, failure = box.get(timeout=MINUTE)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _check_answer(response: Any, source: str) -> int | None:
+    """The length of the body, if the server gives it. Raises UserError or _Interrupted for what is no file."""
+    status, reason = response.status_code, response.reason
+    if status in (408, 429) or status >= 500:
+        raise _Interrupted(f"the server answered HTTP {status} {reason}")
+    if status != 200:
+        raise UserError(f"{source}: the server answered HTTP {status} {reason}{_HINTS.get(status, '')}")
+    length = response.headers.get("Content-Length", "") if "Content-Encoding" not in response.headers else ""
+    return int(length[:20]) if length.isascii() and length.isdigit() else None  # or thousands of digits
+
+
+def _check_start(chunk: bytes, source: str, kind: str, content_type: str) -> None:
+    head = chunk[:1024].lstrip().lower()
+    is_html = content_type.lower().startswith("text/html") and head.startswith(b"<")
+    if is_html or head.startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{source}: is a web page, not a data file; give the address of the file itself")
+    if not chunk.startswith(STARTS.get(kind, b"")):
+        raise UserError(f"{source}: does not begin as {kind} does; check the address")
 
 
 def _drop_redirects_body(response: Any, **_: Any) -> None:
@@ -391,17 +367,13 @@ def _drop_redirects_body(response: Any, **_: Any) -> None:
         response.raw.close()
 
 
-def _failure(exc: BaseException, source: str, answered: bool) -> BaseException:
-    """What a failed request means: a UserError, or an _Interrupted. Other exceptions are returned as they are."""
+def _failure(exc: BaseException, source: str, answered: bool) -> UserError | _Interrupted:
+    """What a failed request means."""
     import requests
-    import urllib3
 
-    if not isinstance(exc, (requests.RequestException, urllib3.exceptions.HTTPError, ValueError)):
-        return exc
-    cause: BaseException = exc
-    inner: Any = exc
-    while isinstance(inner, BaseException):  # 'Connection refused', not what the connection pool makes of it
-        cause, inner = inner, getattr(inner, "reason", None) or next(reversed(inner.args), None)
+    cause: Any = exc
+    while isinstance(inner := getattr(cause, "reason", None) or next(reversed(cause.args), None), BaseException):
+        cause = inner  # 'Connection refused', not what the connection pool makes of it, with the whole address
     reason = printable(str(getattr(cause, "strerror", None) or cause).split(": ", 1)[-1].rstrip("."), 200)
     if isinstance(exc, requests.TooManyRedirects):
         return UserError(f"{source}: redirected more than {MAX_REDIRECTS} times")
@@ -409,18 +381,9 @@ def _failure(exc: BaseException, source: str, answered: bool) -> BaseException:
         return UserError(f"{source}: leads to an address that is not http(s), or malformed: {reason}")
     if answered:
         return _Interrupted(f"the connection broke off ({reason})")
-    if isinstance(exc, requests.exceptions.SSLError):
-        return UserError(f"{source}: the secure connection failed: {reason}")
     return _Interrupted(f"the host can't be reached ({reason}); check the address and the network", answered=False)
 
 
 def _base(url: str) -> str:
     """The file's name in a URL."""
     return os.path.basename(urllib.parse.urlsplit(url).path) or "download"
-
-
-def _is_html(content_type: str, start: bytes) -> bool:
-    head = start[:1024].lstrip().lower()
-    return head.startswith((b"<!doctype html", b"<html")) or (
-        content_type.lower().startswith("text/html") and head.startswith(b"<")
-    )

@@ -8,28 +8,25 @@ began with, and its images are those of a run that was never interrupted. The im
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import threading
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dnnlib.atomic import atomic_write, check_folder, locked_file, write_text
 from dnnlib.cli import UserError, parse_int_list
 from dnnlib.util import LIMITS, count, open_file, read_file
-from training.decoding import image_formats
+from training.decoding import encode_png, image_formats
 from training.sampling import count_batches, split_seeds
 
 MANIFEST, LABELS = "manifest.json", "dataset.json"
@@ -79,9 +76,9 @@ class Manifest:
         """'000042.png', or with the option `subdirs` '000000/000042.png', a new folder every 1000 seeds."""
         return f"{seed - seed % 1000:06d}/{seed:06d}.png" if self.options.get("subdirs") else f"{seed:06d}.png"
 
-    def names(self) -> list[str]:
-        """All images."""
-        return [self.name(seed) for run in self.runs for seed in run.seeds]
+    def names(self) -> dict[str, int]:
+        """All images, and their seeds."""
+        return {self.name(seed): seed for run in self.runs for seed in run.seeds}
 
     def difference(self, other: Manifest) -> str | None:
         """In a few words, why images of `other` can't stand beside those of this one; None if they can."""
@@ -107,16 +104,9 @@ def format_int_list(values: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    """uint8 [H, W, C] (C = 1 or 3) as an 8-bit PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Where images go. Several processes write at once, each image is written by one of them; `lock`, `previous`, `begin`
-# and `finish` are rank 0's business, before the others `open` and after they `close`.
+# and `finish` are rank 0's business, before the others `open` and after they have left it.
 
 
 class ImageFolder:
@@ -133,11 +123,9 @@ class ImageFolder:
         return locked_file(self.path / MANIFEST, PATIENCE)
 
     def previous(self) -> Manifest | None:
-        """What an earlier run left here, or None."""
+        """What an earlier run left here."""
         path = self.path / MANIFEST
-        if not path.exists():
-            return None
-        return Manifest.from_json(read_file(path, "JSON"), path)
+        return Manifest.from_json(read_file(path, "JSON"), path) if path.exists() else None
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name, whole or not."""
@@ -152,12 +140,6 @@ class ImageFolder:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
 
-    def foreign(self, names: Container[str]) -> int:
-        """How many image files beside those called `names` lie here."""
-        found = os.listdir(self.path) if self.path.is_dir() else []
-        endings = image_formats()[0]
-        return sum(os.path.splitext(name)[1].lower() in endings and name not in names for name in found)
-
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
         """Records who makes the images from here on, and removes what others left in the place of the `fresh` ones."""
         for folder in {os.path.dirname(name) for name in manifest.names()}:
@@ -166,8 +148,9 @@ class ImageFolder:
             (self.path / name).unlink(missing_ok=True)
         write_text(self.path / MANIFEST, manifest.to_json())
 
-    def open(self, rank: int) -> None:
-        """Nothing to do: folders are made as they are needed."""
+    def open(self, rank: int) -> AbstractContextManager[None]:
+        """To be entered while images are written."""
+        return nullcontext()
 
     def write(self, name: str, data: bytes) -> None:
         """Writes one image; threads may do so at the same time."""
@@ -179,9 +162,6 @@ class ImageFolder:
         """Raises UserError for a subfolder that is a link: what it leads to is not ours to write."""
         if folder and (self.path / folder).is_symlink():
             raise UserError(f"{self.path / folder} is a link, and not followed; remove it, or use another --outdir")
-
-    def close(self, complete: bool) -> None:
-        """Nothing to do: every image is in its place."""
 
     def finish(self, manifest: Manifest, labels: Labels) -> None:
         """Writes the labels, if there are any."""
@@ -199,19 +179,19 @@ class ImageZip:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._part: zipfile.ZipFile | None = None
-        self._part_file: IO[bytes] | None = None
+        # How the names of parts begin: like the zip's, and short enough where that one is not.
+        self.stem = f".{self.path.name[:40]}.{zlib.crc32(os.fsencode(self.path.name)):08x}.part"
         self._writing = threading.Lock()
 
     def lock(self) -> AbstractContextManager[None]:
-        """Keeps others out. Raises UserError where one is at work, OSError where nothing can be written."""
+        """As that of a folder."""
         if self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a folder; name a new .zip, or a folder without .zip")
         check_folder(self.path.parent)
         return locked_file(self.path, PATIENCE)
 
     def previous(self) -> Manifest | None:
-        """Who made the zip that is there, or None. Raises UserError for a file that is not ours to replace."""
+        """Who made the zip that is there. Raises UserError for a file that is not ours to replace."""
         if not self.path.exists():
             return None
         try:
@@ -226,55 +206,40 @@ class ImageZip:
             raise UserError(f"--outdir={self.path} is no zip ({exc}); remove it, or use another name") from exc
         return Manifest.from_json(text, self.path / MANIFEST)
 
-    def has(self, name: str) -> bool:
-        """Nothing of an earlier zip stays."""
-        return False
-
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
         """Removes the parts of a run that was killed; and links of such names, which `open` refuses."""
         for path in self._parts():
             path.unlink()
 
-    def open(self, rank: int) -> None:
-        """Begins this process's part."""
-        path = self.path.with_name(f"{self._stem()}{rank}")
-        self._part_file = open(path, "xb")  # noqa: SIM115 (never somebody else's, or what a link of that name leads to)
-        self._part = zipfile.ZipFile(self._part_file, "w", zipfile.ZIP_STORED)
+    @contextmanager
+    def open(self, rank: int) -> Iterator[None]:
+        """To be entered while images are written: into this process's part, which is removed where that fails."""
+        path = self.path.with_name(f"{self.stem}{rank}")
+        with open(path, "xb") as file:  # never somebody else's, or what a link of that name leads to
+            try:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as self._part:
+                    yield
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
 
     def write(self, name: str, data: bytes) -> None:
         """Writes one image; threads may do so at the same time."""
-        assert self._part is not None
-        try:
-            with self._writing:
-                self._part.writestr(name, data)
-        except OSError as exc:
-            raise OSError(exc.errno, exc.strerror, str(self.path)) from exc
-
-    def close(self, complete: bool) -> None:
-        """Completes this process's part, or removes it."""
-        if self._part is None or self._part_file is None:
-            return
-        whole = False
-        try:
-            with self._part_file, nullcontext() if complete else suppress(OSError):  # a full disk is reported already
-                self._part.close()
-            whole = complete
-        finally:
-            if not whole:
-                Path(self._part_file.name).unlink(missing_ok=True)
+        with self._writing:
+            self._part.writestr(name, data)
 
     def finish(self, manifest: Manifest, labels: Labels) -> None:
         """Puts the parts together. Raises UserError where an image is missing."""
-        paths = self._parts()
+        paths, names = self._parts(), sorted(manifest.names())
         try:
             with ExitStack() as stack, atomic_write(self.path) as file:
                 parts = [stack.enter_context(zipfile.ZipFile(path)) for path in paths]
                 found = {name: part for part in parts for name in part.namelist()}
-                missing = sum(name not in found for name in manifest.names())
+                missing = sum(name not in found for name in names)
                 if missing:
                     raise UserError(f"{self.path}: {count(missing, 'image')} missing in its parts; make it again")
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:  # ZipInfo: always the same date
-                    for name in sorted(manifest.names()):
+                    for name in names:
                         target.writestr(zipfile.ZipInfo(name), found[name].read(name))
                     if labels:
                         target.writestr(zipfile.ZipInfo(LABELS), labels_json(labels))
@@ -283,13 +248,9 @@ class ImageZip:
             for path in paths:
                 path.unlink(missing_ok=True)
 
-    def _stem(self) -> str:
-        """How the names of parts begin: like the zip's, and short enough where that one is not."""
-        return f".{self.path.name[:40]}.{zlib.crc32(os.fsencode(self.path.name)):08x}.part"
-
     def _parts(self) -> list[Path]:
-        stem, folder = self._stem(), self.path.parent
-        return [path for path in folder.iterdir() if path.name.startswith(stem)] if folder.is_dir() else []
+        folder = self.path.parent
+        return [path for path in folder.iterdir() if path.name.startswith(self.stem)] if folder.is_dir() else []
 
 
 def labels_json(labels: Labels) -> str:
@@ -339,103 +300,88 @@ def prepare(
     difference = None if theirs is None else mine.difference(theirs)
     names = {seed: mine.name(seed) for seed in seeds}
     wanted, before = {*names.values()}, set() if theirs is None else {*theirs.names()}
-    is_zip = isinstance(output, ImageZip)
+    others = before - wanted
     if skip_existing and difference is not None:
-        anew = ", or leave --skip-existing out to make all of them anew" if is_zip or before <= wanted else ""
-        raise UserError(f"{output.path} holds images that {difference}; use another --outdir{anew}")
-    if theirs is not None and is_zip and skip_existing and before >= wanted:
-        return Work(theirs, [], is_done=True)
-    if isinstance(output, ImageFolder):
-        ours = before if theirs is None else {*before, LABELS}
-        others = [name for name in (*names.values(), LABELS) if name not in ours and output.exists(name)]
-        if others:
-            found = others[0] + " and more" * (len(others) > 1)
-            raise UserError(
-                f"{output.path} holds {found}, but no {MANIFEST} that says who "
-                "made them; use another --outdir, or remove them"
-            )
+        anew = isinstance(output, ImageZip) or not others
+        more = ", or leave --skip-existing out to make all of them anew" if anew else ""
+        raise UserError(f"{output.path} holds images that {difference}; use another --outdir{more}")
 
-    runs: list[Run] = []
+    runs: list[Run] = []  # earlier ones whose images stay
     present: set[int] = set()
-    if theirs is not None and difference is None and isinstance(output, ImageFolder):
-        if skip_existing:
-            present = {seed for run in theirs.runs for seed in run.seeds if seed in names and output.has(names[seed])}
+    note = ""
+    if isinstance(output, ImageZip):
+        if skip_existing and theirs is not None and before >= wanted:
+            return Work(theirs, [], is_done=True)
+        if others:
+            note = f"{output.path} is made anew, without its {count(len(others), 'image')} of other seeds"
+        elif skip_existing:
+            note = f"{output.path} is made in one go: --skip-existing continues folders, not zips"
+    else:
+        known = before if theirs is None else {*before, LABELS}
+        for name in (*names.values(), LABELS):
+            if name not in known and output.exists(name):
+                raise UserError(
+                    f"{output.path} holds {name}, but no {MANIFEST} that says who made them; use another --outdir, or "
+                    "remove such files"
+                )
+        strays = sum(map(output.has, others))
+        if strays and difference is not None:
+            raise UserError(
+                f"{output.path} holds {count(strays, 'more image')}, that {difference}: fid.py would measure them "
+                "together with these; use another --outdir, or remove them"
+            )
+        if theirs is None and output.path.is_dir():
+            found = {*os.listdir(output.path)} - wanted
+            strays = sum(Path(name).suffix.lower() in image_formats()[0] for name in found)
+        if strays:
+            note = f"{output.path} also holds {count(strays, 'other image')}, which fid.py would measure too"
+        if theirs is not None and difference is None and skip_existing:
+            present = {seed for name, seed in theirs.names().items() if name in wanted and output.has(name)}
             # Of a run that left nothing (out of memory at once?) there are no batches to keep.
             runs = [r for r in theirs.runs if not names.keys() >= {*r.seeds} or not present.isdisjoint(r.seeds)]
-        else:  # the images of other seeds stay where they are
+        elif theirs is not None and difference is None:  # the images of other seeds stay where they are
             rest = (replace(run, seeds=tuple(seed for seed in run.seeds if seed not in names)) for run in theirs.runs)
             runs = [run for run in rest if run.seeds]
-    known = {seed for run in runs for seed in run.seeds}
-    fresh = tuple(seed for seed in names if seed not in known)
+
+    planned = {seed for run in runs for seed in run.seeds}
+    fresh = tuple(seed for seed in names if seed not in planned)
     if fresh:
         runs.append(Run(fresh, count_batches(len(fresh), max_batch, world_size)))
     missing = names.keys() - present
     batches = [batch for run in runs for batch in split_seeds(run.seeds, run.batches) if not missing.isdisjoint(batch)]
-    manifest = replace(mine, runs=tuple(runs))
-    if sum(len(run.seeds) for run in runs) > MAX_IMAGES:
+    if len(planned) + len(fresh) > MAX_IMAGES:
         raise UserError(f"--outdir={output.path} would hold more than {MAX_IMAGES} images; use several")
-
-    note = ""
-    if isinstance(output, ImageFolder):
-        strays = count(sum(map(output.has, {*manifest.names(), *before} - wanted)), "more image")
-        if strays[0] != "0" and difference is not None:
-            raise UserError(
-                f"{output.path} holds {strays}, that {difference}: fid.py would measure them together with these; use "
-                "another --outdir, or remove them"
-            )
-        if theirs is None:
-            strays = count(output.foreign(wanted), "other image")
-        if strays[0] != "0":
-            note = f"{output.path} also holds {strays}, which fid.py would measure too"
-    elif theirs is not None and (skip_existing or before - wanted):
-        lost = f", without its {count(len(before - wanted), 'image')} of other seeds" if before - wanted else ""
-        note = f"{output.path} is made anew{lost}"
-    elif skip_existing:
-        note = f"{output.path} is made in one go: --skip-existing continues folders, not zips"
+    manifest = replace(mine, runs=tuple(runs))
     is_done = not batches and isinstance(output, ImageFolder) and (output.exists(LABELS) or not labelled)
     if not is_done:
         output.begin(manifest, [names[seed] for seed in fresh])
     return Work(manifest, batches, is_done, note)
 
 
-class BackgroundWriter:
-    """Encodes and writes images in threads, while the network makes the next ones.
+@contextmanager
+def writing(
+    output: ImageFolder | ImageZip, name: Callable[[int], str], rank: int = 0
+) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
+    """Yields submit(seeds, images uint8 [N, H, W, C]): they are encoded and written by threads, while the network makes
+    the next ones.
 
-    A context manager: its end waits for the last image. An error of a thread is raised by the next call.
+    `submit` waits while more than two batches are under way, so that memory stays bounded, and raises an error that a
+    thread has met; the end of the block waits for the last image.
     """
+    waiting: deque[list[Future[None]]] = deque()
 
-    def __init__(self, output: ImageFolder | ImageZip, name: Callable[[int], str], rank: int = 0) -> None:
-        self._output, self._name, self._rank = output, name, rank
-        self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
-        self._waiting: deque[list[Future[None]]] = deque()
+    def write(seed: int, image: np.ndarray) -> None:
+        output.write(name(seed), encode_png(image))
 
-    def __enter__(self) -> BackgroundWriter:
-        self._output.open(self._rank)
-        return self
+    def submit(seeds: Sequence[int], images: np.ndarray) -> None:
+        waiting.append([pool.submit(write, *pair) for pair in zip(seeds, images, strict=True)])
+        wait(2)
 
-    def submit(self, seeds: Sequence[int], images: np.ndarray) -> None:
-        """images: uint8 [N, H, W, C]. Waits while more than two batches are under way, so that memory stays bounded."""
-        pairs = zip(seeds, images, strict=True)
-        self._waiting.append([self._pool.submit(self._write, self._name(seed), image) for seed, image in pairs])
-        self._wait(2)
-
-    def _write(self, name: str, image: np.ndarray) -> None:
-        self._output.write(name, encode_png(image))
-
-    def _wait(self, batches: int) -> None:
-        while len(self._waiting) > batches:
-            for future in self._waiting.popleft():
+    def wait(batches: int) -> None:
+        while len(waiting) > batches:
+            for future in waiting.popleft():
                 future.result()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        complete = False
-        try:
-            if kind is None:
-                self._wait(0)
-                complete = True
-        finally:
-            # Who is interrupted keeps what was made; after an error (a full disk?) nothing more is tried.
-            self._pool.shutdown(cancel_futures=kind is None or not issubclass(kind, KeyboardInterrupt))
-            self._output.close(complete)
+    with output.open(rank), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        yield submit
+        wait(0)

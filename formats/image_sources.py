@@ -17,7 +17,7 @@ import numpy as np
 from dnnlib.errors import UserError
 from dnnlib.util import open_file
 from training.dataset import PackedFiles
-from training.decoding import decode_image, image_formats
+from training.decoding import decode_image
 
 from .pickle_reader import ContentError, read_arrays
 
@@ -59,26 +59,13 @@ def open_source(source: str, limit: int | None = None, by_name: bool = False) ->
         return read_digits()
     if not os.path.exists(source):
         raise UserError(f"--source={source}: no such file or folder")
-    name = os.path.basename(source)
-    inside = set(os.listdir(source)) if os.path.isdir(source) else set()
-    idx = sorted(file for file in inside if "idx3" in _spelling(file))
+    inside = os.listdir(source) if os.path.isdir(source) else []
     if "cifar-10-batches-py" in inside:
         return read_cifar10(os.path.join(source, "cifar-10-batches-py"))
-    if name.endswith((".tar.gz", ".tgz", ".tar")) or "data_batch_1" in inside:
+    if source.endswith((".tar.gz", ".tgz", ".tar")) or "data_batch_1" in inside:
         return read_cifar10(source)
-    if "data_batch_1.bin" in inside:
-        raise UserError(f"--source={source} is CIFAR-10's binary version; cifar-10-python.tar.gz is read")
-    if inside & {"data.mdb", "lock.mdb"} or name == "data.mdb":
-        raise UserError(f"--source={source} is an lmdb, which is not read: export its images to a folder first")
-    if idx:
-        first = os.path.join(source, min(idx, key=lambda file: "train" not in file))
-        raise UserError(f"--source={source} holds files of MNIST's form; name one, such as --source={first}")
-    if not inside and "idx1" in _spelling(name):
-        raise UserError(f"--source={source} holds labels; name the file of images beside it, ...-images-idx3-ubyte")
-    if not inside and "idx3" in _spelling(name):
+    if os.path.isfile(source) and "idx3" in _spelling(os.path.basename(source)):
         return read_mnist(source)
-    if not inside and os.path.splitext(name)[1].lower() in image_formats()[0]:
-        raise UserError(f"--source={source} is an image; name the folder that it is in")
     return read_packed(source, limit, by_name)
 
 
@@ -95,29 +82,28 @@ def read_packed(path: str, limit: int | None = None, by_name: bool = False) -> S
     labels: dict[str, Any] | None = None
     classes: list[str] = []
     remarks = files.notes()
-    note = "no labels: there is neither a dataset.json nor a folder for each of several classes"
     if "dataset.json" in files.names:
         labels = files.labels()
         note = "labels from dataset.json" if labels else "no labels: dataset.json has none"
         if labels:
             files.check_labels(labels, names[:limit])
     else:
-        folders = sorted({name.partition("/")[0] if "/" in name else "" for name in names})
-        if len(folders) > 1 and not folders[0]:
-            stray = next(name for name in names if "/" not in name)
+        tops = {name: name.partition("/")[0] if "/" in name else "" for name in names}
+        folders = sorted({*tops.values()})
+        if folders == [""]:
+            note = "no labels: there is neither a dataset.json nor a folder for each of several classes"
+        elif not folders[0]:
+            stray = next(name for name in names if not tops[name])
             note = f"no labels: {stray} lies in no class's folder, so those of all are dropped"
-        if len(folders) == 1 and folders[0]:
+        elif len(folders) == 1:
             note = f"no labels: all images lie in one folder, {folders[0]}; several would be classes"
-        if len(folders) > 1 and folders[0]:
+        else:
             are_numbers = all(re.fullmatch("[0-9]{1,18}", folder) for folder in folders)
             classes = sorted(folders, key=int) if are_numbers and not by_name else folders
             note = "labels from top-level folders"
-            remarks += _folder_remarks(os.path.join(path, files.root), names, classes)
+            remarks += _folder_remarks(classes)
             number = {folder: index for index, folder in enumerate(classes)}
-            labels = {name: number[name.partition("/")[0]] for name in names}
-        gone = sorted({folder.partition("/")[0] for folder in files.folders} - {*folders})
-        if gone and folders[0]:
-            remarks.append(f"warning: no class, for want of images that are read: {_some(gone)}")
+            labels = {name: number[top] for name, top in tops.items()}
 
     def pictures() -> Iterator[Picture]:
         for name in names:
@@ -128,29 +114,19 @@ def read_packed(path: str, limit: int | None = None, by_name: bool = False) -> S
                 pixels = decode_image(files.read(name), files.where(name), found)
             except (UserError, OSError) as exc:
                 yield Picture(name, None, problem=str(exc))
-                continue
-            yield Picture(name, pixels, labels[name] if labels else None, found)
+            else:
+                yield Picture(name, pixels, labels[name] if labels else None, found)
 
     return Source(len(names), pictures(), note, classes, remarks)
 
 
-def _folder_remarks(path: str, names: Sequence[str], classes: Sequence[str]) -> list[str]:
+def _folder_remarks(classes: Sequence[str]) -> list[str]:
     """What may be meant otherwise: the order of the classes, and parts of a set that are taken for classes."""
     remarks = []
     if sorted(classes) != list(classes):
         order = f"{_some(classes)}; in EDM it is that of names: {_some(sorted(classes))}"
         remarks.append(f"classes are in the order of their numbers: {order} (--class-order=name)")
-    inner: dict[str, set[str]] = {}
-    for top, *rest in (name.split("/") for name in names):
-        inner.setdefault(top, set()).update(rest[:1] if len(rest) > 1 else ())
-    twins = [top for top in classes if sum(not inner[top].isdisjoint(other) for other in inner.values()) > 1]
-    if twins:
-        remarks.append(
-            f"note: {_some(twins)} hold folders of the same names ({_some(sorted(inner[twins[0]]))}): are these the "
-            f"classes? Then convert one at a time, --source={os.path.join(path, twins[0])}"
-            + ("" if os.path.isdir(path) else " once unpacked")
-        )
-    elif len(parts := [top for top in classes if top.lower() in PARTS]) > 1:
+    if len(parts := [top for top in classes if top.lower() in PARTS]) > 1:
         remarks.append(f"note: {_some(parts)} count as classes; if they are parts of one set, convert one at a time")
     return remarks
 
@@ -175,10 +151,8 @@ def read_cifar10(path: str) -> Source:
     batches = [f"data_batch_{i}" for i in range(1, 6)]
     content: dict[str, bytes] = {}
     if os.path.isdir(path):
-        for name in batches:
-            if os.path.exists(os.path.join(path, name)):
-                with open_file(os.path.join(path, name)) as file:
-                    content[name] = file.read(MAX_UNPACKED)
+        for name in {*batches}.intersection(os.listdir(path)):
+            content[name] = _unpacked(os.path.join(path, name))
     else:
         try:  # unpacked in one piece: tarfile would take as much memory as a header announces
             with tarfile.open(fileobj=io.BytesIO(_unpacked(path)), mode="r:") as archive:
@@ -188,18 +162,13 @@ def read_cifar10(path: str) -> Source:
                         content[name] = file_of.read()
         except (tarfile.TarError, EOFError, ValueError) as exc:
             raise UserError(f"{path} is not a whole tar archive: {exc}") from exc
-    images, labels = [], []
-    for name in batches:
-        if name not in content:
-            raise UserError(
-                f"{path}: {name} is missing; is it CIFAR-10's Python version, and whole? Unpack other archives"
-            )
-        pixels, classes = _cifar_batch(content[name], f"{name} in {path}")
-        images.append(pixels)
-        labels += classes
+    if missing := {*batches} - {*content}:
+        raise UserError(f"{path}: {min(missing)} is missing; is it CIFAR-10's Python version, and whole?")
+    parts = [_cifar_batch(content[name], f"{name} in {path}") for name in batches]
+    labels = [label for _, classes in parts for label in classes]
     if len(labels) != CIFAR10_IMAGES:
         raise UserError(f"{path} holds {len(labels)} training images instead of CIFAR-10's {CIFAR10_IMAGES}")
-    pixels = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    pixels = np.concatenate([part for part, _ in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     pictures = (Picture(f"image {i}", image, labels[i]) for i, image in enumerate(pixels))
     return Source(len(labels), pictures, "labels: CIFAR-10's")
 
@@ -229,19 +198,18 @@ def read_mnist(path: str) -> Source:
     """MNIST and its relatives: ...-images-idx3-ubyte.gz with ...-labels-idx1-ubyte.gz beside it, padded to 32x32."""
     folder, name = os.path.split(path)
     wanted = re.sub("images(.*)idx3", r"labels\1idx1", name, flags=re.IGNORECASE)
-    beside = (
-        file for file in sorted(os.listdir(folder or ".")) if _spelling(file) == _spelling(wanted) and file != name
-    )
-    images = _read_idx(path, axes=3)
-    labels_path = os.path.join(folder, min(beside, key=lambda file: file != wanted, default=""))
-    if labels_path == os.path.join(folder, ""):
+    beside = [
+        file for file in sorted(os.listdir(folder or ".")) if _spelling(file) == _spelling(wanted) != _spelling(name)
+    ]
+    if not beside:
         raise UserError(f"{path}: the labels, {wanted}, must lie beside it")
-    labels = _read_idx(labels_path, axes=1)
+    labels_name = wanted if wanted in beside else beside[0]
+    images, labels = _read_idx(path, axes=3), _read_idx(os.path.join(folder, labels_name), axes=1)
     if len(labels) != len(images) or images.shape[1:] != (28, 28):
         raise UserError(f"{path} holds {list(images.shape)} pixels for {len(labels)} labels; expected N of 28x28 for N")
     images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
     pictures = (Picture(f"image {i}", image[:, :, None], int(labels[i])) for i, image in enumerate(images))
-    return Source(len(images), pictures, f"labels from {os.path.basename(labels_path)}")
+    return Source(len(images), pictures, f"labels from {labels_name}")
 
 
 def _read_idx(path: str, axes: int) -> np.ndarray:

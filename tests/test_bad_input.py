@@ -6,7 +6,6 @@ The scripts are called in this process; what they print besides the one line may
 from __future__ import annotations
 
 import errno
-import http.server
 import io
 import json
 import math
@@ -18,13 +17,12 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -162,7 +160,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Options
 
 
-def test_values_of_the_wrong_kind(fails: Fails, tmp_path: Path) -> None:
+def test_values_of_the_wrong_kind(fails, tmp_path):
     """Each is refused by name and before anything is read: none of the files exists."""
     needed = {
         train: ["--outdir=o", "--data=d"],
@@ -175,89 +173,49 @@ def test_values_of_the_wrong_kind(fails: Fails, tmp_path: Path) -> None:
     cases = [
         (train, "--lr", "nan inf 0 -1 abc"),
         (train, "--duration", "nan inf 0 -1 1e300 1,2"),
-        (train, "--ema", "nan inf -1"),
-        (train, "--tick", "nan inf 0"),
-        (train, "--warmup", "nan inf -1"),
-        (train, "--ls", "nan 0"),
         (train, "--p-mean", "nan inf 1e9"),
-        (train, "--p-std", "nan 0"),
-        (train, "--sigma-data", "nan inf 0"),
-        (train, "--save-every", "nan -1"),
         (train, "--dropout", "nan 1.5 -0.1"),
-        (train, "--augment", "nan 2"),
         (train, "--batch", "0 -3 1.5 99999999999999999999 abc"),
         (train, "--batch-gpu", "0 1.5"),
         (train, "--seed", "-1 x 1.5"),
-        (train, "--snap", "0 -1"),
         (train, "--cres", "abc 1,0 -1,2 1..2"),
         (train, "--cond", "maybe 2 -1"),
-        (train, "--arch", "unet"),
         (train, "--precond", "EDM distillation"),
-        (train, "--precision", "fp8"),
-        (train, "--num_steps", "abc 1.5"),
-        (train, "--device", "tpu"),
         (distill, "--warmup", "nan"),
-        (distill, "--dropout", "nan"),
-        (distill, "--ema", "inf"),
         (distill, "--duration", "nan 0 abc 1,inf"),
-        (distill, "--lr", "nan 1e-3,0"),
         (distill, "--ratio", "abc 1.5"),
         (distill, "--num_steps", "0 999999999"),
-        (distill, "--eval-num", "1 0"),
         (generate, "--seeds", "abc 1.5 0- 1,,2 0-999999999999"),
         (generate, "--steps", "0 -1 x"),
         (generate, "--sigma_max", "nan inf 0 -1"),
-        (generate, "--rho", "nan inf 0"),
-        (generate, "--S_churn", "nan inf -1"),
-        (generate, "--S_noise", "nan inf -1"),
         (generate, "--S_max", "nan -1"),
         (generate, "--class", "-1 cat"),
-        (generate, "--batch", "0"),
         (generate, "--grid", "4 4/x -4/2"),
         (generate, "--disc", "foo"),
         (fid, "--num", "1 abc"),
-        (fid, "--batch", "0"),
         (dataset_tool, "--resolution", "0 8x 0x0 -8x8 axb"),
         (dataset_tool, "--max-images", "0 x"),
-        (dataset_tool, "--transform", "squeeze"),
         (example, "--seeds", "abc"),
-        (example, "--steps", "0"),
     ]
     for script, option, values in cases:
         for value in values.split():
             line = fails(2, option, script, *needed[script], f"{option}={value}")
-            assert "Invalid value" in line and "range." not in line.replace("in the range", ""), line
+            assert "Invalid value" in line, line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_option_names(fails: Fails) -> None:
+def test_option_names(fails):
     place = ["--outdir=o", "--data=d"]
-    for wrong, right in (
-        ("--num_step=4", "--num-steps"),
-        ("--num-stps=4", "--num-steps"),
-        ("--transfr=x", "--transfer"),
-        ("--battch=3", "--batch"),
-        ("--learning-rate=3", "--lr"),
-        ("--zzzzzzz=3", None),
-    ):
-        line = fails(2, "No such option", train, *place, wrong)
-        assert line.endswith(f"; did you mean '{right}'?" if right else "--zzzzzzz'"), line
-    fails(2, "did you mean '--seeds'", generate, "--outdir=o", "--network=n", "--seed=3")
-    fails(2, "Did you mean 'calc'", fid, "clac")
+    fails(2, "'--transfr'. Did you mean '--transfer'?", train, *place, "--transfr=x")
+    fails(2, "No such option '--zzzzzzz'", train, *place, "--zzzzzzz=3")
+    fails(2, "'--seeds'", generate, "--outdir=o", "--network=n", "--seed=3")
     fails(2, "Missing option '--data'", train, "--outdir=o")
     fails(2, "--seed", train, *place, "--seed")
     fails(2, "extra", train, *place, "extra")
     fails(2, "--nosubdir", train, *place, "--nosubdir=1")
 
 
-def test_words_may_be_joined_either_way(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for word in ("edm_distillation", "edm-distillation"):
-        args = [f"--data={files / 'good.zip'}", f"--precond={word}", f"--transfer={files / 'teacher.pkl'}"]
-        assert call(train, *args, "--num-steps=4", "--batch=12", "--batch_gpu=6", "--outdir=o", "-n") == 0
-        assert "EDMDistillationLoss" in capsys.readouterr().out
-
-
-def test_help_is_quick_and_shows_words_as_they_are_written() -> None:
+def test_help_is_quick_and_shows_words_as_they_are_written():
     program = (
         "import sys, train, distill, generate, fid, example, dataset_tool\n"
         "for script in (train, distill, generate, fid, example, dataset_tool):\n"
@@ -269,32 +227,7 @@ def test_help_is_quick_and_shows_words_as_they_are_written() -> None:
     assert "edm_distillation]" in result.stdout and "edm-distillation" not in result.stdout
 
 
-def test_options_that_contradict_a_student(files: Path, fails: Fails, tmp_path: Path) -> None:
-    args = [f"--network={files / 'student.pkl'}", f"--outdir={tmp_path / 'out'}", "--seeds=0"]
-    for option, choice in (
-        ("--steps=5", "--steps=4 (its own) or --steps=8 (its teacher's)"),
-        ("--steps=16", "--steps=4"),
-        ("--steps=100001", "--steps=4"),
-        ("--sigma_min=0.002", "leave it out"),
-        ("--sigma_max=70", "--sigma_max=80"),
-        ("--rho=7", "leave it out"),
-        ("--solver=heun", "--solver=euler"),
-        ("--disc=vp", "leave it out"),
-        ("--schedule=vp", "--schedule=linear"),
-        ("--scaling=vp", "--scaling=none"),
-        ("--S_churn=10", "--S_churn=0"),
-        ("--S_min=1", "--S_min=0"),
-        ("--S_max=50", "--S_max=inf"),
-        ("--S_noise=1.003", "--S_noise=1"),
-        ("--grid=16/2", "8/2"),
-        ("--class=0", "no classes"),
-    ):
-        fails(2, [option.partition("=")[0], choice], generate, *args, option)
-    fails(2, "--steps=4", example, args[0], f"--out={tmp_path / 'a.png'}", "--steps=3")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_steps_and_levels_that_no_sampler_takes(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_steps_and_levels_that_no_sampler_takes(files, fails, tmp_path):
     args = [f"--network={files / 'teacher.pkl'}", f"--outdir={tmp_path / 'out'}", "--seeds=0"]
     fails(2, ["1000000000 steps", "at most"], generate, *args, "--steps=1000000000")
     fails(2, ["1000000000 steps", "at most"], generate, *args, "--grid=1000000000/2")
@@ -330,7 +263,7 @@ BAD_IMAGE = {"mid-cut.zip": "can't be decoded", "mid-rgb.zip": "RGB", "mid-size.
 
 
 @pytest.mark.parametrize("name", NO_DATA)
-def test_what_is_no_data_set(name: str, files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_what_is_no_data_set(name, files, fails, tmp_path):
     words = [name, NO_DATA[name]]
     fails(1, words, train, f"--data={files / name}", *SHORT, f"--outdir={tmp_path / 'run'}")
     fails(1, words, dataset_tool, f"--source={files / name}", f"--dest={tmp_path / 'out.zip'}")
@@ -341,7 +274,7 @@ def test_what_is_no_data_set(name: str, files: Path, fails: Fails, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", BAD_IMAGE)
-def test_a_bad_image_ends_a_run_by_name(name: str, files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_a_bad_image_ends_a_run_by_name(name, files, fails, tmp_path):
     """It comes up in a thread that reads ahead, in the middle of the run; what was saved before stays good."""
     words = ["img00000017.png", BAD_IMAGE[name]]
     fails(1, [*words, name], train, f"--data={files / name}", *SHORT, "--batch=4", f"--outdir={tmp_path / 'run'}")
@@ -355,7 +288,7 @@ def test_a_bad_image_ends_a_run_by_name(name: str, files: Path, fails: Fails, tm
         assert not (tmp_path / dest).exists()
 
 
-def test_sizes_that_do_not_fit(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_sizes_that_do_not_fit(files, fails, tmp_path):
     out = f"--outdir={tmp_path / 'run'}"
     fails(1, ["9", "halved", "8 or 10"], train, f"--data={files / 'odd.zip'}", *SHORT, "--cres=1,1", out)
     fails(1, "halved", train, f"--data={files / 'good.zip'}", *SHORT, "--cres=1,1,1,1,1", out)
@@ -366,39 +299,12 @@ def test_sizes_that_do_not_fit(files: Path, fails: Fails, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "label, words",
-    [
-        ("-1", "whole numbers"),
-        ("1.5", "whole numbers"),
-        ("1e12", "below 1000000"),
-        ("true", "neither a class"),
-        ("null", "no label for 1 of"),
-        ('"cat"', "neither a class"),
-        ("[1, 2]", "all classes or all vectors"),
-        ("NaN", "neither a class"),
-    ],
-)
-def test_labels_that_are_none(label: str, words: str, files: Path, fails: Fails, tmp_path: Path) -> None:
-    rows = [[f"00000/img{i:08d}.png", i % 4] for i in range(40)]
-    text = json.dumps({"labels": rows}).replace('img00000003.png", 3', f'img00000003.png", {label}')
-    data = rebuilt(files / "good.zip", tmp_path / "data.zip", {"dataset.json": text.encode()})
+def test_labels_that_are_not_there(files, fails, tmp_path):
+    rows = json.dumps({"labels": [["00000/img00000000.png", 1]]})
+    data = rebuilt(files / "good.zip", tmp_path / "data.zip", {"dataset.json": rows.encode()})
     run = [f"--data={data}", *SHORT, f"--outdir={tmp_path / 'run'}"]
-    fails(1, ["dataset.json", "img00000003.png", words], train, *run, "--cond=1")
+    fails(1, ["dataset.json", "39 of 40"], train, *run, "--cond=1")
     assert call(train, *run, "-n") == 0, "without --cond labels don't matter"
-    assert not (tmp_path / "run").exists()
-
-
-def test_lists_of_labels_that_are_none(files: Path, fails: Fails, tmp_path: Path) -> None:
-    for text, words in (
-        ("{", "not valid JSON"),
-        ("[1]", '"labels"'),
-        ('{"labels": {"a": 1}}', '"labels"'),
-        ('{"labels": [["00000/img00000000.png", 1, 2]]}', "entry 0"),
-        ('{"labels": [["00000/img00000000.png", 1]]}', "39 of 40"),
-    ):
-        data = rebuilt(files / "good.zip", tmp_path / "data.zip", {"dataset.json": text.encode()})
-        fails(1, ["dataset.json", words], train, f"--data={data}", *SHORT, "--cond=1", f"--outdir={tmp_path / 'run'}")
     args = [f"--data={files / 'unlabelled.zip'}", f"--outdir={tmp_path / 'run'}"]
     fails(1, "--cond=1", train, *args, *SHORT, "--cond=1")
     fails(1, "4 classes", train, *args, *DISTIL, "--num_steps=4", f"--transfer={files / 'classes.pkl'}")
@@ -422,9 +328,7 @@ NO_NETWORK = {
 
 
 @pytest.mark.parametrize("name", NO_NETWORK)
-def test_what_is_no_network(
-    name: str, files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_network(name, files, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = files / name
     out, data = f"--outdir={tmp_path / 'out'}", f"--data={files / 'good.zip'}"
@@ -437,7 +341,7 @@ def test_what_is_no_network(
     assert list(tmp_path.iterdir()) == [], "nothing written, and nothing in the file was run"
 
 
-def test_text_that_is_empty_is_refused_by_the_options_name(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_text_that_is_empty_is_refused_by_the_options_name(files, fails, tmp_path):
     """What `--transfer=$TEACHER` comes to where no such variable is set."""
     data = f"--data={files / 'good.zip'}"
     for script, args in (
@@ -454,7 +358,7 @@ def test_text_that_is_empty_is_refused_by_the_options_name(files: Path, fails: F
         fails(2, f"{name} is empty", script, *args)
 
 
-def test_runs_and_ladders_have_folders_of_their_own(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_runs_and_ladders_have_folders_of_their_own(files, fails, tmp_path):
     data, teacher = f"--data={files / 'good.zip'}", f"--transfer={files / 'teacher.pkl'}"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "training_options.json").write_text("{}")
@@ -465,7 +369,7 @@ def test_runs_and_ladders_have_folders_of_their_own(files: Path, fails: Fails, t
     fails(1, "ladder holds a ladder of distill.py", train, data, *SHORT, f"--outdir={tmp_path / 'ladder'}")
 
 
-def test_teachers_that_do_not_fit(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_teachers_that_do_not_fit(files, fails, tmp_path):
     args = [f"--data={files / 'good.zip'}", *DISTIL, "--num_steps=4", f"--outdir={tmp_path / 'run'}"]
     fails(1, ["16x16", "8x8"], train, *args, f"--transfer={files / 'size16.pkl'}")
     fails(1, "3 channels", train, *args, f"--transfer={files / 'rgb.pkl'}")
@@ -477,7 +381,7 @@ def test_teachers_that_do_not_fit(files: Path, fails: Fails, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_networks_that_make_no_pictures(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_networks_that_make_no_pictures(files, fails, tmp_path):
     for name, words in (("nan.pkl", "NaN"), ("four.pkl", "4 channels")):
         args = [f"--network={files / name}", "--seeds=0-1", "--steps=1"]
         fails(1, words, generate, *args, f"--outdir={tmp_path / 'out.zip'}")
@@ -489,46 +393,25 @@ def test_networks_that_make_no_pictures(files: Path, fails: Fails, tmp_path: Pat
 # Addresses
 
 
-@pytest.fixture
-def server() -> Iterator[str]:
-    """Says 404 to everything, but for page.pkl, which is a web page."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = b"<html>Please sign in</html>"
-            self.send_response(200 if self.path == "/page.pkl" else 404)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_addresses_that_give_no_network(server: str, files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_addresses_that_give_no_network(server, files, fails, tmp_path):
+    server.answer = lambda handler, count: (
+        handler.whole(body=b"<html>Please sign in</html>") if handler.path == "/page.pkl" else handler.reply(404)
+    )
     addresses = {
-        f"{server}/missing.pkl": "HTTP 404",
-        f"{server}/page.pkl": "web page",
+        f"{server.url}/missing.pkl": "HTTP 404",
+        f"{server.url}/page.pkl": "web page",
         "ftp://host/a.pkl": "http(s)://",
     }
     for address, words in addresses.items():
-        with pytest.MonkeyPatch.context() as patch:  # a page that says what is being downloaded is no error
+        with pytest.MonkeyPatch.context() as patch:  # a line that shows what is being downloaded is no error
             patch.setattr(util, "print", lambda *args, **kwargs: None, raising=False)
             fails(1, [address, words], generate, f"--network={address}", f"--outdir={tmp_path / 'out'}")
             args = [f"--data={files / 'good.zip'}", *DISTIL, "--num_steps=4", f"--outdir={tmp_path / 'run'}"]
             fails(1, [address, words], train, *args, f"--transfer={address}")
-    assert list(tmp_path.iterdir()) == []
-    cache = Path(os.environ["DNNLIB_CACHE_DIR"], "downloads")
-    assert not cache.exists() or not any("pkl" in path.name for path in cache.iterdir()), "nothing of it is cached"
+    assert not any(path.is_file() for path in tmp_path.rglob("*")), "nothing of it is kept"
 
 
-def test_a_host_that_is_not_there_is_given_up_within_seconds(fails: Fails, tmp_path: Path) -> None:
+def test_a_host_that_is_not_there_is_given_up_within_seconds(fails, tmp_path):
     start = time.monotonic()
     fails(1, ["127.0.0.1:9", "refused"], generate, "--network=http://127.0.0.1:9/x.pkl", f"--outdir={tmp_path / 'out'}")
     assert time.monotonic() - start < 15
@@ -538,7 +421,7 @@ def test_a_host_that_is_not_there_is_given_up_within_seconds(fails: Fails, tmp_p
 # Training states and run directories
 
 
-def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_what_is_no_training_state(files, fails, tmp_path):
     good = load_tensors(files / "run/state.pt")
     run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path / 'run'}"]
     for name in ("text", "empty", "teacher.pkl", "good.zip", "hostile.pkl"):
@@ -617,7 +500,7 @@ def test_what_is_no_training_state(files: Path, fails: Fails, tmp_path: Path) ->
     fails(1, ["pipe.pt", "there is no such training state"], train, *run, f"--resume={tmp_path / 'pipe.pt'}")
 
 
-def test_a_state_reaches_the_terminal_as_text(files: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_state_reaches_the_terminal_as_text(files, tmp_path, capsys):
     good = load_tensors(files / "run/state.pt")
     torch.save({**good, "device": "\x1b[2J" * 1000}, tmp_path / "odd.pt")
     run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path / 'run'}"]
@@ -626,7 +509,7 @@ def test_a_state_reaches_the_terminal_as_text(files: Path, tmp_path: Path, capsy
     assert note.isprintable() and len(note) < 300
 
 
-def test_a_run_writes_through_no_link(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_a_run_writes_through_no_link(files, fails, tmp_path):
     """Nor does it wait for pipes in the place of files that it reads."""
     run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path / 'run'}", "--duration=0.001"]
     assert call(train, *run) == 0
@@ -647,7 +530,7 @@ def test_a_run_writes_through_no_link(files: Path, fails: Fails, tmp_path: Path)
     assert json.loads((tmp_path / "run/training_options.json").read_text())["seed"] == 5
 
 
-def test_a_refused_option_leaves_the_run_as_it_was(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_a_refused_option_leaves_the_run_as_it_was(files, fails, tmp_path):
     """Refused before anything is written: the right command still goes on (its seed is read from the options there)."""
     run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path}"]
     assert call(train, *run) == 0
@@ -670,7 +553,7 @@ def test_a_refused_option_leaves_the_run_as_it_was(files: Path, fails: Fails, tm
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_results_among_the_data_are_refused(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_results_among_the_data_are_refused(files, fails, tmp_path):
     """They would be data on the next start."""
     with zipfile.ZipFile(files / "good.zip") as archive:
         archive.extractall(tmp_path / "photos")
@@ -682,7 +565,7 @@ def test_results_among_the_data_are_refused(files: Path, fails: Fails, tmp_path:
     assert call(train, f"--data={tmp_path / 'photos'}", *SHORT, f"--outdir={tmp_path / 'photos2'}", "-n") == 0
 
 
-def test_a_finished_run_elsewhere_is_completed(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_elsewhere_is_completed(files, tmp_path, capsys):
     run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path / 'new'}"]
     assert call(train, *run, f"--resume={files / 'run/state.pt'}") == 0
     said = capsys.readouterr().out
@@ -692,7 +575,7 @@ def test_a_finished_run_elsewhere_is_completed(files: Path, tmp_path: Path, caps
         assert torch.equal(tensor, original[name])
 
 
-def test_places_that_cannot_be_written(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written(files, fails, tmp_path):
     """A path under a plain file: found before the work, whatever the option is called."""
     file = tmp_path / "file"
     file.write_text("here first")
@@ -716,7 +599,7 @@ def test_places_that_cannot_be_written(files: Path, fails: Fails, tmp_path: Path
     assert file.read_text() == "here first" and list(tmp_path.iterdir()) == [file]
 
 
-def test_other_peoples_files_are_not_replaced(files: Path, fails: Fails, tmp_path: Path) -> None:
+def test_other_peoples_files_are_not_replaced(files, fails, tmp_path):
     data = rebuilt(files / "good.zip", tmp_path / "data.zip", {})
     before = data.read_bytes()
     fails(1, ["data.zip", "manifest.json"], generate, f"--network={files / 'student.pkl'}", f"--outdir={data}")
@@ -758,9 +641,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("moment", ["at the first byte", "in the middle", "at the flush"])
-def test_a_full_disk_ends_a_run_and_costs_nothing(
-    moment: str, files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_a_full_disk_ends_a_run_and_costs_nothing(moment, files, fails, tmp_path, monkeypatch, capsys):
     """The disk fills while the third rolling state is written; the two before are whole, and the next start goes on."""
     run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
     written = 0
@@ -796,10 +677,8 @@ def test_a_full_disk_ends_a_run_and_costs_nothing(
     assert load_network(tmp_path / "network-snapshot-000001.pkl").net.img_resolution == 8
 
 
-@pytest.mark.parametrize("name", ["log.txt", "stats.jsonl", "network-snapshot-000000.pkl", "training_options.json"])
-def test_every_file_of_a_run_meets_a_full_disk(
-    name: str, files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["stats.jsonl", "training_options.json"])
+def test_every_file_of_a_run_meets_a_full_disk(name, files, fails, tmp_path, monkeypatch):
     run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001"]
 
     def full_open(path: Any) -> Any:
@@ -833,7 +712,7 @@ def test_every_file_of_a_run_meets_a_full_disk(
     assert [json.loads(line)["Progress/tick"]["mean"] for line in lines] == list(range(len(lines)))
 
 
-def test_appending_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_appending_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "log.txt"
     atomic.append_text(path, "first ü\n")
 
@@ -849,9 +728,7 @@ def test_appending_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert path.read_text(encoding="utf-8") == "first ü\n"
 
 
-def test_a_full_disk_under_the_other_scripts(
-    files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_under_the_other_scripts(files, fails, tmp_path, monkeypatch):
     def fsync(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -867,9 +744,7 @@ def test_a_full_disk_under_the_other_scripts(
     assert (tmp_path / "old.zip").read_bytes() == (files / "rgb.zip").read_bytes()
 
 
-def test_control_c_ends_a_run_in_one_line(
-    files: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_control_c_ends_a_run_in_one_line(files, fails, tmp_path, monkeypatch):
     run = [f"--data={files / 'good.zip'}", *SMALL, f"--outdir={tmp_path}", "--duration=0.001", "--save-every=0"]
     original = Trainer.step
 
@@ -897,51 +772,7 @@ def detector(files: Path) -> Path:
     return path
 
 
-def test_references_that_are_none(files: Path, detector: Path, fails: Fails, tmp_path: Path) -> None:
-    with np.load(files / "ref.npz") as content:
-        good = dict(content)
-    mu, sigma = good["mu"], good["sigma"]
-    args = ["calc", f"--images={files / 'good.zip'}", f"--detector={detector}", "--num-images=40"]
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"sigma": sigma}, "has no mu"),
-        ({"mu": mu}, "has no sigma"),
-        ({}, "has no mu and no sigma"),
-        ({**good, "mu": np.array([{"a": 1}], dtype=object)}, "plain arrays"),
-        ({**good, "mu": np.array(["a"] * len(mu))}, "not arrays of numbers"),
-        ({**good, "mu": mu * 1j}, "not arrays of numbers"),
-        ({**good, "mu": mu * np.nan}, "NaN"),
-        ({**good, "sigma": sigma + np.inf}, "NaN or infinite"),
-        ({**good, "mu": mu[:5]}, "shape"),
-        ({**good, "mu": mu[:5], "sigma": sigma[:5, :5]}, "5 features"),
-        ({**good, "sigma": np.triu(np.ones_like(sigma))}, "not symmetric"),
-        ({**good, "sigma": -np.eye(len(mu))}, "negative eigenvalue"),
-        ({**good, "num": np.array([1, 2])}, "plain arrays"),
-        ({**good, "num": np.str_("many")}, "plain arrays"),
-        ({**good, "num": np.float64("nan")}, "plain arrays"),
-        ({**good, "detector": np.str_("classifier:0000")}, "two detectors"),
-        ({"mu": mu, "sigma": sigma}, "inception"),
-    ]
-    for content, words in bad:
-        np.savez(tmp_path / "bad.npz", **content)
-        fails(1, words, fid, *args, f"--ref={tmp_path / 'bad.npz'}")
-    np.save(tmp_path / "mu.npy", mu)
-    whole = (files / "ref.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    for path, words in (
-        (tmp_path / "mu.npy", "single array"),
-        (tmp_path / "cut.npz", "not a readable npz"),
-        (tmp_path / "nowhere.npz", "no such file"),
-        (tmp_path, "is a folder"),
-        (files / "text", "not a readable npz"),
-        (files / "empty", "not a readable npz"),
-        (files / "good.zip", "has no mu"),
-    ):
-        fails(1, [str(path), words], fid, *args, f"--ref={path}")
-
-
-def test_images_and_detectors_that_cannot_be_measured(
-    files: Path, detector: Path, fails: Fails, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_and_detectors_that_cannot_be_measured(files, detector, fails, tmp_path, capsys):
     ref, ours = f"--ref={files / 'ref.npz'}", f"--detector={detector}"
     good = f"--images={files / 'good.zip'}"
     fails(1, ["40 images", "50000", "--num-images=40"], fid, "calc", good, ref, ours)
@@ -966,7 +797,7 @@ def test_images_and_detectors_that_cannot_be_measured(
 # Names, and the helpers behind all this
 
 
-def test_names_with_spaces_and_letters_of_the_world(files: Path, tmp_path: Path) -> None:
+def test_names_with_spaces_and_letters_of_the_world(files, tmp_path):
     folder = tmp_path / "Œuvre № 1 数字"
     folder.mkdir()
     data = folder / "смайлы ☺.zip"
@@ -980,7 +811,7 @@ def test_names_with_spaces_and_letters_of_the_world(files: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
-def test_a_name_that_is_no_text(files: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_no_text(files, tmp_path):
     """Bytes that are not UTF-8, on a terminal that knows ASCII alone."""
     data = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.zip")
     Path(data).write_bytes((files / "good.zip").read_bytes())
@@ -991,7 +822,7 @@ def test_a_name_that_is_no_text(files: Path, tmp_path: Path) -> None:
     assert "\\udcff.zip, 40 images" in result.stdout
 
 
-def test_messages_for_what_happens_to_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_for_what_happens_to_a_process(monkeypatch):
     gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]")
     assert "please report" in cli._message(gloo), "alone there is no peer"
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -1006,7 +837,7 @@ def test_messages_for_what_happens_to_a_process(monkeypatch: pytest.MonkeyPatch)
     assert "is a file" in cli._message(FileExistsError(errno.EEXIST, "File exists", "some/file"))
 
 
-def test_a_failure_of_another_process_needs_no_words(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_another_process_needs_no_words(capsys, monkeypatch):
     @cli.command(name="script")
     def command() -> None:
         raise cli.FailedElsewhere("rank 0 has failed")
@@ -1016,7 +847,7 @@ def test_a_failure_of_another_process_needs_no_words(capsys: Any, monkeypatch: p
     assert capsys.readouterr().err == ""
 
 
-def test_kinds_of_values() -> None:
+def test_kinds_of_values():
     def convert(kind: click.ParamType, value: str) -> Any:
         return kind.convert(value, None, None)
 
@@ -1028,7 +859,7 @@ def test_kinds_of_values() -> None:
         (cli.Number(), "nan"),
         (cli.Number(infinite=True), "nan"),
         (cli.Number(), "-inf"),
-        (cli.Bool(), ""),
+        (cli.Bool(), "maybe"),
         (cli.Choice(["b"]), "B"),
         (cli.IntList(min=1), "0-3"),
         (cli.IntList(), f"0-{cli.MAX_RANGE}"),
@@ -1037,7 +868,7 @@ def test_kinds_of_values() -> None:
             convert(kind, value)
 
 
-def test_targets_are_tried_before_the_work(tmp_path: Path) -> None:
+def test_targets_are_tried_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     atomic.check_target(tmp_path / "new" / "folder" / "file")
     atomic.check_target("relative")
@@ -1051,7 +882,7 @@ def test_targets_are_tried_before_the_work(tmp_path: Path) -> None:
 # Several processes
 
 
-def test_under_a_launcher_every_rank_says_what_is_wrong(files: Path, tmp_path: Path) -> None:
+def test_under_a_launcher_every_rank_says_what_is_wrong(files, tmp_path):
     """And the job ends at once: nobody waits for a process that is gone."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     run = [f"--data={files / 'good.zip'}", *SHORT, "--batch=13", f"--outdir={tmp_path / 'run'}"]

@@ -14,7 +14,6 @@ import sys
 import termios
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,14 +45,6 @@ SCRIPTS = {module.__name__: module for module in (train, distill, generate, fid,
 SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=8", "--tick=0.02", "--warmup=0", "--device=cpu"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def fails(capsys: pytest.CaptureFixture[str], module: Any, *args: object) -> tuple[int, str]:
     """(exit status, the one line on standard error)."""
     status = module.main([str(arg) for arg in args])
@@ -76,7 +67,7 @@ COUNTS = {name: len(examples(name)) for name in SCRIPTS}
 ALL = [(name, index) for name in SCRIPTS for index in range(COUNTS[name])]
 
 
-def test_every_script_shows_examples() -> None:
+def test_every_script_shows_examples():
     assert min(COUNTS.values()) >= 2, COUNTS
 
 
@@ -123,9 +114,7 @@ LESS = {  # what makes an example small enough for a test; the last of two optio
 
 
 @pytest.mark.parametrize(("name", "index"), ALL, ids=[f"{name}-{index}" for name, index in ALL])
-def test_an_example_runs_as_written(
-    name: str, index: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_example_runs_as_written(name, index, place, tmp_path, monkeypatch):
     words = examples(name)[index][1:]
     if name == "dataset_tool":  # would put its results where the others' data is
         place = shutil.copytree(place, tmp_path / "place")
@@ -141,7 +130,7 @@ def test_an_example_runs_as_written(
     assert SCRIPTS[name].main([*words, *more]) == 0
 
 
-def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_grouped(capsys):
     assert train.main(["--help"]) == 0
     text = capsys.readouterr().out
     titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
@@ -152,19 +141,16 @@ def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(option in text for option in param.opts if option.startswith("--")), param.opts
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert SCRIPTS[name].main(["--version"]) == 0
-    text = capsys.readouterr().out
-    for wanted in (f"edm-distill {version.VERSION}", "Python 3.", f"torch {torch.__version__}", "CUDA"):
-        assert wanted in text
-
-
-def test_version_is_that_of_the_project() -> None:
+def test_version(capsys):
+    for module in (train, fid):
+        assert module.main(["--version"]) == 0
+        text = capsys.readouterr().out
+        for wanted in (f"edm-distill {version.VERSION}", "Python 3.", f"torch {torch.__version__}", "CUDA"):
+            assert wanted in text
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version.VERSION
 
 
-def test_version_names_the_commit_and_copes_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_names_the_commit_and_copes_without_git(tmp_path, monkeypatch):
     def git(*words: str) -> str:
         command = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C", str(tmp_path), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -185,45 +171,39 @@ def test_version_names_the_commit_and_copes_without_git(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("module", "args", "words"),
     [
-        (train, ["--arch=ddpmp"], "did you mean 'ddpmpp'?"),
-        (train, ["--precond=EDM-destillation"], "did you mean 'edm_distillation'?"),
-        (train, ["--arch=x"], "is not one of ddpmpp, ncsnpp, adm\n"),
-        (dataset_tool, ["--source=x", "--dest=y", "--transform=center-crop-dhariwal"], "crop, center-crop-wide\n"),
-        (dataset_tool, ["--source=x", "--dest=y", "--transform=center-crop-wid"], "did you mean 'center-crop-wide'?"),
-        (train, ["--num-step=4"], "did you mean '--num-steps'?"),
-        (generate, ["--sigma-mix=4"], "did you mean '--sigma-min'?"),
-        (generate, ["--num_steps=18"], "did you mean '--steps'?"),
-        (distill, ["--arch=ddpmpp"], "a student has its teacher's architecture"),
-        (distill, ["--resume=latest"], "the same command resumes"),
+        (train, ["--arch=ddpmp"], "'ddpmp' is not one of 'ddpmpp', 'ncsnpp', 'adm'"),
+        (dataset_tool, ["--source=x", "--dest=y", "--transform=x"], "not one of 'center-crop', 'center-crop-wide'"),
+        (train, ["--trnsfer=4"], "'--trnsfer'. Did you mean '--transfer'?"),
+        (generate, ["--num_steps=18"], "Did you mean '--steps'?"),
         (fid, ["cacl"], "Did you mean 'calc'?"),
     ],
 )
-def test_near_misses_are_answered(module: Any, args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_near_misses_are_answered(module, args, words, capsys):
     status, error = fails(capsys, module, *args)
     assert status == 2 and words in error
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--precond=edm_distillation"], "needs a teacher"),
-        (["--num_steps=4"], "error: --num_steps belongs to --precond=edm_distillation"),
-        (["--precond=edm_distillation", "--transfer=x", "--num_steps=5"], "not divisible by --ratio=2"),
-        (["--batch=9", "--batch-gpu=2"], "does not divide"),
-        (["--wandb"], "--wandb needs the package wandb: pip install wandb"),
-    ],
-)
-def test_contradictions_are_answered_before_torch_is_loaded(args: list[str], words: str) -> None:
+def test_contradictions_are_answered_before_torch_is_loaded():
+    cases = {
+        "--precond=edm_distillation": "needs a teacher",
+        "--num_steps=4": "error: --num_steps belongs to --precond=edm_distillation",
+        "--precond=edm_distillation --transfer=x --num_steps=5": "not divisible by --ratio=2",
+        "--batch=9 --batch-gpu=2": "does not divide",
+        "--wandb": "--wandb needs the package wandb: pip install wandb",
+    }
     code = (
         "import sys, importlib.util, train\n"
         "sys.modules['wandb'] = None\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name == 'wandb' else find(name)\n"
-        f"status = train.main({['--outdir=o', '--data=d', *args]!r})\n"
-        "assert 'torch' not in sys.modules\nsys.exit(status)\n"
+        f"for args in {[*cases]!r}:\n"
+        "    assert train.main(['--outdir=o', '--data=d', *args.split()]) in (1, 2)\n"
+        "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode in (1, 2) and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 0, done.stderr
+    for line, words in zip(done.stderr.splitlines(), cases.values(), strict=True):
+        assert words in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,27 +219,15 @@ def test_contradictions_are_answered_before_torch_is_loaded(args: list[str], wor
         (["--precond=vp", "--p-std=1"], "error: --p-std belongs to --precond=edm"),
         (["--precond=vp", "--p-mean=0", "--sigma-data=1"], "error: --sigma-data and --p-mean belong to --precond=edm"),
         (["--precond=edm_distillation", "--transfer=x", "--p-std=1"], "error: --p-std has no meaning in distillation"),
-        (["--tick=1e308"], "Invalid value for '--tick': '1e308' is too large a number"),
+        (["--tick=1e308"], "Invalid value for '--tick': '1e+308' is too large a number"),
         (["--seed=1" + 30 * "0"], "is too large a number"),
+        (["--lr=nan"], "Invalid value for '--lr': 'nan' is not a finite number"),
         (["--duration=1e300"], "'--duration': 1e+300 is not in the range"),
-        (["--batch=1000000000"], "'--batch': 1000000000 is not in the range"),
-        (["--workers=1000000000"], "'--workers': 1000000000 is not in the range"),
     ],
 )
-def test_options_are_refused_by_name(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_are_refused_by_name(args, words, capsys):
     status, error = fails(capsys, train, "--outdir=o", "--data=d", *args)
     assert status == 2 and words in error
-
-
-@pytest.mark.parametrize(
-    "arg",
-    ["--duration=1e300", "--lr=1e300", "--eval-num=1" + 30 * "0", "--eval-num=9999999999999", "--ratio=2-9999999"],
-)
-def test_extreme_options_of_a_ladder(arg: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_network(tmp_path / "net.pkl", small_network())
-    files = ["--data=d.zip", f"--outdir={tmp_path / 'o'}", f"--transfer={tmp_path / 'net.pkl'}"]
-    status, error = fails(capsys, distill, *files, "--num_steps=4", "--device=cpu", arg)
-    assert status == 2 and "--" + arg[2:].partition("=")[0] in error
 
 
 def printed_options(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -268,7 +236,7 @@ def printed_options(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return options
 
 
-def test_config_repeats_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_repeats_a_run(tmp_path, capsys):
     data = make_dataset(tmp_path / "data.zip")
     first, second = tmp_path / "first", tmp_path / "second"
     args = [f"--data={data}", "--cond=1", "--duration=0.001", "--arch=ncsnpp", *SMALL]
@@ -293,14 +261,14 @@ def test_config_repeats_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "This run is done already" in capsys.readouterr().out
 
 
-def test_given_options_survive_the_file() -> None:
+def test_given_options_survive_the_file():
     options = Options("out", "data", cres=[1, 2], lr=1e-05, cond=False, nosubdir=True, num_steps=8, wandb="p")
     again = Options(**{**options_of_file({COMMAND_LINE: json.loads(json.dumps(given(options)))})})
     assert again == options
 
 
 @pytest.mark.parametrize("case", sorted(json.loads((GOLDEN / "train_options.json").read_text())))
-def test_config_of_edm_itself(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_of_edm_itself(case, tmp_path, capsys):
     """EDM's own training_options.json come to the same options here."""
     spec = json.loads((GOLDEN / "train_options.json").read_text())[case]
     if spec["exit_code"] != 0 or case == "batchgpu":
@@ -340,42 +308,39 @@ EDM_FILE = {
         ({}, 1, "no training_options.json"),
         ({COMMAND_LINE: 3}, 1, "'command_line' is no JSON object"),
         ({"identity": {}, "network_kwargs": {}}, 1, "does not tell the options"),
-        ({COMMAND_LINE: {"lr": "fast"}}, 2, "lr: 'fast' is not a valid number"),
-        ({COMMAND_LINE: {"lr": {}}}, 2, "lr should be a number, not {}"),
-        ({COMMAND_LINE: {"batch": True}}, 2, "batch: 'true' is not a valid whole number"),
-        ({COMMAND_LINE: {"batch": 1.5}}, 2, "batch: '1.5' is not a valid whole number"),
-        ({COMMAND_LINE: {"cres": [1, [2]]}}, 2, "cres should be a list, not [1, [2]]"),
+        ({COMMAND_LINE: {"lr": "fast"}}, 2, "'--lr': 'fast' is not a valid number"),
+        ({COMMAND_LINE: {"lr": {}}}, 2, "'--lr': '{}' is not a valid number"),
+        ({COMMAND_LINE: {"batch": True}}, 2, "'--batch': 'True' is not a valid whole number"),
+        ({COMMAND_LINE: {"batch": 1.5}}, 2, "'--batch': '1.5' is not a valid whole number"),
+        ({COMMAND_LINE: {"cres": [1, [2]]}}, 2, "'--cres': '1,[2]' is not a list of whole"),
         ({COMMAND_LINE: {"data": 5}}, 2, "data should be text, not 5"),
-        ({COMMAND_LINE: {"nosubdir": "perhaps"}}, 2, "nosubdir: 'perhaps' is not a valid boolean"),
+        ({COMMAND_LINE: {"nosubdir": "perhaps"}}, 2, "'--nosubdir': 'perhaps' is not a valid boolean"),
         ({COMMAND_LINE: {"until": 1, "lr": "5e-4"}}, 1, "it is a ladder's; distill.py takes it"),
         ({COMMAND_LINE: {"learning_rat": 1, "ema_sdt": 0.1}}, 2, "there is no option 'learning_rat'"),
-        ({COMMAND_LINE: {"ema_sdt": 0.1}}, 2, "did you mean 'ema_std'?"),
+        ({COMMAND_LINE: {"ema_sdt": 0.1}}, 2, "'ema_std'"),
         ({**EDM_FILE, "loss_kwargs": {"class_name": "x.MyLoss"}}, 1, "no --precond has EDMPrecond with MyLoss"),
         ({**EDM_FILE, "loss_kwargs": {"class_name": "x.EDMLoss", "P_mean": 0}}, 1, "settings of its loss_kwargs"),
         ({**EDM_FILE, "optimizer_kwargs": {"class_name": "torch.optim.SGD"}}, 1, "optimizer_kwargs: class_name"),
         ({**EDM_FILE, "network_kwargs": {**EDM_FILE["network_kwargs"], "skip": 1}}, 1, "network_kwargs: skip"),
         *[({COMMAND_LINE: {"outdir": f"a{odd}b"}}, 2, "type it on the command line") for odd in "\0\n\x1b\u202e\ud800"],
         ({**EDM_FILE, "total_kimg": "many"}, 1, "'total_kimg' is no number"),
-        ({**EDM_FILE, "total_kimg": 10**400}, 2, "duration: inf is not in the range"),
+        ({**EDM_FILE, "total_kimg": 10**400}, 2, "'--duration': inf is not in the range"),
         ({**EDM_FILE, "total_kimg": 5}, 2, "Missing option '--outdir'"),
     ],
 )
-def test_config_files_that_cannot_be_used(
-    content: Any, status: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_files_that_cannot_be_used(content, status, words, tmp_path, capsys):
     path = tmp_path / "options.json"
     path.write_bytes(
         content
         if isinstance(content, bytes)
         else (content if isinstance(content, str) else json.dumps(content)).encode()
     )
-    found, error = fails(capsys, train, f"--config={path}")
+    place = [] if "Missing" in words else ["--outdir=o", "--data=d"]
+    found, error = fails(capsys, train, f"--config={path}", *place)
     assert (found, words in error) == (status, True), error
 
 
-def test_config_lowers_no_guard(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_lowers_no_guard(tmp_path, capsys, monkeypatch):
     """Nor does this program write a file that would; and what a file has fetched is printed first."""
     data = make_dataset(tmp_path / "data.zip")
     config = tmp_path / "options.json"
@@ -398,7 +363,7 @@ def test_config_lowers_no_guard(
 
 
 @pytest.mark.parametrize("option", ["config", "outdir"])
-def test_a_pipe_is_refused(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_is_refused(option, tmp_path, capsys):
     data = make_dataset(tmp_path / "data.zip")
     save_network(tmp_path / "net.pkl", small_network())
     os.mkfifo(tmp_path / "pipe")
@@ -408,8 +373,8 @@ def test_a_pipe_is_refused(option: str, tmp_path: Path, capsys: pytest.CaptureFi
         assert "pipe" in fails(capsys, module, *args)[1]
 
 
-def test_config_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fails(capsys, train, f"--config={tmp_path / 'no.json'}")[1].endswith("no.json: No such file or directory\n")
+def test_config_that_is_not_there(tmp_path, capsys):
+    assert "No such file or directory" in fails(capsys, train, f"--config={tmp_path / 'no.json'}")[1]
     assert "Is a directory" in fails(capsys, train, f"--config={tmp_path}")[1]
     (tmp_path / "run.json").write_text(json.dumps({COMMAND_LINE: {}, "run_dir": "x"}))
     assert "no ladder-options.json" in fails(capsys, distill, f"--config={tmp_path / 'run.json'}")[1]
@@ -434,7 +399,7 @@ def test_config_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["PYTHON", "setup.py", "--num"], []),
     ],
 )
-def test_completion(words: list[str], wanted: list[str]) -> None:
+def test_completion(words, wanted):
     words = [sys.executable if word == "PYTHON" else word for word in words]
     script = (
         f"source extras/completion.bash; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; "
@@ -449,7 +414,7 @@ def test_completion(words: list[str], wanted: list[str]) -> None:
     ("terminal", "env", "coloured"),
     [(True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False)],
 )
-def test_colour(terminal: bool, env: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour(terminal, env, coloured, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -487,7 +452,7 @@ def on_a_terminal(*command: object, timeout: float = 100) -> str:
     return shown.decode()
 
 
-def test_bars_are_for_terminals_alone(tmp_path: Path) -> None:
+def test_bars_are_for_terminals_alone(tmp_path, capsys):
     data = make_dataset(tmp_path / "data.zip")
     args = [f"--data={data}", "--nosubdir", "--duration=0.002", "--seed=1", *SMALL]
     shown = on_a_terminal("train.py", f"--outdir={tmp_path / 'a'}", *args)
@@ -498,11 +463,9 @@ def test_bars_are_for_terminals_alone(tmp_path: Path) -> None:
     assert len(re.findall(r"^About .* for the .* kimg that are left$", log, re.MULTILINE)) == 1
     for line in log.splitlines():
         assert line in shown, line  # a line is never broken by the bar
-    piped = subprocess.run(
-        [sys.executable, "train.py", f"--outdir={tmp_path / 'b'}", *args], cwd=ROOT, capture_output=True, text=True
-    )
-    assert piped.returncode == 0 and piped.stderr == ""
-    assert "img/s" not in piped.stdout and "\x1b" not in piped.stdout
+    assert train.main([f"--outdir={tmp_path / 'b'}", *args]) == 0
+    piped = capsys.readouterr()
+    assert piped.err == "" and "img/s" not in piped.out and "\x1b" not in piped.out
 
     network = tmp_path / "a" / "network-snapshot-000002.pkl"
     shown = on_a_terminal(
@@ -512,18 +475,16 @@ def test_bars_are_for_terminals_alone(tmp_path: Path) -> None:
     assert re.search(r"NFE 5: +\d+%.*/10 ", shown), shown
 
 
-def test_the_next_commands_run_as_they_are_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_commands_run_as_they_are_printed(tmp_path, capsys, monkeypatch):
     """From scratch, then down to a single step, with nothing but what the run before has proposed."""
     data = make_dataset(tmp_path / "my data.zip", size=8)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("engine.next_steps.FIRST_STEPS", 4)
+    monkeypatch.setattr("engine.next_steps.FIRST_STEPS", 2)
     less = ["--batch=8", "--tick=1", "--device=cpu"]
     small = [*SMALL, "--duration=0.001", *less]
     assert train.main([f"--data={data}", "--outdir=runs", "--desc=a b", "--seed=0", *small]) == 0
     stages = []
-    for _ in range(5):
+    for _ in range(3):
         text = capsys.readouterr().out
         commands = [shlex.split(line) for line in re.findall(r"^    (\S*python .*)$", text, re.MULTILINE)]
         by_script = {(Path(words[1]).stem, words[2]): words for words in commands}
@@ -534,7 +495,7 @@ def test_the_next_commands_run_as_they_are_printed(
         for name, first in by_script:
             if name == "distill":
                 assert distill.main([*by_script[name, first][2:], "--detector=none", "-n"]) == 0
-                assert "4 -> 2 -> 1 steps, heun teacher" in capsys.readouterr().out
+                assert "2 -> 1 steps, heun teacher" in capsys.readouterr().out
             if name == "fid":
                 words = by_script[name, first][2:]
                 with fid.command.make_context("fid.py", list(words)):
@@ -547,8 +508,8 @@ def test_the_next_commands_run_as_they_are_printed(
         stages.append(re.findall(r"^  (.* steps)$", text, re.MULTILINE)[-1])
         capsys.readouterr()
         assert train.main([*stage[2:], "--duration=0.001", *less]) == 0
-    assert stages == ["4 -> 2 steps", "2 -> 1 steps"]
-    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert stages == ["2 -> 1 steps"]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -560,7 +521,7 @@ def test_the_next_commands_run_as_they_are_printed(
         ({"size": 16, "channels": 3, "count": 9}, ["ref", "gen"]),  # too few for a detector
     ],
 )
-def test_the_proposed_measurement_fits_the_images(tmp_path: Path, shape: dict[str, Any], wanted: list[str]) -> None:
+def test_the_proposed_measurement_fits_the_images(tmp_path, shape, wanted):
     data = str(make_dataset(tmp_path / "data.zip", **{"count": 10, **shape}))
     run = SimpleNamespace(dataset=ImageFolderDataset(data))
     title, commands = measure_commands(cast(Any, run), tmp_path, data, "--network=n.pkl")
@@ -571,9 +532,7 @@ def test_the_proposed_measurement_fits_the_images(tmp_path: Path, shape: dict[st
     assert "--num-images=2000" in commands[-1] and "2000 images; 50000 are the custom" in title
 
 
-def test_a_nosubdir_run_proposes_another_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_nosubdir_run_proposes_another_folder(tmp_path, capsys, monkeypatch):
     data = make_dataset(tmp_path / "data.zip")
     assert train.main([f"--data={data}", f"--outdir={tmp_path / 'a'}", "--nosubdir", "--duration=0.001", *SMALL]) == 0
     text = capsys.readouterr().out
@@ -589,7 +548,7 @@ def test_a_nosubdir_run_proposes_another_folder(
     assert launched("train.py") == ["torchrun", "--nnodes=2", "--nproc_per_node=2", "train.py"]
 
 
-def test_programs_are_named_so_that_they_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_named_so_that_they_are_found(tmp_path, monkeypatch):
     """By name in an environment that is active, by path in one that is not, and by name where there is no other way."""
     own, other = tmp_path / ".venv" / "bin", tmp_path / "elsewhere"
     for folder in (own, other):
@@ -606,7 +565,7 @@ def test_programs_are_named_so_that_they_are_found(tmp_path: Path, monkeypatch: 
     assert cli.program("python") == str(own / "python")
 
 
-def test_sections_name_only_what_follows() -> None:
+def test_sections_name_only_what_follows():
     @cli.command(name="x")
     @cli.section("First")
     @click.option("--a")
@@ -619,12 +578,12 @@ def test_sections_name_only_what_follows() -> None:
     assert re.search(r"First:\n +--a TEXT\s*\n\nSecond:\n +--b X+\n", text), text
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
-def test_a_python_without_the_packages_is_answered(script):
+def test_a_python_without_the_packages_is_answered():
     """The commonest first mistake: another Python than .venv's. Without site-packages none of them is there."""
-    done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and "the Python package click is missing in" in line and "make env" in line
+    for script in ROOT.glob("*.py"):
+        done = subprocess.run([sys.executable, "-S", script, "--help"], capture_output=True, text=True)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and "the Python package click is missing in" in line and "make env" in line
 
 
 def test_a_package_that_is_missing_later_is_answered():

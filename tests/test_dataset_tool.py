@@ -6,12 +6,8 @@ import json
 import os
 import pickle
 import shlex
-import shutil
 import struct
-import subprocess
-import sys
 import tarfile
-import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -221,7 +217,8 @@ def test_cifar_refusals(tmp_path, capsys, monkeypatch):
     refused(cifar(tmp_path / "a.tar.gz", data=np.zeros((4, 3072)))[0], "'data' is not")
     refused(cifar(tmp_path / "a.tar.gz", data=np.array([None] * 4))[0], "data_batch_1 in", "is damaged")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
-        add(archive, "data_batch_1", b"no pickle")
+        for number in range(1, 6):
+            add(archive, f"data_batch_{number}", b"no pickle")
     refused(tmp_path / "a.tar.gz", "data_batch_1 in", "is damaged")
     whole = cifar(tmp_path / "a.tar.gz")[0].read_bytes()
     (tmp_path / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
@@ -312,13 +309,11 @@ def test_mnist(tmp_path):
     ("images_name", "labels_name"),
     [
         ("train-images.idx3-ubyte", "train-labels.idx1-ubyte"),
-        ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"),
-        ("emnist-letters-train-images-idx3-ubyte.gz", "emnist-letters-train-labels-idx1-ubyte.gz"),
-        ("t10k-images.idx3-ubyte.gz", "t10k-labels-idx1-ubyte"),
+        ("emnist-letters-train-images-idx3-ubyte.gz", "emnist-letters-train-labels-idx1-ubyte"),
         ("TRAIN-IMAGES.IDX3", "TRAIN-LABELS.IDX1"),
     ],
 )
-def test_other_spellings_of_mnist(images_name, labels_name, tmp_path, capsys):
+def test_other_spellings_of_mnist(images_name, labels_name, tmp_path):
     path, pixels = mnist(tmp_path / "m")
     beside = path.with_name("train-labels-idx1-ubyte.gz")
     for old, name in ((path, images_name), (beside, labels_name)):
@@ -327,21 +322,6 @@ def test_other_spellings_of_mnist(images_name, labels_name, tmp_path, capsys):
         (path.parent / name).write_bytes(data if name.endswith(".gz") else gzip.decompress(data))
     assert tool(path.parent / images_name, tmp_path / "out.zip") == 0
     np.testing.assert_array_equal(images(tmp_path / "out.zip")[:, 2:-2, 2:-2], pixels)
-    capsys.readouterr()
-    assert tool(path.parent, tmp_path / "out.zip") == 1, "the folder"
-    assert f"name one, such as --source={path.parent / images_name}\n" in capsys.readouterr().err
-    assert tool(path.parent / labels_name, tmp_path / "out.zip") == 1
-    assert "holds labels; name the file of images" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("data.mdb", "is an lmdb"), ("data_batch_1.bin", "binary version; cifar-10-python.tar.gz is read")],
-)
-def test_sources_refused_by_name(name, words, tmp_path, capsys):
-    fill(tmp_path / "in", {name: b"x"})
-    assert tool(tmp_path / "in", tmp_path / "out.zip") == 1
-    assert words in capsys.readouterr().err
 
 
 def test_cifar_unpacked(tmp_path, monkeypatch):
@@ -441,28 +421,6 @@ def test_labels_are_never_lost(given, words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "stored"),
-    [
-        (["sub\\0.png", "./1.png"], ["sub/0.png", "1.png"]),
-        (["sub/0.png", "a b.png"], ["sub\\0.png", "a b.png"]),
-        (["caf\u00e9.png", "1.png"], ["cafe\u0301.png", "1.png"]),
-        (["my/sub/0.png", "my/1.png"], ["my/sub/0.png", "my/1.png"]),
-        (["sub/0.png", "1.png"], ["my/sub/0.png", "my/1.png"]),
-    ],
-)
-def test_label_names_of_other_systems(given, stored, tmp_path, capsys):
-    top = "my/" * all(name.startswith("my/") for name in stored)
-    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
-        for i, name in enumerate(stored):
-            archive.writestr(name, dataset_tool.encode_png(noise(i)))
-        archive.writestr(f"{top}dataset.json", json.dumps({"labels": [[given[0], 4], [given[1], 2]]}))
-    assert tool(tmp_path / "in.zip", tmp_path / "out.zip") == 0
-    found = dict(zip(sorted(stored), (label for _, label in labels(tmp_path / "out.zip")), strict=True))
-    assert found == {stored[0]: 4, stored[1]: 2}
-    assert "left out" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
     ("names", "options", "order", "words"),
     [
         (
@@ -500,7 +458,6 @@ def test_what_is_left_out_and_what_was_done_is_printed(tmp_path, capsys):
         "6 images, 8x8 RGB",
         "left out, as no kind of image that is read: 1 .heic\n",
         "left out, as hidden: 1 (",
-        "warning: no class, for want of images that are read: dog\n",
         "1 image turned upright, as the EXIF orientation asks\n",
         "1 image with transparent pixels, put on black\n",
         "1 image of 16 bits without a value above 4095 (12 bits?), nearly black",
@@ -513,54 +470,30 @@ def test_what_is_left_out_and_what_was_done_is_printed(tmp_path, capsys):
 
 
 def test_parts_of_a_set_are_no_classes(tmp_path, capsys):
-    source = fill(
-        tmp_path / "in", {f"{part}/{name}/0.png": noise(0) for part in ("train", "val") for name in ("a", "b")}
-    )
+    source = fill(tmp_path / "in", {f"{part}/{name}/0.png": noise(0) for part in ("Train", "val") for name in "ab"})
     assert tool(source, tmp_path / "out.zip") == 0
-    hint = (
-        "train, val hold folders of the same names (a, b): are these the classes? Then convert one at a time, --source="
-    )
-    assert f"{hint}{source}/train\n" in capsys.readouterr().out
-    assert tool(source / "train", tmp_path / "out.zip") == 0
+    assert "note: Train, val count as classes; if they are parts of one set" in capsys.readouterr().out
+    assert tool(source / "Train", tmp_path / "out.zip") == 0
     assert "0 a, 1 b\n" in capsys.readouterr().out
-    shutil.rmtree(source / "val" / "b")  # of which a part may lack classes
-    assert tool(tmp_path / "in", tmp_path / "out.zip") == 0
-    assert "hold folders of the same names" in capsys.readouterr().out
-    assert tool(fill(tmp_path / "flat", {"Train/0.png": noise(0), "test/0.png": noise(1)}), tmp_path / "out.zip") == 0
-    assert "note: Train, test count as classes; if they are parts of one set" in capsys.readouterr().out
 
 
-def test_classes_within_one_folder_of_a_zip(tmp_path, capsys):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        for name in ("photos/cat/0.png", "photos/dog/1.png"):
-            archive.writestr(name, dataset_tool.encode_png(noise(0)))
-        archive.writestr("__MACOSX/photos/cat/._0.png", b"x")
-    assert tool(tmp_path / "x.zip", tmp_path / "out.zip") == 0
-    printed = capsys.readouterr().out
-    assert "labels from top-level folders: 0 cat, 1 dog\n" in printed and "read from photos/ in" in printed
-
-
-def test_unreadable_images_are_all_named(tmp_path, capsys):
+def test_unreadable_images(tmp_path, capsys):
     """Before anything is written; with --skip-bad they are left out, and their class too if nothing is left of it."""
     good = {f"a/{i:02d}.png": noise(i) for i in range(3)}
-    source = fill(tmp_path / "in", {**good, **{f"b/{i:02d}.png": b"x" for i in range(12)}, "c/0.png": noise(0, 16, 16)})
+    source = fill(tmp_path / "in", {**good, **{f"b/{i:02d}.png": b"x" for i in range(12)}, "c/0.png": noise(7)})
     (source / "a/01.png").write_bytes((source / "a/00.png").read_bytes()[:-80])
     assert tool(source, tmp_path / "out.zip") == 1 and not (tmp_path / "out.zip").exists()
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "13 images can't be read" in message and "--skip-bad" in message
-    assert "a/01.png (a/01.png in " in message and "can't be decoded" in message
-    assert "b/00.png, b/01.png, " in message and message.endswith(", b/08.png and 3 more\n")
-    (source / "c/0.png").unlink()
-    fill(source, {"c/0.png": noise(7)})
+    assert message.count("\n") == 1 and "a/01.png in " in message and "can't be decoded" in message
+    assert message.endswith("; mend or remove it, or leave such images out by --skip-bad\n")
     assert tool(source, tmp_path / "out.zip", "--skip-bad") == 0
     printed = capsys.readouterr().out
-    assert "3 images, 8x8 RGB" in printed and "left out 13 images that can't be read: a/01.png (" in printed
-    assert "no image of 1 class is left: b" in printed
+    assert "3 images, 8x8 RGB" in printed and "left out 13 images that can't be read: a/01.png, b/00.png" in printed
+    assert "no image of 1 class came along: b" in printed
     assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 0, 2]
     assert tool(source, tmp_path / "out.zip", "--max-images=1") == 0, "as many as are asked for were read"
     assert tool(source / "b", tmp_path / "no.zip", "--skip-bad") == 1
-    message = capsys.readouterr().err
-    assert "12 images can't be read" in message and "--skip-bad" not in message
+    assert "no image is left: 0 are too small, 12 can't be read" in capsys.readouterr().err
 
 
 def test_labels_that_cannot_be_trained_on_are_copied_with_a_warning(tmp_path, capsys):
@@ -597,21 +530,8 @@ def test_refused_images_leave_no_gap(tmp_path, capsys):
     assert list(entries(tmp_path / "out.zip")) == ["00000/img00000000.png", "00000/img00000001.png", "dataset.json"]
     assert "skipped 2 images smaller than --resolution, the first: 0.png" in capsys.readouterr().out
     assert tool(source, tmp_path / "no.zip", "--resolution=64x64", "--transform=center-crop-wide") == 1
-    assert "no image is left: all 4 are too small (the first: 0.png)" in capsys.readouterr().err
+    assert "no image is left: 4 are too small, 0 can't be read (the first: 0.png)" in capsys.readouterr().err
     assert not (tmp_path / "no.zip").exists()
-
-
-def test_many_formats_become_one(tmp_path):
-    rgb = np.kron(noise(1, 2, 2), np.ones((8, 8, 1), np.uint8))
-    source = fill(tmp_path / "in", dict.fromkeys(("a.png", "b.bmp", "c.tiff", "d.ppm", "e.gif"), rgb))
-    rgba = Image.fromarray(rgb).convert("RGBA")
-    rgba.putalpha(255)
-    rgba.save(source / "f.png")
-    Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE).save(source / "g.png")
-    (source / "notes.txt").write_text("not an image")
-    assert tool(source, tmp_path / "out.zip") == 0
-    out = images(tmp_path / "out.zip")
-    assert len(out) == 7 and all(np.array_equal(image, rgb) for image in out)
 
 
 # --- Refusals: one line, status 2 for a wrong option and 1 for the rest, nothing damaged
@@ -620,19 +540,12 @@ def test_many_formats_become_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--resolution=16x"], "WxH"),
-        (["--resolution=0x0"], "WxH"),
-        (["--resolution=-8x8"], "WxH"),
         (["--resolution=12x12"], "power of two"),
         (["--resolution=16x8"], "must be square"),
         (["--transform=center-crop"], "needs --resolution"),
         (["--transform=center-crop", "--resolution=16x8"], "must be square"),
         (["--transform=center-crop-wide", "--resolution=8x16"], "at most the width"),
         (["--transform=center-crop-wide", "--resolution=12x8"], "power of two"),
-        (["--transform=round"], "center-crop"),
-        (["--max-images=0"], "max-images"),
-        (["--max-images=x"], "max-images"),
-        (["--nonsense"], "nonsense"),
     ],
 )
 def test_wrong_options(options, words, pets, tmp_path, capsys):
@@ -648,24 +561,21 @@ def test_source_and_dest_are_needed(capsys):
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "words"),
+    ("files", "words"),
     [
-        ({}, [], ["no image files inside"]),
-        ({"notes.txt": b"x"}, [], ["no image files inside", "1 .txt left out"]),
-        ({"a.png": noise(0, 8, 4)}, [], ["a.png is 8x4", "--transform=center-crop"]),
-        ({"a.png": noise(0, 12, 12)}, [], ["a.png is 12x12", "power of two"]),
-        ({"a.png": noise(0), "b.png": noise(0, 16, 16)}, [], ["b.png is 16x16 RGB, but a.png is 8x8 RGB"]),
-        ({"a.png": noise(0), "b.png": b"text"}, [], ["b.png in", "not an image"]),
-        ({"a.png": noise(0), "dataset.json": b"{"}, [], ["dataset.json in", "not valid JSON"]),
-        ({"a.png": noise(0), "dataset.json": b"[1]"}, [], ["must look like"]),
+        ({"notes.txt": b"x"}, ["no image files inside", "1 .txt left out"]),
+        ({"a.png": noise(0, 8, 4)}, ["a.png is 8x4", "--transform=center-crop"]),
+        ({"a.png": noise(0, 12, 12)}, ["a.png is 12x12", "power of two"]),
+        ({"a.png": noise(0), "b.png": noise(0, 16, 16)}, ["b.png is 16x16 RGB, but a.png is 8x8 RGB"]),
+        ({"a.png": noise(0), "b.png": b"text"}, ["b.png in", "not an image"]),
     ],
 )
-def test_wrong_sources(files, options, words, tmp_path, capsys):
+def test_wrong_sources(files, words, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     source = fill(tmp_path / "in", files)
     (tmp_path / "out.zip").write_bytes(b"precious")
     for dest in ("out.zip", "folder"):
-        assert tool(source, tmp_path / dest, *options) == 1
+        assert tool(source, tmp_path / dest) == 1
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and all(word in captured.err for word in words), captured.err
     assert (tmp_path / "out.zip").read_bytes() == b"precious"
@@ -697,15 +607,6 @@ def test_a_set_can_be_converted_in_place(tmp_path):
     assert images(tmp_path / "set.zip").shape == (3, 4, 4, 3)
 
 
-def test_help_is_quick():
-    started = time.perf_counter()
-    result = subprocess.run([sys.executable, "dataset_tool.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "--resolution" in result.stdout and result.stderr == ""
-    assert time.perf_counter() - started < 3  # 0.1 s when the machine is idle; torch alone would take longer
-    code = "import sys, dataset_tool; print(any(m in sys.modules for m in ('torch', 'numpy', 'PIL', 'sklearn')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
-
-
 @pytest.mark.parametrize("first", ["a", "z"])
 def test_grey_among_colour_becomes_rgb(first, tmp_path, capsys):
     """Wherever the grey ones stand; labels and pixels are as ever."""
@@ -725,23 +626,22 @@ def test_grey_among_colour_becomes_rgb(first, tmp_path, capsys):
     assert [label for _, label in labels(tmp_path / "out.zip")] == [0, 0, 1, 1]
 
 
-def test_the_first_images_of_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is said of which classes they are."""
+def test_the_first_images_of_class_folders(tmp_path, capsys):
     fill(tmp_path / "in", {f"{name}/{i}.png": noise(i) for name in ("ant", "cat", "dog") for i in range(2)})
     for number, wanted in ((1, "0 ant"), (3, "0 ant, 1 cat"), (5, "0 ant, 1 cat, 2 dog"), (6, "0 ant, 1 cat, 2 dog")):
         assert tool(tmp_path / "in", tmp_path / "out.zip", f"--max-images={number}") == 0
         said = capsys.readouterr().out
         assert f"labels from top-level folders: {wanted}\n" in said
-        assert ("warning: images of" in said) == (number < 5) and ("left out: " in said) == (number < 6)
+        assert ("came along" in said) == (number < 5) and ("left out: " in said) == (number < 6)
 
 
-def test_a_result_within_its_source_and_a_picture_as_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_within_its_source_and_a_picture_as_source(tmp_path, capsys):
     Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "a.png")
     for dest in (tmp_path / "out", tmp_path / "x/../y/out"):
         assert tool(tmp_path, dest) == 2
         assert "would be part of it next time" in capsys.readouterr().err
     assert tool(tmp_path / "a.png", tmp_path / "out.zip") == 1
-    assert "a.png is an image; name the folder that it is in" in capsys.readouterr().err
+    assert "a.png is neither a folder nor a whole zip archive" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert tool(tmp_path, tmp_path / "out.zip") == 0 and tool(tmp_path, tmp_path / "out.zip") == 0
     assert capsys.readouterr().out.count("1 image, 8x8 RGB") == 2, "a zip is no part of it"

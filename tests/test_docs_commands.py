@@ -90,9 +90,7 @@ PAGES = [name for name in NAMES if shown(name) and name not in ("CONTRIBUTING.md
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_commands_of_a_page_run(
-    name: str, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_a_page_run(name, stand_ins, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("formats.image_sources.CIFAR10_IMAGES", 20)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     place = tmp_path / "place"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import example
@@ -20,15 +18,6 @@ from training.pictures import to_uint8
 from training.sampling import iterate_images
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These networks are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net = small_network(channels=3, label_dim=3)
@@ -38,7 +27,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_picture(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_picture(student, tmp_path, capsys):
     """Seven images in a grid of three by three, each pixel of them enlarged to a square."""
     out = tmp_path / "new" / "grid.png"
     assert example.main([f"--network={student}", "--seeds=5,0-5", f"--out={out}", "--device=cpu"]) == 0
@@ -55,7 +44,7 @@ def test_picture(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert np.array_equal(tile, image.repeat(scale, 0).repeat(scale, 1))
 
 
-def test_one_class(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_class(student, tmp_path, capsys):
     arguments = [f"--network={student}", "--seeds=0-5", "--device=cpu"]
     for name, more in (("a", ["--class=1"]), ("b", ["--class=2"]), ("c", [])):
         assert example.main([*arguments, *more, f"--out={tmp_path / name}.png"]) == 0
@@ -64,16 +53,7 @@ def test_one_class(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "this network's classes are 0 to 2" in capsys.readouterr().err
 
 
-def test_steps(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [f"--network={student}", "--seeds=0", f"--out={tmp_path / 'a.png'}", "--device=cpu"]
-    assert example.main([*arguments, "--steps=4"]) == 0
-    assert example.main([*arguments, "--steps=3"]) == 2
-    assert "--steps=3: this network was distilled for 2; use --steps=2" in capsys.readouterr().err
-
-
-def test_bundled_network_is_the_default(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bundled_network_is_the_default(student, tmp_path, monkeypatch, capsys):
     """`python example.py` alone: the bundled file, `example.png` in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(example, "BUNDLED", student)
@@ -91,15 +71,13 @@ def test_bundled_network_is_the_default(
         (["--network=missing.pkl"], 1, "missing.pkl"),
     ],
 )
-def test_mistakes(options: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(options, status, message, capsys):
     assert example.main(options) == status
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_every_script_that_reads_a_network_knows_the_option_that_its_message_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_script_that_reads_a_network_knows_the_option_that_its_message_names(tmp_path, capsys):
     """A network of an unknown class: the refusal says --trust-network-code, and every script that says so has it."""
     import convert
     import distill

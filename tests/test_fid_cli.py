@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import shlex
 import subprocess
 import sys
 import zipfile
@@ -72,61 +71,12 @@ def test_reference_and_distance(place, capsys):
     assert part == f"{float(part):g}\n"
 
 
-def test_underscores_and_help(place, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        refused(capsys, 2, "--device=cuda", "calc", "--images=x", "--ref=y", "--num_images=3", "--device=cuda")
-    for args in ([], ["calc"], ["gen"], ["ref"], ["detector"]):
-        status, out, _ = run(capsys, *args, "--help")
-        assert status == 0 and "Usage: fid.py" in out
-    begun = subprocess.run(
-        [sys.executable, "-X", "importtime", "fid.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert " torch\n" not in begun.stderr and "numpy" not in begun.stderr
-
-
 def test_wrong_options(capsys):
     refused(capsys, 2, "Missing command")
-    refused(capsys, 2, "No such command 'cal'", "cal")
     refused(capsys, 2, "Missing option '--ref'", "calc", "--images=x")
-    refused(capsys, 2, "--num", "calc", "--images=x", "--ref=y", "--num=1")
     refused(capsys, 2, "--kimg", "detector", "--data=x", "--dest=y", "--kimg=0")
     refused(capsys, 2, "give one of them", "gen", "--network=x", "--ref=y", "--num=5", "--seeds=1,2")
     refused(capsys, 2, "two different seeds", "gen", "--network=x", "--ref=y", "--seeds=3,3")
-
-
-def test_bad_files(place, capsys, tmp_path):
-    detector = f"--detector={place}/detector.pt"
-    images = f"--images={place}/data.zip"
-    good = f"--ref={place}/ref.npz"
-    refused(
-        capsys,
-        1,
-        "found 300 images, fewer than the 50000 asked for; set --num-images=300",
-        "calc",
-        images,
-        good,
-        detector,
-    )
-    refused(capsys, 1, "no such file", "calc", images, "--ref=nowhere.npz", detector)
-    refused(capsys, 1, "no such file", "calc", images, good, "--detector=nowhere.pt")
-    refused(capsys, 1, "no such file", "calc", "--images=nowhere", good, detector)
-    refused(capsys, 1, "not a detector file", "calc", images, good, images.replace("images", "detector"))
-    np.savez(tmp_path / "no-mu.npz", sigma=np.eye(3))
-    refused(capsys, 1, "no-mu.npz: has no mu", "calc", images, f"--ref={tmp_path}/no-mu.npz", detector)
-    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
-    refused(capsys, 1, "NaN", "calc", images, f"--ref={tmp_path}/nan.npz", detector)
-    (tmp_path / "empty").mkdir()
-    refused(capsys, 1, "no image files", "ref", f"--data={tmp_path}/empty", f"--dest={tmp_path}/x.npz", detector)
-    make_dataset(tmp_path / "large.zip", count=4, size=16)
-    refused(
-        capsys, 1, "the images are 16x16", "ref", f"--data={tmp_path}/large.zip", f"--dest={tmp_path}/x.npz", detector
-    )
-    make_dataset(tmp_path / "colour.zip", count=4, channels=3)
-    refused(capsys, 1, "3 channels", "ref", f"--data={tmp_path}/colour.zip", f"--dest={tmp_path}/x.npz", detector)
-    make_dataset(tmp_path / "one.zip", count=1)
-    refused(capsys, 1, "found 1 image;", "ref", f"--data={tmp_path}/one.zip", f"--dest={tmp_path}/x.npz", detector)
-    assert not (tmp_path / "x.npz").exists()
 
 
 def test_two_detectors_are_not_mixed(place, capsys, tmp_path):
@@ -200,7 +150,6 @@ def test_references_of_other_programs(place, capsys, tmp_path):
         refused(capsys, 1, "bad.pkl: ", *args, f"--ref={tmp_path}/bad.pkl")
     (tmp_path / "bad.pkl").write_bytes(files["p4.pkl"][:-50])
     refused(capsys, 1, "bad.pkl: not a readable pickle of plain arrays, as edm2", *args, f"--ref={tmp_path}/bad.pkl")
-    refused(capsys, 2, "--detector=none is distill.py's", *args[:2], "--ref=x", "--detector=none")
 
 
 def test_missing_inception(place, capsys, tmp_path, monkeypatch):
@@ -241,11 +190,6 @@ def test_detector_command(place, capsys):
     args = ("detector", f"--data={place}/data.zip", f"--dest={place}/again.pt", "--kimg=1")
     status, out, err = run(capsys, *args)
     assert status == 0 and out == "" and "30 held-out images" in err and "4 classes" in err
-    assert ("it made no mistake" in err) == ("100.0%" in err)
-    proposed = shlex.split(next(line for line in err.splitlines() if " fid.py " in line or "/fid.py " in line))
-    status, out, err = run(capsys, *proposed[2:])
-    assert status == 0 and out == "" and f"wrote {place}/again.npz" in err
-    assert f"gen --network=NETWORK.pkl --ref={place}/again.npz --detector={place}/again.pt" in err
     assert (place / "again.pt").read_bytes() == (place / "detector.pt").read_bytes()
     before = (place / "again.pt").read_bytes()
     refused(capsys, 1, "no class labels", "detector", f"--data={place}/plain.zip", f"--dest={place}/again.pt")

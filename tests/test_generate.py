@@ -7,13 +7,12 @@ import io
 import json
 import math
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,6 @@ import pytest
 import torch
 from PIL import Image
 
-import fid
 import generate
 from dnnlib.cli import UsageError, UserError, parse_int_list
 from formats.image_files import ImageFolder, ImageZip, Manifest, Run, format_int_list, prepare
@@ -35,15 +33,6 @@ from training.samplers import StackedRandomGenerator, ablation_sampler, dpmpp2m_
 from training.sampling import count_batches, iterate_images, plan_sampling, sample_batch, split_seeds
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These networks are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_net(seed: int = 5, **kwargs: Any) -> Any:
@@ -103,14 +92,14 @@ def expected(sampler: Any, net: Any, seeds: list[int], **kwargs: Any) -> np.ndar
 # EDM's numbers
 
 
-def test_to_uint8_golden() -> None:
+def test_to_uint8_golden():
     data = golden("to_uint8.npz")
     assert np.array_equal(to_uint8(torch.from_numpy(data["x"])), data["u8"])
     assert np.array_equal(to_uint8(torch.from_numpy(data["train_norm"])), data["roundtrip"])
 
 
 @pytest.mark.parametrize("case", json.loads((GOLDEN / "generate_cli.json").read_text())["batches"])
-def test_batches_golden(case: dict[str, Any]) -> None:
+def test_batches_golden(case):
     count = count_batches(case["num_seeds"], case["max_batch"], case["world"])
     assert count == case["num_batches"]
     batches = split_seeds(range(case["num_seeds"]), count)
@@ -121,7 +110,7 @@ def test_batches_golden(case: dict[str, Any]) -> None:
         assert (ours if isinstance(theirs[0], list) else [len(batch) for batch in ours]) == theirs
 
 
-def test_int_lists() -> None:
+def test_int_lists():
     for text, values in json.loads((GOLDEN / "generate_cli.json").read_text())["parse_int_list"].items():
         assert parse_int_list(text) == values
         assert parse_int_list(format_int_list(values)) == values if values else format_int_list(values) == ""
@@ -133,7 +122,7 @@ def test_int_lists() -> None:
 # Images
 
 
-def test_grey_images_are_edms(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grey_images_are_edms(files, tmp_path, capsys):
     assert run(files.plain, tmp_path / "out", "--seeds=3,1,7-9", "--steps=4") == 0
     images = read(tmp_path / "out")
     assert sorted(images) == ["000001.png", "000003.png", "000007.png", "000008.png", "000009.png"]
@@ -144,7 +133,7 @@ def test_grey_images_are_edms(files: SimpleNamespace, tmp_path: Path, capsys: py
     assert "EDM sampler: 4 steps from noise level 80, 7 network calls (NFE) per image" in printed
 
 
-def test_colour_images_with_classes(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_colour_images_with_classes(files, tmp_path):
     net = load_network(files.classes).net
     for options, kwargs in (((), {}), (("--class=2",), {"class_idx": 2})):
         out = tmp_path / f"out{len(options)}"
@@ -156,7 +145,7 @@ def test_colour_images_with_classes(files: SimpleNamespace, tmp_path: Path) -> N
             assert np.array_equal(pixels(images[f"000000/{seed:06d}.png"]), image)
 
 
-def test_subdirs_by_thousands(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_subdirs_by_thousands(files, tmp_path):
     assert run(files.plain, tmp_path / "out", "--seeds=999-1000,1234567", "--steps=1", "--subdirs") == 0
     names = ["000000/000999.png", "001000/001000.png", "1234000/1234567.png"]
     assert sorted(read(tmp_path / "out")) == names
@@ -178,9 +167,7 @@ def test_subdirs_by_thousands(files: SimpleNamespace, tmp_path: Path) -> None:
         (("--scaling=vp", "--S_churn=9"), ablation_sampler, {"scaling": "vp", "S_churn": 9}),
     ],
 )
-def test_sampler_options(
-    files: SimpleNamespace, tmp_path: Path, options: tuple[str, ...], sampler: Any, kwargs: dict[str, Any]
-) -> None:
+def test_sampler_options(files, tmp_path, options, sampler, kwargs):
     """Options reach the sampler, and solver, disc, schedule or scaling select the ablation sampler."""
     assert run(files.plain, tmp_path / "out", "--seeds=0-2", "--steps=5", *options) == 0
     images = read(tmp_path / "out")
@@ -191,12 +178,7 @@ def test_sampler_options(
         assert np.array_equal(pixels(images[f"{seed:06d}.png"]), wanted[seed, :, :, 0])
 
 
-def test_eighteen_steps_by_default(files: SimpleNamespace) -> None:
-    plan = plan_sampling(load_network(files.plain))
-    assert (plan.steps, plan.nfe) == (18, 35)
-
-
-def test_one_step(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_one_step(files, tmp_path):
     assert run(files.plain, tmp_path / "out", "--seeds=0-1", "--steps=1") == 0
     latents = StackedRandomGenerator("cpu", [0, 1]).randn([2, 1, 8, 8])
     wanted = to_uint8(files.net(latents.double() * 80, torch.tensor(80.0)).double()).numpy()
@@ -205,7 +187,7 @@ def test_one_step(files: SimpleNamespace, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_precision(files: SimpleNamespace, tmp_path: Path, precision: str) -> None:
+def test_precision(files, tmp_path, precision):
     """On the CPU all but bf16 are fp32; bf16 is near, and not the same."""
     assert run(files.plain, tmp_path / "auto", "--seeds=0-3", "--steps=2") == 0
     assert run(files.plain, tmp_path / "out", "--seeds=0-3", "--steps=2", f"--precision={precision}") == 0
@@ -225,9 +207,7 @@ def test_precision(files: SimpleNamespace, tmp_path: Path, precision: str) -> No
     "options",
     [(), ("--steps=4",), ("--steps=8",), ("--solver=euler", "--sigma_max=80", "--S_churn=0"), ("--grid=8/2",)],
 )
-def test_student_runs_on_its_own_grid(
-    files: SimpleNamespace, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_student_runs_on_its_own_grid(files, tmp_path, options, capsys):
     """Left alone, or asked for its own steps or its teacher's: always the same four jumps."""
     assert run(files.student, tmp_path / "out", "--seeds=0-3", *options) == 0
     printed = capsys.readouterr().out
@@ -248,16 +228,10 @@ def test_student_runs_on_its_own_grid(
             "--steps=5",
             "--steps=5: this network was distilled for 4; use --steps=4 (its own) or --steps=8 (its teacher's)",
         ),
-        ("--steps=16", "use --steps=4 (its own) or --steps=8"),
         ("--solver=dpmpp2m", "--solver=dpmpp2m contradicts the noise grid that this network was distilled for"),
-        (
-            "--solver=heun",
-            "--solver=heun contradicts the noise grid that this network was distilled for; use --solver=euler",
-        ),
+        ("--solver=heun", "use --solver=euler"),
         ("--sigma_max=40", "use --sigma_max=80.0, or leave it out"),
-        ("--sigma_min=0.002", "--sigma_min=0.002 contradicts the noise grid"),
         ("--rho=7", "--rho=7.0 contradicts the noise grid"),
-        ("--disc=edm", "--disc=edm contradicts the noise grid"),
         ("--schedule=vp", "use --schedule=linear"),
         ("--scaling=vp", "use --scaling=none"),
         ("--S_churn=10", "use --S_churn=0"),
@@ -265,9 +239,7 @@ def test_student_runs_on_its_own_grid(
         ("--grid=16/2", "--grid=16/2: this network's file has 8/2; use that, or leave it out"),
     ],
 )
-def test_student_refuses_other_grids(
-    files: SimpleNamespace, tmp_path: Path, option: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_student_refuses_other_grids(files, tmp_path, option, message, capsys):
     assert run(files.student, tmp_path / "out", option) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -275,14 +247,14 @@ def test_student_refuses_other_grids(
     assert not (tmp_path / "out").exists()
 
 
-def test_one_step_student(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_step_student(files, tmp_path, capsys):
     assert run(files.one_step, tmp_path / "out", "--seeds=0-1", "--steps=2") == 0
     assert "(80, 0): 1 step of euler, distilled from 2, 1 network call (NFE) per image" in capsys.readouterr().out
     assert run(files.plain, tmp_path / "plain", "--seeds=0-1", "--steps=1") == 0
     assert read(tmp_path / "out") == read(tmp_path / "plain")
 
 
-def test_grid_of_a_student_without_one(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_grid_of_a_student_without_one(files, tmp_path):
     assert run(files.student, tmp_path / "known", "--seeds=0-3") == 0
     assert run(files.plain, tmp_path / "told", "--seeds=0-3", "--grid=8/2") == 0
     assert read(tmp_path / "told") == read(tmp_path / "known")
@@ -299,9 +271,7 @@ def test_grid_of_a_student_without_one(files: SimpleNamespace, tmp_path: Path) -
         ("--grid=8/0", "cannot be taken"),
     ],
 )
-def test_bad_grid(
-    files: SimpleNamespace, tmp_path: Path, option: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_grid(files, tmp_path, option, message, capsys):
     assert run(files.plain, tmp_path / "out", option) == 2
     assert message in capsys.readouterr().err
 
@@ -310,7 +280,7 @@ def test_bad_grid(
 # Going on
 
 
-def test_skip_existing_goes_on(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skip_existing_goes_on(files, tmp_path, capsys):
     """After losses of several kinds the result is that of one run; other images aren't touched."""
     out = tmp_path / "out"
     options = ("--seeds=0-19", "--steps=3", "--subdirs")
@@ -330,7 +300,7 @@ def test_skip_existing_goes_on(files: SimpleNamespace, tmp_path: Path, capsys: p
     assert "has 20 images of these seeds already" in capsys.readouterr().out
 
 
-def test_skip_existing_takes_more_seeds(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_skip_existing_takes_more_seeds(files, tmp_path):
     out = tmp_path / "out"
     assert run(files.plain, out, "--seeds=0-3", "--steps=2") == 0
     first = read(out)
@@ -352,14 +322,7 @@ def test_skip_existing_takes_more_seeds(files: SimpleNamespace, tmp_path: Path) 
         ("plain", ("--steps=2", "--subdirs"), "made with subdirs=False, not True"),
     ],
 )
-def test_skip_existing_refuses_images_of_others(
-    files: SimpleNamespace,
-    tmp_path: Path,
-    network: str,
-    options: tuple[str, ...],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_skip_existing_refuses_images_of_others(files, tmp_path, network, options, message, capsys):
     out = tmp_path / "out"
     assert run(files.plain, out, "--seeds=0-3", "--steps=2") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -368,15 +331,13 @@ def test_skip_existing_refuses_images_of_others(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_options_at_their_default_are_no_difference(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_options_at_their_default_are_no_difference(files, tmp_path):
     assert run(files.plain, tmp_path / "out", "--seeds=0-1", "--steps=2") == 0
     same = ("--S_max=inf", "--rho=7", "--sigma_max=80", "--batch=1", "--skip-existing")
     assert run(files.plain, tmp_path / "out", "--seeds=0-1", "--steps=2", *same) == 0
 
 
-def test_skip_existing_refuses_unknown_images(
-    files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_skip_existing_refuses_unknown_images(files, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(files.plain, out, "--seeds=0-3", "--steps=2") == 0
     (out / "manifest.json").unlink()
@@ -387,9 +348,7 @@ def test_skip_existing_refuses_unknown_images(
     assert "is no list of generated images" in capsys.readouterr().err
 
 
-def test_overwriting_leaves_nothing_to_confuse(
-    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwriting_leaves_nothing_to_confuse(files, tmp_path, monkeypatch, capsys):
     """Another network over an old folder, interrupted, then gone on with: no old image passes for a new one."""
     out, clean = tmp_path / "out", tmp_path / "clean"
     assert run(files.plain, out, "--seeds=0-9", "--steps=2") == 0
@@ -435,9 +394,7 @@ GO_ON = "run the same command with --skip-existing to resume"
 
 
 @pytest.mark.parametrize("to", ["out", "out.zip"])
-def test_a_signal_says_how_to_go_on(
-    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
-) -> None:
+def test_a_signal_says_how_to_go_on(files, tmp_path, monkeypatch, capsys, to):
     """What comes out is what an undisturbed run makes, to the last byte; in a folder nothing is made twice."""
     out, whole = tmp_path / to, tmp_path / f"whole-{to}"
     assert run(files.plain, whole, *SOME) == 0
@@ -457,24 +414,22 @@ def test_a_signal_says_how_to_go_on(
         assert set(made) == {4, 5, 6, 7} and read(out) == read(whole)
 
 
-def test_parts_of_a_killed_run_are_removed(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_parts_of_a_killed_run_are_removed(files, tmp_path):
     """Of this zip alone: not those of another, nor what a link of such a name leads to."""
     assert run(files.plain, tmp_path / "whole.zip", *SOME) == 0
     out, other = ImageZip(tmp_path / "out.zip"), ImageZip(tmp_path / "out2.zip")
     (tmp_path / "precious").write_text("kept")
-    (tmp_path / f"{out._stem()}0").symlink_to(tmp_path / "precious")
-    (tmp_path / f"{out._stem()}7").write_bytes(b"PK half an image")
-    (tmp_path / f"{other._stem()}0").write_bytes(b"of another zip")
+    (tmp_path / f"{out.stem}0").symlink_to(tmp_path / "precious")
+    (tmp_path / f"{out.stem}7").write_bytes(b"PK half an image")
+    (tmp_path / f"{other.stem}0").write_bytes(b"of another zip")
     assert run(files.plain, out.path, *SOME) == 0
     assert out.path.read_bytes() == (tmp_path / "whole.zip").read_bytes()
-    assert {path.name for path in tmp_path.glob(".*")} == {f"{other._stem()}0"}
+    assert {path.name for path in tmp_path.glob(".*")} == {f"{other.stem}0"}
     assert (tmp_path / "precious").read_text() == "kept"
 
 
 @pytest.mark.parametrize("to", ["out", "out.zip"])
-def test_two_at_once(
-    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
-) -> None:
+def test_two_at_once(files, tmp_path, monkeypatch, capsys, to):
     """The second is told that the first is at work."""
     out, real = tmp_path / to, sample_batch
     monkeypatch.setattr("formats.image_files.PATIENCE", 0.2)
@@ -492,9 +447,7 @@ def test_two_at_once(
     assert len(names) == 9 and not list(tmp_path.glob(".*"))
 
 
-def test_a_zip_that_lacks_an_image_is_not_called_done(
-    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_zip_that_lacks_an_image_is_not_called_done(files, tmp_path, monkeypatch, capsys):
     write = ImageZip.write
     monkeypatch.setattr(ImageZip, "write", lambda self, name, data: name == "000003.png" or write(self, name, data))
     assert run(files.plain, tmp_path / "out.zip", *SOME) == 1
@@ -502,9 +455,7 @@ def test_a_zip_that_lacks_an_image_is_not_called_done(
     assert not (tmp_path / "out.zip").exists()
 
 
-def test_seeds_that_a_zip_made_anew_loses_are_told(
-    files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_seeds_that_a_zip_made_anew_loses_are_told(files, tmp_path, capsys):
     for seeds, note in (("0-3", False), ("0-4", False), ("3-8", True)):
         assert run(files.plain, tmp_path / "out.zip", f"--seeds={seeds}", "--steps=2") == 0
         assert ("is made anew, without its 3 images of other seeds" in capsys.readouterr().out) == note
@@ -512,9 +463,7 @@ def test_seeds_that_a_zip_made_anew_loses_are_told(
 
 @pytest.mark.parametrize("name", ["000001.png", "dataset.json"])
 @pytest.mark.parametrize("manifest", [False, True])
-def test_pictures_that_it_did_not_make_are_refused(
-    files: SimpleNamespace, tmp_path: Path, name: str, manifest: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_that_it_did_not_make_are_refused(files, tmp_path, name, manifest, capsys):
     """Where there is no manifest; or one that does not list this image."""
     out = tmp_path / "out"
     out.mkdir()
@@ -530,7 +479,7 @@ def test_pictures_that_it_did_not_make_are_refused(
         assert f"out holds {name}, but no manifest.json that says who made them" in capsys.readouterr().err
 
 
-def test_seeds_beside_those_made_again_stay_known(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_seeds_beside_those_made_again_stay_known(files, tmp_path):
     out = tmp_path / "out"
     for seeds in ("0-5", "0-2", "0-7"):
         assert run(files.plain, out, f"--seeds={seeds}", "--steps=1") == 0
@@ -538,16 +487,15 @@ def test_seeds_beside_those_made_again_stay_known(files: SimpleNamespace, tmp_pa
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_a_subfolder_that_is_a_link_is_refused(
-    files: SimpleNamespace, tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_a_subfolder_that_is_a_link_is_refused(files, tmp_path, when, capsys, monkeypatch):
     out, outside = tmp_path / "out", tmp_path / "outside"
     outside.mkdir()
     (outside / "000000.png").write_bytes(b"precious")
 
-    def link(*_: Any) -> None:
+    def link(*_: Any) -> Any:
         out.mkdir(exist_ok=True)
         (out / "000000").symlink_to(outside)
+        return nullcontext()
 
     if when == "before":
         link()
@@ -569,7 +517,7 @@ def test_a_subfolder_that_is_a_link_is_refused(
         [{"seeds": [math.inf], "batches": 1}],
     ],
 )
-def test_a_short_manifest_takes_little_memory(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_manifest_takes_little_memory(runs, monkeypatch):
     """Refused before anything is expanded."""
     text = json.dumps({"network": {}, "options": {}, "runs": runs})
     assert len(text) < 533
@@ -580,15 +528,13 @@ def test_a_short_manifest_takes_little_memory(runs: Any, monkeypatch: pytest.Mon
     tracemalloc.stop()
     assert peak < 1e6
     monkeypatch.setattr("formats.image_files.MAX_IMAGES", 10)
-    fine = {"network": {}, "options": {}, "runs": [{"seeds": "0-4", "batches": 2}] * 2}
+    fine = {"network": {}, "options": {}, "runs": [{"seeds": "0-4", "batches": 2}, {"seeds": "5-9", "batches": 2}]}
     assert len(Manifest.from_json(json.dumps(fine), "here").names()) == 10
     with pytest.raises(UserError, match="more than 10"):
         prepare(ImageFolder("nowhere"), Manifest({}, {}), range(11), max_batch=4)
 
 
-def test_images_of_somebody_else_are_told_of(
-    files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_of_somebody_else_are_told_of(files, tmp_path, capsys):
     """fid.py measures all that lie in a folder."""
     (tmp_path / "out").mkdir()
     for name in ("a.jpg", "b.png", "notes.txt"):
@@ -597,7 +543,7 @@ def test_images_of_somebody_else_are_told_of(
     assert "also holds 2 other images, which fid.py would measure too" in capsys.readouterr().out
 
 
-def test_run_that_left_nothing_is_planned_anew(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_run_that_left_nothing_is_planned_anew(files, tmp_path):
     """Out of memory at once: a smaller --batch must be able to help."""
     out = tmp_path / "out"
     assert run(files.plain, out, "--seeds=0-7", "--steps=1") == 0
@@ -607,7 +553,7 @@ def test_run_that_left_nothing_is_planned_anew(files: SimpleNamespace, tmp_path:
     assert json.loads((out / "manifest.json").read_text())["runs"] == [{"seeds": "0-7", "batches": 4}]
 
 
-def test_manifest_says_who_made_the_images(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_manifest_says_who_made_the_images(files, tmp_path):
     assert run(files.student, tmp_path / "out", "--seeds=0-3") == 0
     data = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert data["network"]["sha256"] == load_network(files.student).sha256
@@ -620,7 +566,7 @@ def test_manifest_says_who_made_the_images(files: SimpleNamespace, tmp_path: Pat
 # Zips
 
 
-def test_zip(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zip(files, tmp_path, capsys):
     """The same images as in a folder, stored as they are; what is complete is left, what lacks images made anew."""
     options = ("--seeds=0-5", "--steps=2", "--subdirs")
     assert run(files.plain, tmp_path / "out", *options) == 0
@@ -647,9 +593,7 @@ def test_zip(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "out.zip").read_bytes() == before
 
 
-def test_failed_zip_leaves_the_old_one(
-    files: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_zip_leaves_the_old_one(files, tmp_path, monkeypatch, capsys):
     assert run(files.plain, tmp_path / "out.zip", "--seeds=0-1", "--steps=1") == 0
     before = (tmp_path / "out.zip").read_bytes()
 
@@ -675,28 +619,16 @@ def test_failed_zip_leaves_the_old_one(
     [
         (("--seeds=9-7",), 2, "--seeds names no seed"),
         (("--seeds=a-b",), 2, "not a list of whole numbers"),
-        (("--seeds=5,4294967301",), 2, "seeds 5 and 4294967301 are the same random numbers (modulo 2^32)"),
+        (("--seeds=5,4294967301",), 2, "holds 5 and 4294967301, the same random numbers (modulo 2^32)"),
         (("--solver=dpmpp2m", "--disc=vp"), 2, "--disc=vp: --solver=dpmpp2m has no such setting; leave it out"),
         (("--solver=dpmpp2m", "--S_churn=1"), 2, "--S_churn=1.0: --solver=dpmpp2m has no such setting"),
         (("--labels=nothing.npy",), 2, "--labels: this network has no labels"),
-        (("--steps=0",), 2, "--steps"),
-        (("--batch=0",), 2, "--batch"),
         (("--class=1",), 2, "class 1: this network has no classes; leave --class (class_idx) out"),
         (("--rho=nan",), 2, "'nan' is not a finite number"),
         (("--sigma_min=3", "--sigma_max=2"), 2, "leave nothing to sample"),
-        (("--sigma_max=0",), 2, "--sigma_max"),
-        (("--solver=rk4",), 2, "--solver"),
-        (("--nonsense=1",), 2, "--nonsense"),
     ],
 )
-def test_wrong_options(
-    files: SimpleNamespace,
-    tmp_path: Path,
-    options: tuple[str, ...],
-    status: int,
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_wrong_options(files, tmp_path, options, status, message, capsys):
     assert run(files.plain, tmp_path / "out", *options) == status
     error = capsys.readouterr().err
     assert message in error
@@ -705,12 +637,7 @@ def test_wrong_options(
     assert not (tmp_path / "out").exists()
 
 
-def test_class_out_of_range(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(files.classes, tmp_path / "out", "--class=4") == 2
-    assert "class 4: this network's classes are 0 to 3" in capsys.readouterr().err
-
-
-def test_bad_places(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_places(files, tmp_path, capsys):
     (tmp_path / "file").write_text("here first")
     (tmp_path / "folder.zip").mkdir()
     (tmp_path / "text.zip").write_text("here first")
@@ -728,15 +655,7 @@ def test_bad_places(files: SimpleNamespace, tmp_path: Path, capsys: pytest.Captu
     assert "missing.pkl" in capsys.readouterr().err
 
 
-def test_numbers_that_are_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    net = make_net()
-    next(net.parameters()).fill_(float("nan"))
-    save_network(tmp_path / "nan.pkl", net)
-    assert run(str(tmp_path / "nan.pkl"), tmp_path / "out", "--seeds=4-5", "--steps=1") == 1
-    assert "the network made no image but NaN or infinity, between seeds 4 and 5" in capsys.readouterr().err
-
-
-def test_manifest_difference() -> None:
+def test_manifest_difference():
     network = {"source": "a", "sha256": "1"}
     mine = Manifest(network, {"num_steps": 2}, (Run((1, 2), 1),))
     assert Manifest.from_json(mine.to_json(), "here") == mine
@@ -748,9 +667,10 @@ def test_manifest_difference() -> None:
 # For other programs
 
 
-def test_iterate_images(files: SimpleNamespace) -> None:
+def test_iterate_images(files):
     """The call that fid.py and distill.py make: same images as the command line's, batch by batch."""
     network = load_network(files.classes)
+    assert (plan_sampling(network).steps, plan_sampling(network).nfe) == (18, 35)
     batches = list(iterate_images(network, range(5), steps=3, max_batch=2, device="cpu", class_idx=1))
     assert [batch.seeds for batch in batches] == [[0, 1], [2, 3], [4]]
     assert all(batch.images.dtype == torch.float32 for batch in batches)
@@ -765,32 +685,14 @@ def test_iterate_images(files: SimpleNamespace) -> None:
         iterate_images(network, [0], device="cpu", class_idx=4)
 
 
-def test_names_that_other_programs_import() -> None:
+def test_names_that_other_programs_import():
     for name in ("edm_sampler", "ablation_sampler", "StackedRandomGenerator"):
         assert callable(getattr(generate, name))
     with pytest.raises(AttributeError):
         _ = generate.no_such_name
 
 
-def test_help_without_torch() -> None:
-    code = "import sys, generate; assert generate.main(['--help']) == 0; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--skip-existing" in done.stdout
-
-
-def test_what_comes_next(files: SimpleNamespace, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    """Many images are there to be measured: of all of them, by a command that fid.py takes."""
-    monkeypatch.setattr(generate, "ENOUGH", 4)
-    assert run(files.plain, tmp_path / "few", "--seeds=0-2", "--steps=1") == 0
-    assert "Next:" not in capsys.readouterr().out
-    assert run(files.plain, tmp_path / "many", "--seeds=0-3", "--steps=1") == 0
-    proposed = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    values = fid.command.commands["calc"].make_context("calc", proposed[3:]).params
-    assert values["images"] == str(tmp_path / "many") and values["num"] == 4
-
-
-def test_two_processes_make_the_same(files: SimpleNamespace, tmp_path: Path) -> None:
+def test_two_processes_make_the_same(files, tmp_path):
     """Two processes divide the work, one zip comes out: byte for byte what one process makes in the same batches."""
     options = [f"--network={files.plain}", "--seeds=0-10", "--batch=3", "--steps=2", "--subdirs"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "generate.py"]

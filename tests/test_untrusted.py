@@ -635,9 +635,9 @@ def test_parts_of_a_zip_are_not_written_through_links(tmp_path: Path) -> None:
     precious.write_text("x")
     output = ImageZip(tmp_path / "out.zip")
     output.begin(Manifest({}, {}), [])
-    (tmp_path / f"{output._stem()}0").symlink_to(precious)
-    with pytest.raises(FileExistsError):
-        output.open(0)
+    (tmp_path / f"{output.stem}0").symlink_to(precious)
+    with pytest.raises(FileExistsError), output.open(0):
+        pass
     network = tmp_path / "network.pkl"
     save_network(network, small_network())
     args = [f"--network={network}", f"--outdir={tmp_path / 'out.zip'}", "--seeds=0", "--steps=1", "--device=cpu"]

@@ -27,6 +27,13 @@ REMARKS = {  # what `decode_image` did with an image, or noticed
 }
 
 
+def encode_png(pixels: np.ndarray, **options: int) -> bytes:
+    """uint8 [H, W, C], C = 1 or 3, as an 8-bit PNG; options: Pillow's."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, format="PNG", **options)
+    return file.getvalue()
+
+
 def decode_image(data: bytes, where: str, found: list[str] | None = None) -> np.ndarray:
     """An image file -> uint8 [H, W, C], C = 1 for grey and 3 for everything else.
 

@@ -229,7 +229,7 @@ class Options:
     batch_gpu: int | str | None = hyper(
         None,
         "Limit batch size per process; auto: what fits",
-        cli.WholeOrAuto(),
+        cli.Whole(min=1, auto=True),
         "INT|auto",
         alters=False,
         title="batch of a process and round",
