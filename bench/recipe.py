@@ -3,25 +3,28 @@
     python -m bench.recipe --teacher=runs/demo/teacher/network-snapshot-000050.pkl --data=runs/demo/digits.zip \\
         --detector=runs/demo/detector.pt --outdir=runs/recipe rates weightings
 
-trains every variant of the named screens (see SCREENS below) and prints a table of each screen, as
-`bench.compare` does. What was run before is not run again, what was interrupted resumes. Each run is one process of one
-thread, `--jobs` at a time.
+trains every variant of the named screens (SCREENS below) and prints a table of each: the Fréchet distance as a multiple
+of the same run's teacher, and the end-point RMSE; means over the seeds, with their sample standard deviation. What was
+run before is not run again, what was interrupted resumes. Each run is a process of one thread, `--jobs` at a time.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
-from bench.compare import read_group, to_markdown
 from dnnlib import cli
+from ladders.results import Rung
 from training.weighting import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +111,49 @@ def run_ladder(folder: Path, options: Sequence[str], measured: Path | None = Non
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode == 0
+
+
+@dataclass
+class Group:
+    """Ladders of one kind: by a student's number of steps, one value for every seed."""
+
+    name: str
+    seeds: int = 0
+    distances: dict[int, list[float]] = field(default_factory=dict)  # over the teacher's; none where not measured
+    errors: dict[int, list[float]] = field(default_factory=dict)  # end-point RMSE
+
+
+def read_group(name: str, folders: Iterable[Path]) -> Group:
+    """The ladders in `folders`."""
+    group = Group(name)
+    for folder in folders:
+        teacher, *students = [Rung(**line) for line in json.loads((folder / "ladder.json").read_text(encoding="utf-8"))]
+        group.seeds += 1
+        for rung in students:
+            group.errors.setdefault(rung.steps, []).append(rung.endpoint_rmse)
+            if rung.fd is not None and teacher.fd:
+                group.distances.setdefault(rung.steps, []).append(rung.fd / teacher.fd)
+    return group
+
+
+def to_markdown(groups: Sequence[Group]) -> str:
+    """A row for every group, a column for every number of steps: distance over the teacher's, then end-point RMSE."""
+    steps = sorted({count for group in groups for count in group.errors}, reverse=True)
+    rows = [["ladder", "seeds", *(f"{count} step{'s' * (count > 1)}" for count in steps)], ["---"] * (2 + len(steps))]
+    for group in groups:
+        cells = [group.name, str(group.seeds)]
+        for count in steps:
+            distance = [f"{spread(group.distances[count], 3)}x"] if count in group.distances else []
+            error = [spread(group.errors[count], 4)] if count in group.errors else []
+            cells.append("<br>".join(distance + error))
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """'0.0743 ± 0.0012'; a single value has no deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 @cli.command(name="recipe")

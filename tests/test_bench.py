@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 import distill
-from bench import compare, plain, recipe, run
+from bench import plain, recipe, run
 from formats.network_files import save_network
 from helpers import load_recipe, make_dataset, small_network
 from ladders.results import Rung
@@ -73,30 +73,17 @@ def write_ladder(folder, *students, teacher=2.0):
     (folder / "ladder.json").write_text(json.dumps([asdict(rung) for rung in rungs]))
 
 
-def test_ladders_side_by_side(tmp_path, capsys):
+def test_table_of_ladders(tmp_path):
     write_ladder(tmp_path / "a/seed0", (8, 3.0, 0.1), (4, 4.0, 0.2))
     write_ladder(tmp_path / "a/seed1", (8, 5.0, 0.3), (4, 4.0, 0.2))
     write_ladder(tmp_path / "b", (4, None, 0.5), teacher=None)
-    (tmp_path / "a/seed2").mkdir()  # not finished
-    assert compare.main([f"ours={tmp_path}/a/seed*", f"theirs={tmp_path}/b"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    ours = recipe.read_group("ours", [tmp_path / "a/seed0", tmp_path / "a/seed1"])
+    assert recipe.to_markdown([ours, recipe.read_group("theirs", [tmp_path / "b"])]).splitlines() == [
         "| ladder | seeds | 8 steps | 4 steps |",
         "| --- | --- | --- | --- |",
         "| ours | 2 | 2.000 ± 0.707x<br>0.2000 ± 0.1414 | 2.000 ± 0.000x<br>0.2000 ± 0.0000 |",
         "| theirs | 1 |  | 0.5000 |",
     ]
-
-
-def test_no_ladders_no_comparison(tmp_path, capsys):
-    (tmp_path / "ladder.json").write_text('[{"steps": 3}]')
-    for argument, status, words in (
-        (str(tmp_path), 2, "NAME=PATTERN"),
-        (f"x={tmp_path}/none*", 1, "none*"),
-        (f"x={tmp_path}", 1, "ladder.json"),
-    ):
-        assert compare.main([argument]) == status
-        error = capsys.readouterr().err
-        assert words in error and "Traceback" not in error
 
 
 def test_what_is_timed_agrees_with_the_plain_way(capsys, monkeypatch):
