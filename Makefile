@@ -16,7 +16,7 @@ env: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
-# The demo is nothing but the commands a researcher types. Killed and started again, it goes on where it was; to see it
+# The demo is nothing but the commands a researcher types. Killed and started again, it resumes; to see it
 # all again, remove runs/demo. Two processes of one thread each: small networks gain more from that than from two threads.
 DEMO := runs/demo
 TEACHER := $(DEMO)/teacher/network-snapshot-000050.pkl
@@ -30,7 +30,7 @@ demo: $(TEACHER) $(DEMO)/detector.pt
 	$(BIN)/python report.py $(DEMO)
 
 $(DEMO)/digits.zip: | env
-	@echo && echo "== Demo, 1 of 4: the data set. (The demo goes on by itself, whatever is proposed as next.) =="
+	@echo && echo "== Demo, 1 of 4: the data set. (The demo continues by itself; ignore the proposed next commands.) =="
 	$(BIN)/python dataset_tool.py --source=digits --dest=$@
 
 $(DEMO)/detector.pt: | $(DEMO)/digits.zip

@@ -100,7 +100,7 @@ def by_images(title: str, words: list[str]) -> tuple[str, list[str]]:
     num = images_to_measure()
     if num == FID_IMAGES:
         return title, words
-    return f"{title} (by {num} images; {FID_IMAGES} are the custom)", [*words, f"--num-images={num}"]
+    return f"{title} (over {num} images; {FID_IMAGES} is customary)", [*words, f"--num-images={num}"]
 
 
 def inception_fits(dataset: ImageFolderDataset) -> bool:
@@ -109,7 +109,7 @@ def inception_fits(dataset: ImageFolderDataset) -> bool:
 
 
 def images_to_measure() -> int:
-    """As many as are the custom, or as there is time for on a CPU."""
+    """The customary number, or what a CPU has time for."""
     return FEW_IMAGES if dist.device().type == "cpu" else FID_IMAGES
 
 

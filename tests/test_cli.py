@@ -529,7 +529,7 @@ def test_the_proposed_measurement_fits_the_images(tmp_path, shape, wanted):
     assert all((f"--detector={tmp_path / 'detector.pt'}" in words) == (len(wanted) == 3) for words in commands[-2:])
     doubtful = len(wanted) == 2 and shape["size"] < 32
     assert ("Inception was made for photographs" in title) == doubtful
-    assert "--num-images=2000" in commands[-1] and "2000 images; 50000 are the custom" in title
+    assert "--num-images=2000" in commands[-1] and "over 2000 images; 50000 is customary" in title
 
 
 def test_a_nosubdir_run_proposes_another_folder(tmp_path, capsys, monkeypatch):
