@@ -1,26 +1,11 @@
 """Exact training state: what a run needs to resume as if it had never stopped, as plain tensors and numbers.
 
-A state is a dict for `torch.save`, read back with `weights_only=True`, so that it can hold no code:
+A state is a dict for `torch.save` (docs/formats.md lists its entries), read back with `weights_only=True`, so that it
+can hold no code. Random numbers need no state: they are keyed by seed and step (training.draws), as is the data order.
 
-    format      1
-    position    nimg, step, tick, tick_start_nimg, tick_start_step, skipped, stats_lines (whole numbers), elapsed_sec
-    net, ema    name -> tensor (parameters and buffers)
-    optimizer   exp_avg, exp_avg_sq, step: name of the parameter -> tensor
-    scaler      loss scale and growth count under fp16
-    stats       name -> [count, sum, sum of squares] since the last tick, or a list of such
-    intervals   of a distillation: `seen`, fading numbers of images and sums of losses of every interval
-    options     what the run was started with, as far as it alters the result
-    batch_gpu   images that a process took at once: with another number the same sums may round differently
-    world_size, device
-
-Random numbers need no state: they are keyed by seed and step (training.draws), as is the order of the data.
-
-What is verified, and when. The file is a zip archive, in which `torch.save` keeps a CRC-32 of every part. A new state
-is read back and compared with those before it gets its name, and its size after that; only then may an older one go.
-That reading is from the system's memory (a fifth of a second for 0.9 GB, a fraction of the writing): it finds what was
-cut short or altered on the way to the system, while fsync answers for the way to the disk. What a disk gives back weeks
-later is verified when a state is read, to the last bit, which `torch.load` doesn't do, and the one before is taken
-where it fails: that is why there is more than one.
+The file is a zip archive, in which `torch.save` keeps a CRC-32 of every part; `torch.load` ignores them. A new state is
+read back and compared with them before it gets its name, and only then may an older one go. A state that a disk has
+altered since is noticed when it is read, and the one before is taken: that is why there is more than one.
 """
 
 from __future__ import annotations
@@ -29,6 +14,7 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,15 +28,6 @@ from torch_utils.misc import load_tensors, save_tensors
 FORMAT = 1
 KEPT_ROLLING = 2
 KEPT_DUMPS = 10  # of --dump: more than a run of EDM's default length makes
-POSITION = (  # whole numbers
-    "nimg",
-    "step",
-    "tick",
-    "tick_start_nimg",
-    "tick_start_step",
-    "skipped",
-    "stats_lines",
-)
 MOST = 1 << 53  # no counter of a run is as great
 _NAME = re.compile(r"training-state-(rolling-)?(\d+)\.pt")
 
@@ -99,8 +76,11 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (MemoryError, UserError):
         raise
     except Exception as exc:  # torch.load has a different exception for every way in which a file can be wrong
+        reason = (
+            printable(exc, 200) if isinstance(exc, zipfile.BadZipFile) else type(exc).__name__
+        )  # torch's fill pages
         raise UserError(
-            f"{path}: not a training state of this program, or a damaged one ({_shortly(exc)}); states of "
+            f"{path}: not a training state of this program, or a damaged one ({reason}); states of "
             "EDM's own train.py hold whole objects and cannot be read safely: use --transfer with its .pkl"
         ) from exc
     if not isinstance(state, dict) or not {"format", "position", "optimizer"} <= state.keys():
@@ -110,8 +90,11 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: training state of format {printable(state['format'], 40)}; this program reads format {FORMAT}"
         )
     try:
-        if not _is_complete(state):
+        if not _is(CONTENT, {"batch_gpu": 1, "intervals": {}, **state}):
             raise ValueError("not complete")
+        at = state["position"]
+        if at["tick_start_nimg"] > at["nimg"] or max(at["tick_start_step"], at["skipped"]) > at["step"]:
+            raise ValueError("contradictory")
         state["options"] = parse_json(json.dumps(state["options"]))
     except (ValueError, TypeError, RecursionError) as exc:
         raise UserError(
@@ -120,69 +103,45 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def _shortly(exc: Exception) -> str:
-    """The checksum's words are worth reading; torch's fill pages."""
-    return printable(exc, 200) if isinstance(exc, zipfile.BadZipFile) else type(exc).__name__
+def _is_moments(value: Any) -> bool:
+    """[count, sum, sum of squares], or a list of such."""
+    rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    return all(isinstance(row, list) and [type(number) for number in row] == [float] * 3 for row in rows)
 
 
-def _is_complete(state: dict[str, Any]) -> bool:
+_COUNT = (int, 0, MOST)
+POSITION = ("nimg", "step", "tick", "tick_start_nimg", "tick_start_step", "skipped", "stats_lines")
+_TENSORS = {...: Tensor}
+CONTENT: dict[Any, Any] = {  # the kind of each entry: a type, (type, least, bound), a function; `...`: of all in a dict
+    "position": {**dict.fromkeys(POSITION, _COUNT), "elapsed_sec": (float, 0, MOST)},
+    "net": _TENSORS,
+    "ema": _TENSORS,
+    "optimizer": {"exp_avg": _TENSORS, "exp_avg_sq": _TENSORS, "step": _TENSORS},
+    "scaler": {"scale": (int | float, 1e-45, 3e38), "growth": _COUNT},  # a float32
+    "stats": {...: _is_moments},
+    "options": {"seed": (int, 0, 1 << 63)},
+    "world_size": (int, 1, MOST),
+    "batch_gpu": (int, 1, MOST),
+    "device": str,
+    "intervals": {},
+}
+
+
+def _is(kind: Any, value: Any) -> bool:
     """Whether everything is there and of its kind. Whether the tensors fit is checked by the network."""
-    match state:
-        case {
-            "position": dict(position),
-            "net": dict(net),
-            "ema": dict(ema),
-            "optimizer": {"exp_avg": dict(first), "exp_avg_sq": dict(second), "step": dict(steps)},
-            "scaler": {"scale": int() | float() as scale, "growth": int(growth)},
-            "stats": dict(stats),
-            "options": {"seed": int(seed)},
-            "world_size": int(world_size),
-            "device": str(),
-        }:
-            numbers = [position.get(name) for name in POSITION]
-            tensors = [tensor for table in (net, ema, first, second, steps) for tensor in table.values()]
-            seconds, batch_gpu = position.get("elapsed_sec"), state.get("batch_gpu", 1)
-            return (
-                all(isinstance(number, int) and 0 <= number < MOST for number in [*numbers, growth])
-                and 0 <= seed < 1 << 63
-                and position["tick_start_nimg"] <= position["nimg"]
-                and max(position["tick_start_step"], position["skipped"]) <= position["step"]
-                and isinstance(seconds, float)
-                and 0 <= seconds < MOST
-                and 0 < scale < 3e38  # of float32
-                and 0 < world_size < MOST
-                and all(isinstance(tensor, Tensor) for tensor in tensors)
-                and all(
-                    _is_moments(rows) or (isinstance(rows, list) and all(map(_is_moments, rows)))
-                    for rows in stats.values()
-                )
-                and isinstance(batch_gpu, int)
-                and 0 < batch_gpu < MOST
-                and isinstance(state.get("intervals", {}), dict)
-            )
-    return False
-
-
-def _is_moments(row: Any) -> bool:
-    return isinstance(row, list) and len(row) == 3 and all(isinstance(number, float) for number in row)
+    if isinstance(kind, dict):
+        names = value if ... in kind and isinstance(value, dict) else kind
+        return isinstance(value, dict) and all(
+            name in value and _is(kind.get(name, kind.get(...)), value[name]) for name in names
+        )
+    if isinstance(kind, tuple):
+        return isinstance(value, kind[0]) and kind[1] <= value < kind[2]
+    return isinstance(value, kind) if isinstance(kind, type) else bool(kind(value))
 
 
 def rolling_name(nimg: int) -> str:
     """File name of the rolling state after `nimg` images."""
     return f"training-state-rolling-{nimg:010d}.pt"
-
-
-def list_states(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """All states of a run, newest first (by images seen; a rolling state is exact, a dump's name is cut to kimg)."""
-    folder = Path(run_dir)
-    states = (
-        [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()] if folder.is_dir() else []
-    )
-    return sorted(states, key=lambda path: (images_seen(path), _is_rolling(path)), reverse=True)
-
-
-def _is_rolling(path: Path) -> bool:
-    return path.name.startswith("training-state-rolling-")
 
 
 def images_seen(path: Path) -> int:
@@ -192,7 +151,19 @@ def images_seen(path: Path) -> int:
     return int(match[2]) if match[1] else int(match[2]) * 1000
 
 
-def load_newest(run_dir: str | os.PathLike[str], log: Any = print) -> tuple[Path, dict[str, Any]] | None:
+def list_states(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """All states of a run, newest first (by images seen; a rolling state is exact, a dump's name is cut to kimg)."""
+    states = [path for path in Path(run_dir).glob("training-state-*") if _NAME.fullmatch(path.name) and path.is_file()]
+    return sorted(states, key=lambda path: (images_seen(path), _is_rolling(path)), reverse=True)
+
+
+def _is_rolling(path: Path) -> bool:
+    return path.name.startswith("training-state-rolling-")
+
+
+def load_newest(
+    run_dir: str | os.PathLike[str], log: Callable[[str], Any] = print
+) -> tuple[Path, dict[str, Any]] | None:
     """The state with most images seen that can be read, or None where there is no state at all.
 
     A damaged newest one is named, and the one before is taken. Raises UserError when none of them can be read.
@@ -218,6 +189,5 @@ def remove_old(run_dir: str | os.PathLike[str]) -> None:
     """Leaves the newest KEPT_ROLLING rolling states, and KEPT_DUMPS of the others."""
     states = list_states(run_dir)
     rolling = [path for path in states if _is_rolling(path)]
-    dumps = [path for path in states if not _is_rolling(path)]
-    for path in rolling[KEPT_ROLLING:] + dumps[KEPT_DUMPS:]:
+    for path in rolling[KEPT_ROLLING:] + [path for path in states if path not in rolling][KEPT_DUMPS:]:
         path.unlink(missing_ok=True)
