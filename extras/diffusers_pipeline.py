@@ -103,19 +103,18 @@ class EDMStudentPipeline(DiffusionPipeline):
         net, device = self.student.net, self._execution_device
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type={output_type!r} is none of 'pil', 'np', 'pt'")
+        if class_labels is not None and not net.label_dim:
+            raise ValueError("this network has no classes")
         shape = (batch_size, net.img_channels, net.img_resolution, net.img_resolution)
         latents = randn_tensor(shape, generator=generator, device=device)
         labels = None
         if net.label_dim:
-            if class_labels is None:
-                one = generator[0] if isinstance(generator, list) else generator
-                where = one.device if one is not None else device
-                classes = torch.randint(net.label_dim, [batch_size], generator=one, device=where)
-            else:
-                classes = torch.as_tensor(class_labels).expand(batch_size)
+            one = generator[0] if isinstance(generator, list) else generator
+            where = one.device if one is not None else device
+            drawn = class_labels is None
+            chosen = torch.randint(net.label_dim, [batch_size], generator=one, device=where) if drawn else class_labels
+            classes = torch.as_tensor(chosen).expand(batch_size)
             labels = torch.eye(net.label_dim, device=device)[classes.to(device)]
-        elif class_labels is not None:
-            raise ValueError("this network has no classes")
         raw = grid_sampler(net, latents, self.student.grid.levels, self.student.config.solver, labels)
         images: Any = raw.float()
         if output_type == "np":

@@ -16,21 +16,17 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, TypeVar
 
-from dnnlib import EasyDict
 from dnnlib.cli import UserError
 
 T = TypeVar("T")
 Meta = dict[str, Any]
 
 VERSION = 6  # of the format; EDM's loader accepts no other
-HOMES = ("training.networks",)  # our modules with persistent classes, imported when a pickle first asks for one
 
 _classes: dict[str, type] = {}  # our own classes, by bare name
 _foreign: dict[tuple[str, str], type] = {}  # classes of carried modules, by (bare name, text)
-_hooks: list[Callable[[Meta], Meta]] = []
 
 
 class _Persistent:
@@ -77,12 +73,16 @@ def persistent_class(cls: type[T]) -> type[T]:
 
     The result is a subclass of `cls` with its name, so that `isinstance` and `super()` work as before. Attributes
     listed in a class attribute `transient` are settings of the moment: a pickle leaves them out, a copy keeps them.
-    Arguments must be picklable. Raises TypeError if another module has already registered a class of that name.
+    Arguments must be picklable.
+
+    A module that was knowingly run from a text has this text in `__source__`: its classes serve pickles with that text
+    only, and hide none of ours.
     """
     if is_persistent(cls):
         return cls
-    name, module = cls.__name__, sys.modules[cls.__module__]
-    source = _module_source(module)
+    module = sys.modules[cls.__module__]
+    carried = getattr(module, "__source__", None)
+    source = sys.intern(carried or inspect.getsource(module))  # one object: pickle stores it once for all classes
 
     @functools.wraps(cls.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -92,22 +92,16 @@ def persistent_class(cls: type[T]) -> type[T]:
 
     bases = (cls,) if issubclass(cls, _Persistent) else (_Persistent, cls)
     body = {
+        **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")},
         "__init__": __init__,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
         "_orig_module_src": source,
-        "_orig_class_name": name,
+        "_orig_class_name": cls.__name__,
     }
-    decorated: type[T] = type(cls)(name, bases, body)  # type: ignore[misc]
-
-    if hasattr(module, "__source__"):
-        _foreign[name, source] = decorated
+    decorated: type[T] = type(cls)(cls.__name__, bases, body)  # type: ignore[misc]
+    if carried is not None:
+        _foreign[cls.__name__, source] = decorated
     else:
-        known = _classes.setdefault(name, decorated)
-        if known.__module__ != cls.__module__:
-            raise TypeError(f"a persistent class {name} exists in {known.__module__}; its name must be unique")
-        _classes[name] = decorated  # a module loaded anew replaces its own classes
+        _classes[cls.__name__] = decorated
     return decorated
 
 
@@ -121,50 +115,22 @@ def is_own(obj: Any) -> bool:
     return _classes.get(type(obj).__name__) is type(obj)
 
 
-def import_hook(hook: Callable[[Meta], Meta]) -> Callable[[Meta], Meta]:
-    """Registers a function that sees, and may change, the `meta` of every persistent object before it is rebuilt.
-
-    EDM's means for loading old files (a renamed class, a lacking attribute). Usable as a decorator.
-    """
-    _hooks.append(hook)
-    return hook
-
-
-def find_class(class_name: str, module_src: str | None = None) -> type:
-    """The registered class of that name. Runs no text: `module_src` only distinguishes classes of carried modules.
-
-    A carried module is one that somebody has knowingly run from a text and that names this text in its attribute
-    `__source__`. Raises UserError if there is no such class.
-    """
-    if module_src is not None and (class_name, module_src) in _foreign:
-        return _foreign[class_name, module_src]
-    if class_name not in _classes:
-        for home in HOMES:
-            importlib.import_module(home)
-    if class_name not in _classes:
-        raise UserError(
-            f"the pickle holds an object of class '{class_name}', which is none of this project's classes "
-            f"({', '.join(sorted(_classes))}); source text stored in a pickle is not run"
-        )
-    return _classes[class_name]
-
-
 def _reconstruct_persistent_obj(meta: Meta) -> Any:
     """What a pickled persistent object calls. Raises UserError for another version of the format or unknown class."""
-    meta = EasyDict(meta)  # what hooks written for EDM expect
-    for hook in _hooks:
-        meta = hook(meta)
     if meta["type"] != "class" or meta["version"] != VERSION:
         raise UserError(
             f"the pickle holds a persistent object of type '{meta['type']}', version {meta['version']}; "
             f"only type 'class', version {VERSION} (EDM's) can be read"
         )
-    obj: Any = object.__new__(find_class(meta["class_name"], meta["module_src"]))
+    name = meta["class_name"]
+    importlib.import_module("training.networks")
+    cls = _foreign.get((name, meta["module_src"])) or _classes.get(name)
+    if cls is None:
+        raise UserError(
+            f"the pickle holds an object of class '{name}', which is none of this project's classes "
+            f"({', '.join(sorted(_classes))}); source text stored in a pickle is not run"
+        )
+    obj: Any = object.__new__(cls)
     set_state = getattr(obj, "__setstate__", obj.__dict__.update)
     set_state(meta["state"])
     return obj
-
-
-def _module_source(module: ModuleType) -> str:
-    """Text of a module, as one object per text: pickle then stores it once for all classes of the module."""
-    return sys.intern(getattr(module, "__source__", None) or inspect.getsource(module))
