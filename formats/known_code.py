@@ -7,8 +7,7 @@ EDM's (all versions, with EDM2's, ECT's and SiD's that compute the same), and th
 
 What is hashed: a definition from `class` or `def` to its last line, without comments and without any white space, in
 UTF-8; of decorators, all but `persistent_class`. Other statements at the top level, which may replace a definition or a
-part of it, count as a change of each known class they name. tests/test_known_code.py walks the history of
-training/networks.py and prints what the table lacks.
+part of it, count as a change of each known name in them. tests/test_known_code.py prints what the table lacks.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ _LITERALS = re.compile(  # comments and strings; the quantifiers are possessive:
 )
 _STATEMENT = re.compile(r"\n(?=[^\s)\]}])")
 _DEFINITION = re.compile(r"(?:async\s+)?(?:class|def)\s+(\w+)")
-_CLASS = re.compile(r"^class\s+(\w+)", re.MULTILINE)
 _DECORATOR = re.compile(r"@\s*(?:persistence\.)?persistent_class\s*")
 _HARMLESS = re.compile(r"(?:import|from)\b|['\"]|if\s+__name__\b|__all__\b")
 _NAME = re.compile(r"(?<![\w.])[^\W\d]\w*")
@@ -43,48 +41,29 @@ _NAME = re.compile(r"(?<![\w.])[^\W\d]\w*")
 
 @lru_cache(maxsize=8)
 def unknown_definitions(text: str) -> tuple[str, ...]:
-    """Names of the definitions in `text` that are in no known version, and on which a network of it may stand.
+    """Names of the definitions in `text` that are known by name, but not in this version.
 
-    Compared are the classes of known names and whatever they refer to: a changed helper counts, a class that a fork
-    has added does not. Of a text above MAX_SOURCE, every class of a known name counts as unknown.
+    A class that a fork has added does not count: what calls it is then changed itself. Of a text above MAX_SOURCE,
+    every class of a known name is unknown.
     """
-    if text == _own_text():
+    own_text = str(networks.EDMPrecond._orig_module_src)  # type: ignore[attr-defined]
+    if text == own_text:
         return ()
     if len(text) > MAX_SOURCE:
-        return tuple(dict.fromkeys(name for name in _CLASS.findall(text) if name in CLASSES))
-    found, others = _statements(text)
-    others = [statement for statement in others if _hash(statement) not in _own_statements()]
-    names = {name: set(_NAME.findall(" ".join(bodies))) for name, bodies in found.items()}
-    run = set(_NAME.findall(" ".join(others)))
-    used: set[str] = set()
-    waiting = set((CLASSES | run) & found.keys())
-    while waiting:
-        used |= waiting
-        waiting = (set[str]().union(*(names[name] for name in waiting)) & found.keys()) - used
-    known = _known()
-    unknown = [name for name in found if name in used and not {*map(_hash, found[name])} <= known.get(name, set())]
-    unknown += sorted(run & (CLASSES | used))
-    return tuple(dict.fromkeys(name[:100] for name in unknown))[:MAX_NAMES]
+        return tuple(sorted(CLASSES))
+    known = {name: set(versions) for name, versions in TABLE.items()}
+    for name, versions in hashes(own_text).items():
+        known.setdefault(name, set()).update(versions)
+    usual = set(map(_hash, _statements(own_text)[1]))
+    named = {name for each in _statements(text)[1] if _hash(each) not in usual for name in _NAME.findall(each)}
+    found = hashes(text)
+    unknown = [name for name in found if name in known.keys() | named and not found[name] <= known.get(name, set())]
+    return tuple(dict.fromkeys(name[:100] for name in [*unknown, *sorted(named & known.keys())]))[:MAX_NAMES]
 
 
 def hashes(text: str) -> dict[str, set[str]]:
     """SHA-256 of every top-level definition of a source text, by name."""
     return {name: set(map(_hash, bodies)) for name, bodies in _statements(text)[0].items()}
-
-
-@lru_cache(maxsize=1)
-def _known() -> dict[str, set[str]]:
-    own = hashes(_own_text())
-    return {name: {*TABLE.get(name, ()), *own.get(name, ())} for name in {*TABLE, *own}}
-
-
-@lru_cache(maxsize=1)
-def _own_statements() -> frozenset[str]:
-    return frozenset(map(_hash, _statements(_own_text())[1]))
-
-
-def _own_text() -> str:
-    return str(networks.EDMPrecond._orig_module_src)  # type: ignore[attr-defined]
 
 
 def _statements(text: str) -> tuple[dict[str, list[str]], list[str]]:

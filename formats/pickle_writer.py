@@ -11,8 +11,7 @@ import pickle
 import struct
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,37 +50,28 @@ class NetworkPickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, nn.Parameter):
-            return torch._utils._rebuild_parameter, (_Value(stored_tensor(obj, self.half)), False, OrderedDict())
+            return torch._utils._rebuild_parameter, (_Stored(stored_tensor(obj, self.half)), False, OrderedDict())
         if isinstance(obj, Tensor):
-            obj = _Value(stored_tensor(obj))
-        if isinstance(obj, _Value):
-            layout = (0, tuple(obj.tensor.shape), obj.tensor.stride())
-            return torch._utils._rebuild_tensor_v2, (_Storage(obj.tensor), *layout, False, OrderedDict())
-        if isinstance(obj, _Storage):
+            obj = _Stored(stored_tensor(obj))
+        if isinstance(obj, _Stored) and obj.is_storage:
             self.count += 1
             return torch.storage._load_from_bytes, (_storage_bytes(obj.tensor, str(self.count)),)
+        if isinstance(obj, _Stored):
+            layout = (0, tuple(obj.tensor.shape), obj.tensor.stride())
+            return torch._utils._rebuild_tensor_v2, (_Stored(obj.tensor, True), *layout, False, OrderedDict())
         if isinstance(obj, nn.Module) and persistence.is_persistent(obj):
-            build, arguments = cast(Any, obj.__reduce__())
-            meta = arguments[0]
-            own = persistence.is_own(obj)
-            return build, ({**meta, "state": _module_state(meta["state"], own)},)
+            build, (meta,) = cast(Any, obj.__reduce__())
+            return build, ({**meta, "state": _module_state(meta["state"], persistence.is_own(obj))},)
         if type(obj) is nn.ModuleDict:
             return copyreg.__newobj__, (nn.ModuleDict,), _module_state(vars(obj))  # type: ignore[attr-defined]
         return NotImplemented
 
 
-@dataclass(frozen=True, eq=False)
-class _Value:
-    """A tensor just as it is to be stored."""
+class _Stored(NamedTuple):
+    """A tensor just as it is to be stored, or its elements alone."""
 
     tensor: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Storage:
-    """The storage of a contiguous tensor."""
-
-    tensor: Tensor
+    is_storage: bool = False
 
 
 def _module_state(state: dict[str, Any], own: bool = True) -> dict[str, Any]:
@@ -120,20 +110,13 @@ def _storage_bytes(tensor: Tensor, key: str) -> bytes:
     buffer = io.BytesIO()
     for value in (STORAGE_MAGIC, STORAGE_VERSION, system):
         pickle.dump(value, buffer, protocol=2)
-    _IdPickler(buffer, protocol=2).dump(_Id(("storage", storage_class, key, "cpu", tensor.numel(), None)))
+    _IdPickler(buffer, protocol=2).dump(("storage", storage_class, key, "cpu", tensor.numel(), None))
     pickle.dump([key], buffer, protocol=2)
     buffer.write(struct.pack("<q", tensor.numel()))
     buffer.write(tensor.numpy().tobytes())
     return buffer.getvalue()
 
 
-class _Id:
-    """A value that is pickled as a persistent id."""
-
-    def __init__(self, value: tuple[Any, ...]) -> None:
-        self.value = value
-
-
 class _IdPickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
-        return obj.value if isinstance(obj, _Id) else None
+        return obj if isinstance(obj, tuple) else None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dnnlib.atomic import atomic_write
 from dnnlib.errors import UserError, printable
 from dnnlib.util import count
-from formats.pickle_reader import StoredTensor, read_torch_archive
+from formats.pickle_reader import read_torch_archive
 from torch_utils.misc import save_tensors
 from training.dataset import ImageFolderDataset
 
@@ -241,17 +241,9 @@ def classifier_from_file(content: bytes, source: str) -> Classifier:
         declared = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in net.state_dict().items()}
         if {name: (f"torch.{t.storage.dtype}", t.shape) for name, t in stored.items()} != declared:
             raise ValueError("other tensors than those of the network")
-        if sum(math.prod(tensor.shape) * tensor.storage.itemsize for tensor in stored.values()) > len(content):
+        if sum(tensor.nbytes for tensor in stored.values()) > len(content):
             raise ValueError("tensors that are larger than the file")
-        net.load_state_dict({name: _copied(tensor) for name, tensor in stored.items()}, assign=True)
+        net.load_state_dict({name: tensor.tensor() for name, tensor in stored.items()}, assign=True)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as exc:
         raise UserError(f"{source}: not a detector file, or a damaged one; fid.py detector makes them") from exc
     return net
-
-
-def _copied(stored: StoredTensor) -> Tensor:
-    """A tensor of its own memory."""
-    size = stored.storage.itemsize
-    strides = [step * size for step in stored.stride]
-    window = np.ndarray(stored.shape, f"i{size}", stored.storage.data, stored.offset * size, strides)
-    return torch.from_numpy(window.copy()).view(getattr(torch, stored.storage.dtype))

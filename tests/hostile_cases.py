@@ -1,7 +1,7 @@
 """Hostile and broken network files, made from scratch: what no network file may get away with.
 
-`TRAPS` run code under Python's own unpickler: each of them then makes the file it is given the name of. `HOSTILE` are
-all the files that must be refused, the traps among them; `GOOD` are two small networks that load.
+`TRAPS` run code under Python's own unpickler: each of them then makes the file `trap_name`. `HOSTILE` are all the files
+that must be refused, the traps among them; `GOOD` are two small networks that load. `content` has a file's bytes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from formats.network_files import MAX_HEADER, METADATA, _write_safetensors
-from formats.pickle_reader import _INSTRUCTIONS, MAX_INSTRUCTIONS
+from formats.network_files import MAX_HEADER, METADATA, _safetensors
+from formats.pickle_reader import ACTIONS, MAX_INSTRUCTIONS, VALUES
 from formats.pickle_writer import NetworkPickler
 from test_network_files import Call, Persistent, module_state, small
 
-Builder = Callable[[str], bytes]
+Builder = Callable[[], bytes]
 State = dict[str, Any]
 
 CHANNELS = 2  # of the good networks: the loader takes them, and example.py then says that it can't draw them
@@ -76,22 +76,27 @@ def under(code: bytes, key: str = "ema") -> bytes:
     return HEAD + b"}" + text(key) + code + b"s."
 
 
-def calls(module: str, attribute: str, *args: Any) -> Builder:
-    """A file that is such a call. 'TRAP' in a text argument stands for the name of the trap's file."""
-
-    def build(trap: str) -> bytes:
-        return under(call(module, attribute, *(a.replace("TRAP", trap) if isinstance(a, str) else a for a in args)))
-
-    return build
+def calls(module: str, attribute: str, *args: Any) -> bytes:
+    """A file that is such a call."""
+    return under(call(module, attribute, *args))
 
 
-def always(data: bytes) -> Builder:
-    return lambda trap: data
+TRAP = "TRAP-XXX"  # stands for the name of the file that a trap makes, which is as long
+SPRING = f"open({TRAP!r}, 'w')"  # Python text that springs it
 
 
-def open_in(trap: str) -> str:
-    """Python text that springs the trap."""
-    return f"open({trap!r}, 'w')"
+def content(build: bytes | Callable[[], bytes], index: int = 0) -> bytes:
+    """The file, its trap with this number."""
+    return (build if isinstance(build, bytes) else build()).replace(TRAP.encode(), trap_name(index).encode())
+
+
+def trap_name(index: int) -> str:
+    return f"TRAP-{index:03}"
+
+
+META = {"type": "class", "version": 6, "module_src": "", "class_name": "EDMPrecond", "state": {}}
+PERSISTENT = ("torch_utils.persistence", "_reconstruct_persistent_obj")
+ORDERED = ("collections", "OrderedDict")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,9 +121,7 @@ def good_pickle() -> bytes:
 
 @cache
 def good_safetensors() -> bytes:
-    buffer = io.BytesIO()
-    _write_safetensors(buffer, network(), entries(), half=False)
-    return buffer.getvalue()
+    return _safetensors(network(), entries(), half=False)
 
 
 GOOD: dict[str, Callable[[], bytes]] = {"good.pkl": good_pickle, "good.safetensors": good_safetensors}
@@ -132,7 +135,7 @@ def spoiled(
     Its source text is a trap. make: another network than the usual one.
     """
 
-    def build(trap: str) -> bytes:
+    def build() -> bytes:
         net = make()
         states = {}
         for where, module in net.named_modules():
@@ -156,7 +159,7 @@ def spoiled(
                 container = nn.ModuleDict()
                 vars(container).update(state)
                 return container
-            return Persistent(state.pop("CLASS", type(module).__name__), state, open_in(trap))
+            return Persistent(state.pop("CLASS", type(module).__name__), state, SPRING)
 
         return pickle.dumps({"ema": stored("", net), **rest}, 4)
 
@@ -264,7 +267,7 @@ def safe(header: Any, body: bytes = b"", length: int | None = None) -> bytes:
 def lying(edit: Callable[[State], Any]) -> Builder:
     """The good safetensors file after `edit(header)`."""
 
-    def build(trap: str) -> bytes:
+    def build() -> bytes:
         good = good_safetensors()
         header = header_of(good)
         edit(header)
@@ -303,7 +306,7 @@ def extra_tensor(dtype: str, shape: list[int]) -> Builder:
 def lying_length(change: int) -> Builder:
     """The good safetensors file with another length of its header."""
 
-    def build(trap: str) -> bytes:
+    def build() -> bytes:
         good = good_safetensors()
         return struct.pack("<Q", int.from_bytes(good[:8], "little") + change) + good[8:]
 
@@ -326,7 +329,7 @@ def empty_tensors(count: int) -> bytes:
 def retyped(dtype: str, size: int) -> Builder:
     """The good network with all its tensors in another type, whose elements have this size in bytes."""
 
-    def build(trap: str) -> bytes:
+    def build() -> bytes:
         header, end = {"__metadata__": header_of(good_safetensors())["__metadata__"]}, 0
         for key, tensor in network().state_dict().items():
             start, end = end, end + size * tensor.numel()
@@ -340,9 +343,9 @@ def retyped(dtype: str, size: int) -> Builder:
 # Traps: calls that Python's own unpickler makes
 
 
-def run_text(trap: str) -> bytes:
+def run_text() -> bytes:
     """A whole pickle that is a call of eval."""
-    return pickle.dumps(Call(eval, open_in(trap)), 2)
+    return pickle.dumps(Call(eval, SPRING), 2)
 
 
 def calling(function: bytes, *args: bytes) -> bytes:
@@ -350,20 +353,16 @@ def calling(function: bytes, *args: bytes) -> bytes:
     return function + b"(" + b"".join(args) + b"tR"
 
 
-def trap_with(code: Callable[[str], bytes], key: str = "ema") -> Builder:
-    return lambda trap: under(code(trap), key)
-
-
-def code_object(trap: str) -> bytes:
+def code_object() -> bytes:
     """A call that makes a code object."""
-    return calling(name("marshal", "loads"), raw(marshal.dumps(compile(open_in(trap), "trap", "exec"))))
+    return calling(name("marshal", "loads"), raw(marshal.dumps(compile(SPRING, "trap", "exec"))))
 
 
-def object_array(trap: str) -> bytes:
+def object_array() -> bytes:
     """An .npy file of objects: a header and a pickle."""
     buffer = io.BytesIO()
     array = np.empty(1, dtype=object)
-    array[0] = Call(eval, open_in(trap))
+    array[0] = Call(eval, SPRING)
     np.save(buffer, array)
     return buffer.getvalue()
 
@@ -372,132 +371,103 @@ IMPORT = name("importlib", "import_module")
 GETATTR = name("builtins", "getattr")
 MKDIR = name("os", "mkdir")
 
-TRAPS: dict[str, Builder] = {
-    # programs
-    "os.system": calls("os", "system", "touch TRAP"),
-    "posix.system": calls("posix", "system", "touch TRAP"),
-    "os.spawnlp": calls("os", "spawnlp", 0, "touch", "touch", "TRAP"),
-    "subprocess.getoutput": calls("subprocess", "getoutput", "touch TRAP"),
-    "subprocess.check_call": trap_with(lambda trap: call("subprocess", "check_call", ["touch", trap])),
-    "pty.spawn": trap_with(lambda trap: call("pty", "spawn", ["touch", trap])),
+TRAPS_CODE: dict[str, bytes] = {  # under 'ema'
+    "subprocess.check_call": call("subprocess", "check_call", ["touch", TRAP]),
+    "pty.spawn": call("pty", "spawn", ["touch", TRAP]),
     # Python text and code
-    "builtins.exec": trap_with(lambda trap: call("builtins", "exec", open_in(trap))),
-    "builtins.eval": trap_with(lambda trap: call("builtins", "eval", open_in(trap))),
-    "__builtin__.eval": lambda trap: b"\x80\x02" + call("__builtin__", "eval", open_in(trap)) + b".",
-    "runpy": trap_with(lambda trap: call("runpy", "_run_code", open_in(trap), {})),
-    "timeit.timeit": trap_with(lambda trap: call("timeit", "timeit", "pass", open_in(trap))),
-    "cProfile.run": trap_with(lambda trap: call("cProfile", "run", open_in(trap))),
-    "marshal.loads": trap_with(lambda trap: calling(name("builtins", "exec"), code_object(trap), value({}))),
-    "types.FunctionType": trap_with(
-        lambda trap: calling(
-            calling(
-                name("types", "FunctionType"),
-                code_object(trap),
-                b"}" + text("__builtins__") + calling(IMPORT, text("builtins")) + b"s",
-            )
+    "builtins.exec": call("builtins", "exec", SPRING),
+    "builtins.eval": call("builtins", "eval", SPRING),
+    "runpy": call("runpy", "_run_code", SPRING, {}),
+    "timeit.timeit": call("timeit", "timeit", "pass", SPRING),
+    "cProfile.run": call("cProfile", "run", SPRING),
+    "marshal.loads": calling(name("builtins", "exec"), code_object(), value({})),
+    "types.FunctionType": calling(
+        calling(
+            name("types", "FunctionType"),
+            code_object(),
+            b"}" + text("__builtins__") + calling(IMPORT, text("builtins")) + b"s",
         )
     ),
-    "pickle.loads": trap_with(lambda trap: calling(name("pickle", "loads"), raw(run_text(trap)))),
-    "_pickle.loads": trap_with(lambda trap: calling(name("_pickle", "loads"), raw(run_text(trap)))),
-    "pickle in pickle in pickle": trap_with(
-        lambda trap: calling(
-            name("pickle", "loads"), raw(HEAD + calling(name("pickle", "loads"), raw(run_text(trap))) + b".")
-        )
+    "pickle.loads": calling(name("pickle", "loads"), raw(run_text())),
+    "_pickle.loads": calling(name("_pickle", "loads"), raw(run_text())),
+    "pickle in pickle in pickle": calling(
+        name("pickle", "loads"), raw(HEAD + calling(name("pickle", "loads"), raw(run_text())) + b".")
     ),
-    # files
-    "builtins.open": calls("builtins", "open", "TRAP", "w"),
-    "io.open": calls("io", "open", "TRAP", "x"),
-    "codecs.open": calls("codecs", "open", "TRAP", "w"),
-    "os.open": calls("os", "open", "TRAP", 0o101),
-    "os.mkdir": calls("os", "mkdir", "TRAP"),
-    "os.symlink": calls("os", "symlink", "/", "TRAP"),
-    "gzip.open": calls("gzip", "open", "TRAP", "w"),
-    "zipfile.ZipFile": calls("zipfile", "ZipFile", "TRAP", "w"),
-    "sqlite3.connect": calls("sqlite3", "connect", "TRAP"),
-    "logging.FileHandler": calls("logging", "FileHandler", "TRAP"),
-    "shutil.copy": calls("shutil", "copy", "/dev/null", "TRAP"),
-    "pathlib.Path.touch": trap_with(lambda trap: calling(path("pathlib", "Path.touch"), call("pathlib", "Path", trap))),
-    "pathlib.Path.write_text": trap_with(
-        lambda trap: calling(path("pathlib", "Path.write_text"), call("pathlib", "Path", trap), text("x"))
-    ),
+    "pathlib.Path.touch": calling(path("pathlib", "Path.touch"), call("pathlib", "Path", TRAP)),
+    "pathlib.Path.write_text": calling(path("pathlib", "Path.write_text"), call("pathlib", "Path", TRAP), text("x")),
     # detours
-    "operator.methodcaller": trap_with(
-        lambda trap: calling(call("operator", "methodcaller", "mkdir", trap), calling(IMPORT, text("os")))
+    "operator.methodcaller": calling(call("operator", "methodcaller", "mkdir", TRAP), calling(IMPORT, text("os"))),
+    "operator.attrgetter": calling(
+        calling(call("operator", "attrgetter", "mkdir"), calling(IMPORT, text("os"))), text(TRAP)
     ),
-    "operator.attrgetter": trap_with(
-        lambda trap: calling(calling(call("operator", "attrgetter", "mkdir"), calling(IMPORT, text("os"))), text(trap))
-    ),
-    "builtins.getattr": trap_with(
-        lambda trap: calling(calling(GETATTR, calling(IMPORT, text("os")), text("mkdir")), text(trap))
-    ),
-    "builtins.__import__": trap_with(
-        lambda trap: calling(calling(GETATTR, call("builtins", "__import__", "os"), text("mkdir")), text(trap))
-    ),
-    "functools.partial": trap_with(lambda trap: calling(calling(name("functools", "partial"), MKDIR, text(trap)))),
-    "functools.reduce": trap_with(
-        lambda trap: calling(name("functools", "reduce"), name("os", "open"), value([trap, 0o101]))
-    ),
-    "builtins.map": trap_with(
-        lambda trap: calling(name("builtins", "list"), calling(name("builtins", "map"), MKDIR, value([trap])))
-    ),
+    "builtins.getattr": calling(calling(GETATTR, calling(IMPORT, text("os")), text("mkdir")), text(TRAP)),
+    "builtins.__import__": calling(calling(GETATTR, call("builtins", "__import__", "os"), text("mkdir")), text(TRAP)),
+    "functools.partial": calling(calling(name("functools", "partial"), MKDIR, text(TRAP))),
+    "functools.reduce": calling(name("functools", "reduce"), name("os", "open"), value([TRAP, 0o101])),
+    "builtins.map": calling(name("builtins", "list"), calling(name("builtins", "map"), MKDIR, value([TRAP]))),
     # what this project depends on, and what it is made of
-    "torch.save": trap_with(lambda trap: call("torch", "save", 1, trap)),
-    "torch.storage": trap_with(lambda trap: calling(name("torch.storage", "_load_from_bytes"), raw(run_text(trap)))),
-    "numpy.savetxt": trap_with(lambda trap: call("numpy", "savetxt", trap, [1])),
-    "numpy.memmap": trap_with(lambda trap: call("numpy", "memmap", trap, "uint8", "w+", 0, 1)),
-    "numpy.load": trap_with(
-        lambda trap: calling(
-            name("numpy", "load"), calling(name("_io", "BytesIO"), raw(object_array(trap))), b"N", b"\x88"
-        )
-    ),
-    "dnnlib.atomic": calls("dnnlib.atomic", "write_text", "TRAP", "x"),
-    "this project's exec": trap_with(
-        lambda trap: call("formats.network_files", "_run_and_reconstruct", {**META, "module_src": open_in(trap)})
-    ),
+    "torch.save": call("torch", "save", 1, TRAP),
+    "torch.storage": calling(name("torch.storage", "_load_from_bytes"), raw(run_text())),
+    "numpy.savetxt": call("numpy", "savetxt", TRAP, [1]),
+    "numpy.memmap": call("numpy", "memmap", TRAP, "uint8", "w+", 0, 1),
+    "numpy.load": calling(name("numpy", "load"), calling(name("_io", "BytesIO"), raw(object_array())), b"N", b"\x88"),
+    "this project's exec": call("formats.network_code", "_run_and_reconstruct", {**META, "module_src": SPRING}),
     # paths of attributes that begin at modules and functions with names on the list
-    "dnnlib.util.os.mkdir": trap_with(lambda trap: calling(path("dnnlib.util", "os.mkdir"), text(trap))),
-    "torch.hub.os.mkdir": trap_with(lambda trap: calling(path("torch", "hub.os.mkdir"), text(trap))),
-    "torch._utils.sys.modules": trap_with(
-        lambda trap: calling(
-            calling(GETATTR, calling(path("torch._utils", "sys.modules.get"), text("os")), text("mkdir")), text(trap)
-        )
+    "dnnlib.util.os.mkdir": calling(path("dnnlib.util", "os.mkdir"), text(TRAP)),
+    "torch.hub.os.mkdir": calling(path("torch", "hub.os.mkdir"), text(TRAP)),
+    "torch._utils.sys.modules": calling(
+        calling(GETATTR, calling(path("torch._utils", "sys.modules.get"), text("os")), text("mkdir")), text(TRAP)
     ),
-    "_rebuild_parameter.__builtins__": trap_with(
-        lambda trap: calling(
-            calling(path("torch._utils", "_rebuild_parameter.__builtins__.get"), text("exec")), text(open_in(trap))
-        )
+    "_rebuild_parameter.__builtins__": calling(
+        calling(path("torch._utils", "_rebuild_parameter.__builtins__.get"), text("exec")), text(SPRING)
     ),
     # instructions
-    "INST": lambda trap: under(b"(" + text(trap) + b"ios\nmkdir\n"),
-    "OBJ": trap_with(lambda trap: b"(" + name("logging", "FileHandler") + text(trap) + b"o"),
-    "NEWOBJ": trap_with(lambda trap: name("numpy", "memmap") + value((trap, "uint8", "w+", 0, 1)) + b"\x81"),
-    "NEWOBJ_EX": trap_with(
-        lambda trap: name("numpy", "memmap") + value((trap,)) + value({"mode": "w+", "shape": 1}) + b"\x92"
+    "INST": b"(" + text(TRAP) + b"ios\nmkdir\n",
+    "OBJ": b"(" + name("logging", "FileHandler") + text(TRAP) + b"o",
+    "NEWOBJ": name("numpy", "memmap") + value((TRAP, "uint8", "w+", 0, 1)) + b"\x81",
+    "NEWOBJ_EX": name("numpy", "memmap") + value((TRAP,)) + value({"mode": "w+", "shape": 1}) + b"\x92",
+    "STACK_GLOBAL": calling(path("os", "mkdir"), text(TRAP)),
+    "BUILD": calling(
+        calling(name("functools", "partial"), name("builtins", "print")) + b"(" + MKDIR + value((TRAP,)) + b"}}tb"
     ),
-    "STACK_GLOBAL": trap_with(lambda trap: calling(path("os", "mkdir"), text(trap))),
-    "BUILD": trap_with(  # a partial of nothing much, until its state is set
-        lambda trap: calling(
-            calling(name("functools", "partial"), name("builtins", "print")) + b"(" + MKDIR + value((trap,)) + b"}}tb"
-        )
-    ),
+    "in a set": b"\x8f(" + call("os", "mkdir", TRAP) + b"\x90",
+}
+TRAPS: dict[str, bytes | Builder] = {
+    **{key: under(code) for key, code in TRAPS_CODE.items()},
+    # programs
+    "os.system": calls("os", "system", "touch TRAP-XXX"),
+    "posix.system": calls("posix", "system", "touch TRAP-XXX"),
+    "os.spawnlp": calls("os", "spawnlp", 0, "touch", "touch", TRAP),
+    "subprocess.getoutput": calls("subprocess", "getoutput", "touch TRAP-XXX"),
+    "__builtin__.eval": b"\x80\x02" + call("__builtin__", "eval", SPRING) + b".",
+    # files
+    "builtins.open": calls("builtins", "open", TRAP, "w"),
+    "io.open": calls("io", "open", TRAP, "x"),
+    "codecs.open": calls("codecs", "open", TRAP, "w"),
+    "os.open": calls("os", "open", TRAP, 0o101),
+    "os.mkdir": calls("os", "mkdir", TRAP),
+    "os.symlink": calls("os", "symlink", "/", TRAP),
+    "gzip.open": calls("gzip", "open", TRAP, "w"),
+    "zipfile.ZipFile": calls("zipfile", "ZipFile", TRAP, "w"),
+    "sqlite3.connect": calls("sqlite3", "connect", TRAP),
+    "logging.FileHandler": calls("logging", "FileHandler", TRAP),
+    "shutil.copy": calls("shutil", "copy", "/dev/null", TRAP),
+    "dnnlib.atomic": calls("dnnlib.atomic", "write_text", TRAP, "x"),
     # places
-    "in another entry": trap_with(lambda trap: call("os", "mkdir", trap), "loss_fn"),
-    "as a key": lambda trap: HEAD + b"}" + call("os", "mkdir", trap) + text("x") + b"s.",
-    "in a set": trap_with(lambda trap: b"\x8f(" + call("os", "mkdir", trap) + b"\x90"),
-    "before the network": lambda trap: HEAD + call("os", "mkdir", trap) + b"0" + good_pickle()[2:],
-    "through the memo": lambda trap: HEAD + MKDIR + b"q\x05" + calling(b"h\x05", text(trap)) + b"\x86.",
-    "as an attribute": lambda trap: with_attribute("model", x=Call(eval, open_in(trap)))(trap),
-    "as a constructor argument": lambda trap: with_kwargs(dropout=Call(eval, open_in(trap)))(trap),
-    "instead of a tensor": lambda trap: with_attribute(
-        "model.map_layer0", _parameters={"weight": Call(eval, open_in(trap))}
-    )(trap),
-    "instead of a module": lambda trap: with_attribute("model", _modules={"enc": Call(eval, open_in(trap))})(trap),
-    "instead of a module's attributes": lambda trap: pickle.dumps(
-        {"ema": Persistent("EDMPrecond", Call(eval, open_in(trap)), "")},
+    "in another entry": under(call("os", "mkdir", TRAP), "loss_fn"),
+    "as a key": HEAD + b"}" + call("os", "mkdir", TRAP) + text("x") + b"s.",
+    "before the network": lambda: HEAD + call("os", "mkdir", TRAP) + b"0" + good_pickle()[2:],
+    "through the memo": HEAD + MKDIR + b"q\x05" + calling(b"h\x05", text(TRAP)) + b"\x86.",
+    "as an attribute": with_attribute("model", x=Call(eval, SPRING)),
+    "as a constructor argument": with_kwargs(dropout=Call(eval, SPRING)),
+    "instead of a tensor": with_attribute("model.map_layer0", _parameters={"weight": Call(eval, SPRING)}),
+    "instead of a module": with_attribute("model", _modules={"enc": Call(eval, SPRING)}),
+    "instead of a module's attributes": pickle.dumps(
+        {"ema": Persistent("EDMPrecond", Call(eval, SPRING), "")},
         4,  # type: ignore[arg-type]
     ),
-    "instead of a class name": lambda trap: pickle.dumps(
-        {"ema": Persistent(Call(eval, open_in(trap)), {}, "")},
+    "instead of a class name": pickle.dumps(
+        {"ema": Persistent(Call(eval, SPRING), {}, "")},
         4,  # type: ignore[arg-type]
     ),
 }
@@ -533,11 +503,6 @@ NAMES = """
     torch_utils.persistence:_reconstruct_persistent_obj.__globals__ formats.network_files.load_network
     training.networks.EDMPrecond formats.state.load_state example.main generate.main
 """.split()  # noqa: SIM905 (a list of them would fill a page)
-
-
-META = {"type": "class", "version": 6, "module_src": "", "class_name": "EDMPrecond", "state": {}}
-PERSISTENT = ("torch_utils.persistence", "_reconstruct_persistent_obj")
-ORDERED = ("collections", "OrderedDict")
 
 
 def storage(data: bytes, count: int, kind: str = "FloatStorage", key: str = "0") -> bytes:
@@ -602,9 +567,9 @@ def many_entries(count: int, value: Any) -> Builder:
     return with_entry(**{f"e{i}": value for i in range(count)})
 
 
-def as_much_as_may_be(trap: str) -> bytes:
+def as_much_as_may_be() -> bytes:
     """The good network with entries that use up what instructions and plain values there are, and a useless grid."""
-    good = with_entry(sampling=7)(trap)
+    good = with_entry(sampling=7)()
     lists = text("0") + b"](" + b"]" * 199_000 + b"eq\xf0s" + b"".join(text(f"{i}") + b"h\xf0s" for i in (1, 2))
     return good[:-1] + lists + text("sets") + b"](" + b"\x8f" * 250_000 + b"es."
 
@@ -644,56 +609,57 @@ def itself(kind: str) -> bytes:
     return under(begin[:1] + b"q\x00" + begin[1:] + b"h\x00" + add)
 
 
-def calls_dotted(dotted: str) -> Builder:
+def calls_dotted(dotted: str) -> bytes:
     """A call of 'module.name' or 'module:path.of.attributes' with a text."""
     module, _, attribute = dotted.rpartition(":" if ":" in dotted else ".")
-    return always(under(calling(path(module, attribute), text("x"))))
+    return under(calling(path(module, attribute), text("x")))
 
 
-def misused(module: str, attribute: str, *args: bytes) -> Builder:
+def misused(module: str, attribute: str, *args: bytes) -> bytes:
     """A call of something on the list, with arguments that it never has."""
-    return always(under(calling(name(module, attribute), *args)))
+    return under(calling(name(module, attribute), *args))
 
 
-INSTRUCTIONS = {op.name: op.code.encode("latin-1") for op in pickletools.opcodes if ord(op.code) not in _INSTRUCTIONS}
+INSTRUCTIONS = {op.name: op.code.encode("latin-1") for op in pickletools.opcodes if op.name not in {*VALUES, *ACTIONS}}
 
-CALLS: dict[str, Builder] = {
-    **{f"calls {dotted}": calls_dotted(dotted) for dotted in NAMES},
-    "an empty name": always(under(path("", ""))),
-    "an empty module": always(under(path("", "set"))),
-    "a name with a zero": always(under(path("collections", "OrderedDict\0"))),
-    "a name of look-alikes": always(under(path("соllections", "OrderedDict"))),
-    "a name in capitals": always(under(path("COLLECTIONS", "ORDEREDDICT"))),
-    "a name with a line feed": always(under(path("os\nsystem", "x\nerror: y"))),
-    "a name that clears the screen": always(under(path("\x1b[2J\x1b]0;x\x07", "\x9b2J\u202e"))),
-    "a name of a lone surrogate": always(under(path("\udc80", "\ud800"))),
-    "a name of a megabyte": always(under(path("x" * MB, "y"))),
-    "a name that is a number": always(under(value(3) + value(4) + b"\x93")),
-    "a name that is a call": always(under(call("builtins", "set") + text("x") + b"\x93")),
-    "a name with a carriage return": always(under(b"ccollections\r\nOrderedDict\r\n")),
-    "a name that is no UTF-8": always(under(b"c\xff\xfe\nx\n")),
-    "a name without end": always(HEAD + b"c" + b"x" * 1000),
-    "calls a text": always(under(calling(text("os.system"), text("x")))),
-    "calls a list": always(under(calling(value([1]), text("x")))),
-    "calls the result of a call": always(under(calling(call("builtins", "set"), text("x")))),
-    "calls with a list": always(under(name(*ORDERED) + value([1]) + b"R")),
-    "calls a mark": always(under(b"((R")),
-    "attributes for a function": always(under(name("dnnlib", "EasyDict") + value({"__getattr__": 1}) + b"b")),
-    "attributes for a class": always(under(name("numpy", "dtype") + b"N" + value({"x": 1}) + b"\x86b")),
-    "attributes for a list": always(under(value([]) + value({"x": 1}) + b"b")),
-    "attributes for a tuple": always(under(value(()) + value({"__class__": 1}) + b"b")),
-    "attributes for a persistent object": always(under(call(*PERSISTENT, META) + value({"x": 1}) + b"b")),
-    "attributes that are no dict": always(
-        under(name("torch.nn.modules.container", "ModuleDict") + b")\x81" + value([1]) + b"b")
+CALLS_CODE: dict[str, bytes] = {  # under 'ema'
+    "an empty name": path("", ""),
+    "an empty module": path("", "set"),
+    "a name with a zero": path("collections", "OrderedDict\0"),
+    "a name of look-alikes": path("соllections", "OrderedDict"),
+    "a name in capitals": path("COLLECTIONS", "ORDEREDDICT"),
+    "a name with a line feed": path("os\nsystem", "x\nerror: y"),
+    "a name that clears the screen": path("\x1b[2J\x1b]0;x\x07", "\x9b2J\u202e"),
+    "a name of a lone surrogate": path("\udc80", "\ud800"),
+    "a name of a megabyte": path("x" * MB, "y"),
+    "a name that is a number": value(3) + value(4) + b"\x93",
+    "a name that is a call": call("builtins", "set") + text("x") + b"\x93",
+    "a name with a carriage return": b"ccollections\r\nOrderedDict\r\n",
+    "a name that is no UTF-8": b"c\xff\xfe\nx\n",
+    "calls a text": calling(text("os.system"), text("x")),
+    "calls a list": calling(value([1]), text("x")),
+    "calls the result of a call": calling(call("builtins", "set"), text("x")),
+    "calls with a list": name(*ORDERED) + value([1]) + b"R",
+    "calls a mark": b"((R",
+    "attributes for a function": name("dnnlib", "EasyDict") + value({"__getattr__": 1}) + b"b",
+    "attributes for a class": name("numpy", "dtype") + b"N" + value({"x": 1}) + b"\x86b",
+    "attributes for a list": value([]) + value({"x": 1}) + b"b",
+    "attributes for a tuple": value(()) + value({"__class__": 1}) + b"b",
+    "attributes for a persistent object": call(*PERSISTENT, META) + value({"x": 1}) + b"b",
+    "attributes that are no dict": name("torch.nn.modules.container", "ModuleDict") + b")\x81" + value([1]) + b"b",
+    "a scalar object": calling(name("numpy.core.multiarray", "scalar"), call("numpy", "dtype", "O8"), text("x")),
+    "a scalar of the wrong size": calling(
+        name("numpy.core.multiarray", "scalar"), call("numpy", "dtype", "f8"), raw(b"1234")
     ),
+    "a network that is a ModuleDict": name("torch.nn.modules.container", "ModuleDict") + b")\x81",
+    "a persistent id": value(("storage", 1)) + b"Q",
+}
+CALLS: dict[str, bytes | Builder] = {
+    **{key: under(code) for key, code in CALLS_CODE.items()},
+    **{f"calls {dotted}": calls_dotted(dotted) for dotted in NAMES},
+    "a name without end": HEAD + b"c" + b"x" * 1000,
     "a data type of objects": misused("numpy", "dtype", text("O8"), b"\x89", b"\x88"),
     "a structured data type": misused("numpy", "dtype", value([("x", "O")])),
-    "a scalar object": always(
-        under(calling(name("numpy.core.multiarray", "scalar"), call("numpy", "dtype", "O8"), text("x")))
-    ),
-    "a scalar of the wrong size": always(
-        under(calling(name("numpy.core.multiarray", "scalar"), call("numpy", "dtype", "f8"), raw(b"1234")))
-    ),
     "a byte string in rot13": misused("_codecs", "encode", text("os"), text("rot13")),
     "a byte string in zip": misused("_codecs", "encode", text("os"), text("zlib_codec")),
     "a byte string in no codec": misused("_codecs", "encode", text("os"), text("../../trap")),
@@ -718,40 +684,47 @@ CALLS: dict[str, Builder] = {
     "a persistent object of a foreign class": misused(*PERSISTENT, value({**META, "class_name": "Wonder"})),
     "a persistent object of nothing": misused(*PERSISTENT, value(META)),
     "a network that is a layer": misused(*PERSISTENT, value({**META, "class_name": "Conv2d"})),
-    "a network that is a ModuleDict": always(under(name("torch.nn.modules.container", "ModuleDict") + b")\x81")),
-    **{f"instruction {key}": always(HEAD + value([1, 2]) * 3 + op + b"1\n1\n1\n.") for key, op in INSTRUCTIONS.items()},
-    "an unknown instruction": always(HEAD + b"\xff."),
-    "a persistent id": always(under(value(("storage", 1)) + b"Q")),
+    **{f"instruction {key}": HEAD + value([1, 2]) * 3 + op + b"1\n1\n1\n." for key, op in INSTRUCTIONS.items()},
+    "an unknown instruction": HEAD + b"\xff.",
 }
 
-MEMO: dict[str, Builder] = {
-    "refers to nothing": always(under(b"h\xff")),
-    "refers to the far end": always(under(b"j\xff\xff\xff\xff")),
-    "remembers a mark": always(HEAD + b"(\x94."),
-    "remembers nothing": always(HEAD + b"q\x00."),
-    "appends to a mark": always(HEAD + b"(Na."),
-    "appends to a tuple": always(HEAD + b")Na."),
-    "a list of itself": always(itself("list")),
-    "a dict of itself": always(itself("dict")),
-    "a tuple of itself": always(itself("tuple")),
-    "nothing but marks": always(HEAD + b"(" * 100_000 + b"."),
-    "nothing but the end": always(HEAD + b"." * 1000),
-    "a network of itself": always(own_part()),
+MEMO_CODE: dict[str, bytes] = {  # under 'ema'
+    "refers to nothing": b"h\xff",
+    "refers to the far end": b"j\xff\xff\xff\xff",
+    "laughing version": calling(name(*PERSISTENT), value({**META, "version": laughs(9)})),
+    "laughter where modules belong": calling(name(*PERSISTENT), value({**META, "state": {"_modules": laughs(9)}})),
+    "a deep network": b"]" * 100_000 + b"a" * 99_999,
+    "a deep version": name(*PERSISTENT)
+    + value({**META, "version": 0})
+    + text("version")
+    + b")"
+    + b"\x85" * 100_000
+    + b"s\x85R",
+    "deep arguments": calling(name(*PERSISTENT), value({**META, "state": {"_init_kwargs": {"x": nested(300)}}})),
+}
+MEMO: dict[str, bytes | Builder] = {
+    **{key: under(code) for key, code in MEMO_CODE.items()},
+    "remembers a mark": HEAD + b"(\x94.",
+    "remembers nothing": HEAD + b"q\x00.",
+    "appends to a mark": HEAD + b"(Na.",
+    "appends to a tuple": HEAD + b")Na.",
+    "a list of itself": itself("list"),
+    "a dict of itself": itself("dict"),
+    "a tuple of itself": itself("tuple"),
+    "nothing but marks": HEAD + b"(" * 100_000 + b".",
+    "nothing but the end": HEAD + b"." * 1000,
+    "a network of itself": own_part(),
     "modules without end": spoiled(lambda states, rest: states["model"].update(_modules={"x": endless()})),
-    "a tower of modules": always(tower(40, 1)),
-    "a billion modules": always(tower(9, 10)),
-    "a hundred thousand modules": always(tower(5, 10)),
-    "many modules under a long name": always(many_modules("x" * MB, 3000)),
-    "a few under a long name": always(many_modules("x" * 10_000, 9)),
-    "many modules with the same tensors": always(many_tensors(5000, 5000)),
-    "many modules with the same numbers": always(many_attributes(5000, 5000)),
-    "laughing lists": always(pickle.dumps({"ema": laughs(30)})),
+    "a tower of modules": tower(40, 1),
+    "a billion modules": tower(9, 10),
+    "a hundred thousand modules": tower(5, 10),
+    "many modules under a long name": many_modules("x" * MB, 3000),
+    "a few under a long name": many_modules("x" * 10_000, 9),
+    "many modules with the same tensors": many_tensors(5000, 5000),
+    "many modules with the same numbers": many_attributes(5000, 5000),
+    "laughing lists": pickle.dumps({"ema": laughs(30)}),
     "laughing arguments": with_kwargs(dropout=laughs(30)),
     "laughing multipliers": with_kwargs(channel_mult=laughs(30, 1)),
-    "laughing version": always(under(calling(name(*PERSISTENT), value({**META, "version": laughs(9)})))),
-    "laughter where modules belong": always(
-        under(calling(name(*PERSISTENT), value({**META, "state": {"_modules": laughs(9)}})))
-    ),
     "laughing noise grid": with_entry(sampling=sampling(levels=laughs(9, 1.0))),
     "laughing solver": with_entry(sampling=sampling(solver=laughs(9))),
     "a solver of gigabytes": with_entry(sampling=sampling(solver=["x" * MB] * 5000)),
@@ -764,63 +737,56 @@ MEMO: dict[str, Builder] = {
     "a ratio of gigabytes": with_entry(sampling=sampling(ratio=["x" * MB] * 5000)),
     "levels of a megabyte": with_entry(sampling=sampling(levels=["x" * MB])),
     "the same giant entry, often": many_entries(2000, [[] for _ in range(50_000)]),
-    "deep lists": always(HEAD + b"]" * 240_000 + b"a" * 239_999 + b"."),
-    "deep tuples": always(HEAD + b")" + b"\x85" * 200_000 + b"."),
-    "deep dicts": always(HEAD + (b"}" + text("x")) * 100_000 + b"N" + b"s" * 100_000 + b"."),
-    "a deep network": always(under(b"]" * 100_000 + b"a" * 99_999)),
-    "a deep version": always(
-        under(
-            name(*PERSISTENT) + value({**META, "version": 0}) + text("version") + b")" + b"\x85" * 100_000 + b"s\x85R"
-        )
-    ),
-    "deep arguments": always(
-        under(calling(name(*PERSISTENT), value({**META, "state": {"_init_kwargs": {"x": nested(300)}}})))
-    ),
+    "deep lists": HEAD + b"]" * 240_000 + b"a" * 239_999 + b".",
+    "deep tuples": HEAD + b")" + b"\x85" * 200_000 + b".",
+    "deep dicts": HEAD + (b"}" + text("x")) * 100_000 + b"N" + b"s" * 100_000 + b".",
 }
 
-SIZES: dict[str, Builder] = {
-    "a frame of exabytes": always(HEAD + b"\x95" + b"\xff" * 8 + b"N."),
-    "bytes of exabytes": always(HEAD + b"\x8e" + b"\xff" * 7 + b"\x7f."),
-    "a text of exabytes": always(HEAD + b"\x8d" + b"\xff" * 7 + b"\x7f."),
-    "a text of gigabytes": always(HEAD + b"X\xff\xff\xff\xff."),
-    "bytes of gigabytes": always(HEAD + b"B\xff\xff\xff\x7f."),
-    "a number that is cut off": always(HEAD + b"\x8a\xff1."),
-    "two million sets": always(HEAD + b"\x8f" * 2_000_000 + b"."),
-    "two million byte strings": always(HEAD + b"C\x00" * 2_000_000 + b"."),
-    "four million memories": always(HEAD + b"N" + b"\x94" * 4_000_000 + b"."),
-    "as many sets as may be": always(HEAD + b"\x8f" * (MAX_INSTRUCTIONS - 1) + b"."),
-    "as many byte strings as may be": always(HEAD + b"C\x00" * (MAX_INSTRUCTIONS - 1) + b"."),
-    "as many remembered dicts as may be": always(HEAD + b"}\x94" * (MAX_INSTRUCTIONS // 2 - 1) + b"."),
-    "as many modules as may be": always(
-        HEAD + name("torch.nn.modules.container", "ModuleDict") + b"q\x00" + b"h\x00)R" * 166_000 + b"."
-    ),
+SIZES: dict[str, bytes | Builder] = {
+    "a frame of exabytes": HEAD + b"\x95" + b"\xff" * 8 + b"N.",
+    "bytes of exabytes": HEAD + b"\x8e" + b"\xff" * 7 + b"\x7f.",
+    "a text of exabytes": HEAD + b"\x8d" + b"\xff" * 7 + b"\x7f.",
+    "a text of gigabytes": HEAD + b"X\xff\xff\xff\xff.",
+    "bytes of gigabytes": HEAD + b"B\xff\xff\xff\x7f.",
+    "a number that is cut off": HEAD + b"\x8a\xff1.",
+    "two million sets": HEAD + b"\x8f" * 2_000_000 + b".",
+    "two million byte strings": HEAD + b"C\x00" * 2_000_000 + b".",
+    "four million memories": HEAD + b"N" + b"\x94" * 4_000_000 + b".",
+    "as many sets as may be": HEAD + b"\x8f" * (MAX_INSTRUCTIONS - 1) + b".",
+    "as many byte strings as may be": HEAD + b"C\x00" * (MAX_INSTRUCTIONS - 1) + b".",
+    "as many remembered dicts as may be": HEAD + b"}\x94" * (MAX_INSTRUCTIONS // 2 - 1) + b".",
+    "as many modules as may be": HEAD
+    + name("torch.nn.modules.container", "ModuleDict")
+    + b"q\x00"
+    + b"h\x00)R" * 166_000
+    + b".",
     "as much of everything as may be": as_much_as_may_be,
-    "texts that grow to four times their size": always(
-        HEAD + (b"X" + struct.pack("<I", MB) + b"\xf0\x9f\x98\x80" + b"x" * (MB - 4)) * 24 + b"."
+    "texts that grow to four times their size": HEAD
+    + (b"X" + struct.pack("<I", MB) + b"\xf0\x9f\x98\x80" + b"x" * (MB - 4)) * 24
+    + b".",
+    "the same dict, a thousand times": many_copies(
+        name(*ORDERED), 1000, b"".join(value(i) + b"N\x86" for i in range(20_000)), 1000
     ),
-    "the same dict, a thousand times": always(
-        many_copies(name(*ORDERED), 1000, b"".join(value(i) + b"N\x86" for i in range(20_000)), 1000)
+    "the same set, a thousand times": many_copies(
+        name("builtins", "set"), 1000, b"".join(value(i) for i in range(50_000)), 1000
     ),
-    "the same set, a thousand times": always(
-        many_copies(name("builtins", "set"), 1000, b"".join(value(i) for i in range(50_000)), 1000)
-    ),
-    "a storage of exabytes": always(tensor(storage(b"", 1 << 61), 0, (1 << 61,), (1,))),
-    "a storage of less than nothing": always(tensor(storage(b"", -1), 0, (1,), (1,))),
-    "a storage of more than it says": always(tensor(storage(bytes(400), 10), 0, (10,), (1,))),
-    "a storage of less than it says": always(tensor(storage(bytes(4), 10), 0, (10,), (1,))),
-    "a storage with two keys": always(tensor(storage(bytes(4), 1).replace(b"\x5d", b"\x5dNa"), 0, (1,), (1,))),
-    "a storage of objects": always(tensor(storage(bytes(8), 1, "UntypedStorage"), 0, (1,), (1,))),
-    "a storage of complex numbers": always(tensor(storage(bytes(8), 1, "ComplexFloatStorage"), 0, (1,), (1,))),
-    "a storage that is an archive": always(tensor(saved([torch.zeros(1)]), 0, (1,), (1,))),
-    "a storage within itself": always(tensor(storage(bytes(4), 1)[:60] * 3, 0, (1,), (1,))),
-    "a tensor of exabytes in four bytes": always(tensor(storage(bytes(4), 1), 0, (1 << 60,), (0,))),
-    "a tensor beyond its storage": always(tensor(storage(bytes(40), 10), 9, (2,), (1,))),
-    "a tensor before its storage": always(tensor(storage(bytes(40), 10), -4, (2,), (1,))),
-    "a tensor that goes backwards": always(tensor(storage(bytes(40), 10), 5, (5,), (-1,))),
-    "a tensor of a thousand axes": always(tensor(storage(bytes(4), 1), 0, (1,) * 1000, (1,) * 1000)),
-    "a tensor of no axes that match": always(tensor(storage(bytes(4), 1), 0, (1, 1), (1,))),
-    "a tensor of half elements": always(tensor(storage(bytes(8), 2), 0, (1.5,), (1,))),
-    "a tensor of flags": always(tensor(storage(bytes(8), 2), 0, (True,), (1,))),
+    "a storage of exabytes": tensor(storage(b"", 1 << 61), 0, (1 << 61,), (1,)),
+    "a storage of less than nothing": tensor(storage(b"", -1), 0, (1,), (1,)),
+    "a storage of more than it says": tensor(storage(bytes(400), 10), 0, (10,), (1,)),
+    "a storage of less than it says": tensor(storage(bytes(4), 10), 0, (10,), (1,)),
+    "a storage with two keys": tensor(storage(bytes(4), 1).replace(b"\x5d", b"\x5dNa"), 0, (1,), (1,)),
+    "a storage of objects": tensor(storage(bytes(8), 1, "UntypedStorage"), 0, (1,), (1,)),
+    "a storage of complex numbers": tensor(storage(bytes(8), 1, "ComplexFloatStorage"), 0, (1,), (1,)),
+    "a storage that is an archive": tensor(saved([torch.zeros(1)]), 0, (1,), (1,)),
+    "a storage within itself": tensor(storage(bytes(4), 1)[:60] * 3, 0, (1,), (1,)),
+    "a tensor of exabytes in four bytes": tensor(storage(bytes(4), 1), 0, (1 << 60,), (0,)),
+    "a tensor beyond its storage": tensor(storage(bytes(40), 10), 9, (2,), (1,)),
+    "a tensor before its storage": tensor(storage(bytes(40), 10), -4, (2,), (1,)),
+    "a tensor that goes backwards": tensor(storage(bytes(40), 10), 5, (5,), (-1,)),
+    "a tensor of a thousand axes": tensor(storage(bytes(4), 1), 0, (1,) * 1000, (1,) * 1000),
+    "a tensor of no axes that match": tensor(storage(bytes(4), 1), 0, (1, 1), (1,)),
+    "a tensor of half elements": tensor(storage(bytes(8), 2), 0, (1.5,), (1,)),
+    "a tensor of flags": tensor(storage(bytes(8), 2), 0, (True,), (1,)),
     "an empty tensor of exabytes": with_parameter("map_layer0", "weight", lambda: torch.empty(0, 1 << 40)),
     "tensors of one byte an element": as_type(torch.int8),
     "a network of endless width": with_kwargs(model_channels=1 << 62),
@@ -837,8 +803,8 @@ SIZES: dict[str, Builder] = {
     "multipliers in a dict": with_kwargs(channel_mult={"1": 2}),
     "endless blocks": with_kwargs(num_blocks=1 << 40),
     "thirty thousand blocks": with_kwargs(num_blocks=30_000),
-    "as many blocks as may be": lambda trap: many_blocks(41),
-    "more blocks than may be": lambda trap: many_blocks(42),
+    "as many blocks as may be": lambda: many_blocks(41),
+    "more blocks than may be": lambda: many_blocks(42),
     "many noise levels": with_attribute("", CLASS="iDDPMPrecond", M=1 << 14),
     "endless filters": with_kwargs(resample_filter=[1.0] * 900),
     "a filter of one": with_kwargs(resample_filter=[1.0]),
@@ -899,59 +865,59 @@ SIZES: dict[str, Builder] = {
     "a noise grid with a bad past": with_entry(sampling=sampling(lineage=[[1]])),
 }
 
-FORMATS: dict[str, Builder] = {
-    "empty": always(b""),
-    "one byte": always(b"\x80"),
-    "zeros": always(bytes(MB)),
-    "ones": always(b"\xff" * MB),
-    "text": always(b"import os\nos.system('true')\n" * 100),
-    "JSON": always(b'{"ema": {}}'),
-    "a web page": always(b"<!DOCTYPE html><script>alert(1)</script>"),
-    "a pointer of git LFS": always(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64),
-    "PNG": always(b"\x89PNG\r\n\x1a\n" + bytes(100)),
-    "ELF": always(b"\x7fELF" + bytes(100)),
-    "HDF5": always(b"\x89HDF\r\n\x1a\n" + bytes(100)),
-    "a compiled module": always(b"\xa7\r\r\n" + bytes(12) + marshal.dumps(compile("1", "x", "exec"))),
-    "a zip bomb": lambda trap: zipped(10, 4 * MB),
-    "a zip bomb in a zip": lambda trap: zipped(1, MB)[:-22] + zipped(5, MB),
-    "a gzip bomb": lambda trap: gzip.compress(bytes(40 * MB), 1),
-    "a bzip2 bomb": lambda trap: bz2.compress(bytes(4 * MB)),
-    "an xz bomb": lambda trap: lzma.compress(bytes(4 * MB), preset=0),
-    "npz": lambda trap: npz(),
+FORMATS: dict[str, bytes | Builder] = {
+    "empty": b"",
+    "one byte": b"\x80",
+    "zeros": bytes(MB),
+    "ones": b"\xff" * MB,
+    "text": b"import os\nos.system('true')\n" * 100,
+    "JSON": b'{"ema": {}}',
+    "a web page": b"<!DOCTYPE html><script>alert(1)</script>",
+    "a pointer of git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64,
+    "PNG": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "ELF": b"\x7fELF" + bytes(100),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(100),
+    "a compiled module": b"\xa7\r\r\n" + bytes(12) + marshal.dumps(compile("1", "x", "exec")),
+    "a zip bomb": lambda: zipped(10, 4 * MB),
+    "a zip bomb in a zip": lambda: zipped(1, MB)[:-22] + zipped(5, MB),
+    "a gzip bomb": lambda: gzip.compress(bytes(40 * MB), 1),
+    "a bzip2 bomb": lambda: bz2.compress(bytes(4 * MB)),
+    "an xz bomb": lambda: lzma.compress(bytes(4 * MB), preset=0),
+    "npz": lambda: npz(),
     "npy with a pickle": object_array,
-    "torch.save": lambda trap: saved({"ema": torch.zeros(2)}),
-    "torch.save of old": lambda trap: saved({"ema": torch.zeros(2)}, _use_new_zipfile_serialization=False),
-    "torch.jit": lambda trap: b"PK\x03\x04" + saved({"code": 1})[4:],
-    "protocol 0": always(b"(dS'ema'\nI1\ns."),
-    "protocol 1": lambda trap: pickle.dumps({"ema": Call(eval, open_in(trap))}, 1),
-    "protocol 6": always(b"\x80\x06N."),
-    "protocol 255": always(b"\x80\xffN."),
-    "marshal": always(marshal.dumps({"ema": 1})),
-    "a list": always(pickle.dumps([1, 2])),
-    "a large dict": always(pickle.dumps({f"{i}": i for i in range(60_000)})),
-    "a dict of control characters": always(pickle.dumps({"\x1b[2J\n\r\t\0": 1, "\u2028": 2})),
-    "a dict of long names": always(pickle.dumps({f"{i}" + "x" * MB: i for i in range(8)})),
-    "a state dict": lambda trap: pickle.dumps({"ema": dict(network().state_dict())}),
-    "StyleGAN's": always(pickle.dumps({"G_ema": None, "D": None})),
-    "two networks": lambda trap: pickle.dumps({"ema": [1, 2]}),
+    "torch.save": lambda: saved({"ema": torch.zeros(2)}),
+    "torch.save of old": lambda: saved({"ema": torch.zeros(2)}, _use_new_zipfile_serialization=False),
+    "torch.jit": lambda: b"PK\x03\x04" + saved({"code": 1})[4:],
+    "protocol 0": b"(dS'ema'\nI1\ns.",
+    "protocol 1": lambda: pickle.dumps({"ema": Call(eval, SPRING)}, 1),
+    "protocol 6": b"\x80\x06N.",
+    "protocol 255": b"\x80\xffN.",
+    "marshal": marshal.dumps({"ema": 1}),
+    "a list": pickle.dumps([1, 2]),
+    "a large dict": pickle.dumps({f"{i}": i for i in range(60_000)}),
+    "a dict of control characters": pickle.dumps({"\x1b[2J\n\r\t\0": 1, "\u2028": 2}),
+    "a dict of long names": pickle.dumps({f"{i}" + "x" * MB: i for i in range(8)}),
+    "a state dict": lambda: pickle.dumps({"ema": dict(network().state_dict())}),
+    "StyleGAN's": pickle.dumps({"G_ema": None, "D": None}),
+    "two networks": lambda: pickle.dumps({"ema": [1, 2]}),
 }
 
-LIES: dict[str, Builder] = {
-    "a header of no length": always(safe(b"", b"{", 0)),
-    "a header of exabytes": always(safe({}, b"", (1 << 64) - 1)),
-    "a header of minus one": always(safe({}, b"", 1 << 63)),
-    "a header of 90 MB in 10": always(safe({}, b"", 90_000_000)),
+LIES: dict[str, bytes | Builder] = {
+    "a header of no length": safe(b"", b"{", 0),
+    "a header of exabytes": safe({}, b"", (1 << 64) - 1),
+    "a header of minus one": safe({}, b"", 1 << 63),
+    "a header of 90 MB in 10": safe({}, b"", 90_000_000),
     "a header that is longer than the file": lying_length(+100_000),
     "a header that is too long": lying_length(+1),
     "a header that is too short": lying_length(-1),
-    "a header of spaces": always(safe(b"{" + b" " * 10_000)),
-    "a header of 8 MB of spaces": lambda trap: padded_header(8 * MB),
-    "a header of braces": always(safe(b"{" * 100_000)),
-    "a header of brackets": always(safe(b'{"a":' + b"[" * 100_000)),
-    "a header that is a list": always(safe(b"{}[]")),
-    "a header that is no UTF-8": always(safe(b'{"\xff": 1}')),
-    "a header in UTF-16": always(b"\x10\0\0\0\0\0\0\0" + '{"a": 1}'.encode("utf-16-le")),
-    "an empty header": always(safe({})),
+    "a header of spaces": safe(b"{" + b" " * 10_000),
+    "a header of 8 MB of spaces": lambda: padded_header(8 * MB),
+    "a header of braces": safe(b"{" * 100_000),
+    "a header of brackets": safe(b'{"a":' + b"[" * 100_000),
+    "a header that is a list": safe(b"{}[]"),
+    "a header that is no UTF-8": safe(b'{"\xff": 1}'),
+    "a header in UTF-16": b"\x10\0\0\0\0\0\0\0" + '{"a": 1}'.encode("utf-16-le"),
+    "an empty header": safe({}),
     "a tensor that is a number": lying(lambda header: header.update(a=1)),
     "a tensor that is null": lying(lambda header: header.update(a=None)),
     "a tensor without offsets": lying(lambda header: header.update(a={"dtype": "F32", "shape": [1]})),
@@ -973,16 +939,16 @@ LIES: dict[str, Builder] = {
     "negative offsets": lying_tensor(data_offsets=[-64, 0]),
     "offsets that are one": lying_tensor(data_offsets=[0]),
     "a hole": lying(lambda header: header.pop(FIRST)),
-    "more bytes than tensors": lambda trap: good_safetensors() + b"x",
-    "another file behind it": lambda trap: good_safetensors() + run_text(trap),
+    "more bytes than tensors": lambda: good_safetensors() + b"x",
+    "another file behind it": lambda: good_safetensors() + run_text(),
     "an empty tensor of the type F8_E8M0": extra_tensor("F8_E8M0", [0]),
     "an empty tensor of the type F4": extra_tensor("F4", [0]),
     "an empty tensor of the type F6": extra_tensor("F6_E2M3", [0]),
     "an empty tensor of endless shape": extra_tensor("F32", [0, 1 << 62, 1 << 62]),
     "an empty tensor beyond 63 bits": extra_tensor("F32", [0, (1 << 64) - 1]),
     "a hundred thousand axes": extra_tensor("F32", [0] * 100_000),
-    "many empty tensors": lambda trap: empty_tensors(300_000),
-    "as many empty tensors as may be": lambda trap: empty_tensors(MAX_HEADER // 60),
+    "many empty tensors": lambda: empty_tensors(300_000),
+    "as many empty tensors as may be": lambda: empty_tensors(MAX_HEADER // 60),
     "weights that are complex": retyped("C64", 8),
     "weights of F8_E8M0": retyped("F8_E8M0", 1),
     "weights of F8_E4M3": retyped("F8_E4M3", 1),
@@ -1031,7 +997,7 @@ LIES: dict[str, Builder] = {
     ),
 }
 
-HOSTILE: dict[str, Builder] = {
+HOSTILE: dict[str, bytes | Builder] = {
     f"{group}, {key}": build
     for group, builders in (
         ("trap", TRAPS),

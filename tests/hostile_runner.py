@@ -1,25 +1,30 @@
-"""Loads files one after the other in one process and says of each, in a line of JSON, what came of it.
+"""Meets hostile input in one process, one call after the other, and says of each, in a line of JSON, what came of it.
 
-    python hostile_runner.py load    WARM [WARM ...] < paths     as a user does: `example.py --network=PATH`
-    python hostile_runner.py pickle  WARM [WARM ...] < paths     as nobody should: `pickle.load`
+    python hostile_runner.py load    WARM [WARM ...] < paths     `example.py --network=PATH`, as a user does
+    python hostile_runner.py pickle  WARM [WARM ...] < paths     `pickle.load`, as nobody should
+    python hostile_runner.py scripts < calls                     a call is a JSON list: a script's name, its arguments
 
-The WARM files are loaded first, so that all modules are there. Then, for each path of standard input: `status`,
-`stderr`, `events` (see watch.py), `peak` and `limit` (bytes of memory above what the process had before; Linux only,
-else null), `seconds` of the processor. The limit is enforced: beyond it, memory can't be had.
+What comes first (the WARM files, the first call) loads all modules. Then, for each line of standard input: `status`
+("hangs" after SECONDS), `stdout`, `stderr`, `seconds` of the processor; for files also `path`, `events` (see watch.py),
+`peak` and `limit` (bytes of memory above what the process had before; Linux only, else null). The limit is enforced:
+beyond it, memory can't be had. For calls it is MEMORY, for all of them together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import json
 import os
 import pickle
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -27,8 +32,18 @@ import example
 from watch import watch
 
 LINUX = sys.platform.startswith("linux")
+MEMORY = 900_000_000
+SECONDS = 60
 if LINUX:
     import resource
+
+
+class Hangs(BaseException):
+    """Not to be taken for an error by anybody."""
+
+
+def alarm(*_: Any) -> None:
+    raise Hangs
 
 
 def as_a_user(path: str) -> int:
@@ -73,41 +88,48 @@ def limited(size: int) -> Iterator[dict[str, int | None]]:
         result["peak"] = max(memory("VmHWM") - before, 0)
 
 
-def attempt(load: Callable[[str], int], path: str) -> dict[str, object]:
-    """Loads one file under watch and within 3 times its size and 200 MB."""
+def attempt(call: Callable[[], object]) -> dict[str, Any]:
+    """What came of a call."""
     gc.collect()
-    size = os.path.getsize(path)
-    err, out = io.StringIO(), io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
     start = time.process_time()
-    with limited(3 * size + 200_000_000) as use, contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+    signal.alarm(SECONDS)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            with watch(path) as events:
-                status: int | str = load(path)
+            status = call()
+        except Hangs:
+            status = "hangs"
         except BaseException as exc:
             status = f"{type(exc).__name__}: {str(exc)[:200]}"
+    signal.alarm(0)
     seconds = time.process_time() - start
-    return {
-        "path": path,
-        "size": size,
-        "status": status,
-        "stderr": err.getvalue(),
-        "stdout": out.getvalue(),
-        "events": events[:20],
-        "seconds": seconds,
-        **use,
-    }
+    return {"status": status, "stderr": err.getvalue(), "stdout": out.getvalue(), "seconds": seconds}
+
+
+def meet_file(load: Callable[[str], int], path: str) -> dict[str, Any]:
+    """Loads one file under watch and within 3 times its size and 200 MB."""
+    with limited(3 * os.path.getsize(path) + 200_000_000) as use, watch(path) as events:
+        result = attempt(lambda: load(path))
+    return {"path": path, **result, "events": events[:20], **use}
 
 
 def main() -> None:
-    load = {"load": as_a_user, "pickle": naively}[sys.argv[1]]
-    paths = sys.stdin.read().splitlines()
-    for path in sys.argv[2:]:
-        with contextlib.redirect_stderr(io.StringIO()):
-            as_a_user(path)
+    signal.signal(signal.SIGALRM, alarm)
+    mode, *warm = sys.argv[1:]
+    lines = sys.stdin.read().splitlines()
+    if mode == "scripts":
+        calls = [(importlib.import_module(script).main, args) for script, args in map(json.loads, lines)]
+        attempt(lambda: calls[0][0](calls[0][1]))
+        with limited(MEMORY):
+            for script, args in calls:
+                print(json.dumps(attempt(lambda script=script, args=args: script(args))), flush=True)
+        return
+    for path in warm:
+        attempt(lambda path=path: as_a_user(path))
     gc.collect()
     gc.freeze()
-    for path in paths:
-        print(json.dumps(attempt(load, path)), flush=True)
+    for path in lines:
+        print(json.dumps(meet_file({"load": as_a_user, "pickle": naively}[mode], path)), flush=True)
 
 
 if __name__ == "__main__":

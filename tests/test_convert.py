@@ -16,7 +16,7 @@ import torch
 import convert
 from formats.network_files import load_network, save_network
 from helpers import load_recipe, small_network
-from test_network_files import FOREIGN, SAMPLING, Persistent, edm_file, module_state
+from test_network_files import SAMPLING, edm_file, foreign_file
 
 EXTRA = {"loss_fn": {"class_name": "EDMLoss", "P_mean": -1.2}, "training_options": {"kimg": 0.5, "lr": [1e-3, [0.9]]}}
 
@@ -56,31 +56,24 @@ def test_a_bare_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     fresh.load_state_dict(weights)
 
 
-def test_half_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b, c = tmp_path / "a.pkl", tmp_path / "b.safetensors", tmp_path / "c.safetensors"
+def test_half_precision_is_kept_unless_told_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, half, safe, back, whole = (
+        tmp_path / f"{name}" for name in ("a.pkl", "b.pkl", "b.safetensors", "c.pkl", "d.pkl")
+    )
     make(a)
-    assert convert.main([str(a), str(b), "--half=1"]) == 0 and convert.main([str(a), str(c)]) == 0
-    assert b.stat().st_size < 0.7 * c.stat().st_size
-    for (name, halved), whole in zip(
-        load_network(b).net.named_parameters(), load_network(a).net.parameters(), strict=True
-    ):
-        assert torch.equal(halved, whole.half().float()), name
+    for source, target, *more in ((a, half, "--half=1"), (half, safe), (safe, back), (half, whole, "--half=0")):
+        assert convert.main([str(source), str(target), *more]) == 0
+    assert half.read_bytes() == back.read_bytes() and safe.stat().st_size < 0.7 * a.stat().st_size
+    assert [load_network(each).half for each in (a, half, safe, whole)] == [False, True, True, False]
+    assert "half precision" in load_network(half).describe()
+    pairs = zip(load_network(safe).net.named_parameters(), load_network(a).net.parameters(), strict=True)
+    assert all(torch.equal(halved, before.half().float()) for (_, halved), before in pairs)
     net = small_network()
     with torch.no_grad():
         next(net.parameters()).fill_(1e6)
     save_network(a, net)
-    assert convert.main([str(a), str(tmp_path / "d.pkl"), "--half=1"]) == 1
-    assert "float16" in capsys.readouterr().err and not (tmp_path / "d.pkl").exists()
-
-
-def test_weights_that_are_no_numbers_are_kept(tmp_path: Path) -> None:
-    net = small_network()
-    with torch.no_grad():
-        next(net.parameters()).view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    save_network(tmp_path / "a.pkl", net)
-    assert convert.main([str(tmp_path / "a.pkl"), str(tmp_path / "b.safetensors")]) == 0
-    kept = next(load_network(tmp_path / "b.safetensors").net.parameters()).view(-1)[:3]
-    assert kept[0].isnan() and kept[1:].tolist() == [float("inf"), -float("inf")]
+    assert convert.main([str(a), str(tmp_path / "e.pkl"), "--half=1"]) == 1
+    assert "float16" in capsys.readouterr().err and not (tmp_path / "e.pkl").exists()
 
 
 def test_edms_files_lose_only_what_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +88,7 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     make(tmp_path / "a.pkl")
     (tmp_path / "there.pkl").write_bytes(b"precious")
     (tmp_path / "bad.pkl").write_bytes(b"\x80\x04.")
+    (tmp_path / "dangling.pkl").symlink_to(tmp_path / "nowhere")
     os.link(tmp_path / "a.pkl", tmp_path / "same.pkl")
     a = str(tmp_path / "a.pkl")
     for args, status, words in (
@@ -110,22 +104,23 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([str(tmp_path / "bad.pkl"), str(tmp_path / "there.pkl"), "--overwrite"], 1, "bad.pkl"),
         ([a, str(tmp_path / "there.pkl" / "b.pkl")], 1, "there.pkl"),
         ([a, "/proc/none/b.pkl"], 1, "/proc"),
+        ([f"file://{a}", a, "--overwrite"], 2, "same file"),
+        ([a, "https://example.org/b.pkl"], 2, "is an address"),
+        ([a, f"file://{tmp_path}/b.pkl"], 2, "is an address"),
+        ([a, str(tmp_path / "dangling.pkl")], 1, "exists already"),
     ):
         assert convert.main(args) == status, args
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and "unexpected" not in error, error
     assert (tmp_path / "there.pkl").read_bytes() == b"precious"
-    assert convert.main([a, str(tmp_path / "there.pkl"), "--overwrite"]) == 0
-    assert (tmp_path / "there.pkl").read_bytes() == (tmp_path / "a.pkl").read_bytes()
+    for source in (a, f"file://{a}"):
+        assert convert.main([source, str(tmp_path / "there.pkl"), "--overwrite"]) == 0
+        assert (tmp_path / "there.pkl").read_bytes() == (tmp_path / "a.pkl").read_bytes()
 
 
 def test_a_network_of_foreign_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It can stay a pickle with its own code, or become bare weights; safetensors can't say how it is built."""
-    state = module_state({"img_resolution": 8, "img_channels": 1, "label_dim": 0, "_init_args": (), "_init_kwargs": {}})
-    state["_parameters"]["scale"] = torch.nn.Parameter(torch.tensor(3.0))
-    import pickle
-
-    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": Persistent("Wonder", state, FOREIGN + "\n#convert\n")}))
+    foreign_file(tmp_path / "net.pkl")
     source = str(tmp_path / "net.pkl")
     assert convert.main([source, str(tmp_path / "b.pt")]) == 1 and "--trust-network-code" in capsys.readouterr().err
     assert convert.main([source, str(tmp_path / "b.pt"), "--trust-network-code"]) == 0
@@ -185,17 +180,6 @@ def test_help_comes_without_torch() -> None:
     assert done.returncode == 0 and "safetensors" in done.stdout, done.stderr
 
 
-def test_half_precision_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
-    names = [tmp_path / name for name in ("a.pkl", "half.pkl", "half.safetensors", "back.pkl", "whole.pkl")]
-    make(names[0])
-    assert convert.main([str(names[0]), str(names[1]), "--half=1"]) == 0
-    assert convert.main([str(names[1]), str(names[2])]) == 0 and convert.main([str(names[2]), str(names[3])]) == 0
-    assert names[1].read_bytes() == names[3].read_bytes()
-    assert load_network(names[1]).half and load_network(names[2]).half and not load_network(names[0]).half
-    assert "half precision" in load_network(names[1]).describe()
-    assert convert.main([str(names[1]), str(names[4]), "--half=0"]) == 0 and not load_network(names[4]).half
-
-
 def test_settings_that_are_no_numbers_and_entries_that_are_odd(tmp_path: Path, capsys: Any) -> None:
     """NaN is not equal to itself, and yet kept; what can't be kept is named."""
     entries = {"odd": {"x": float("nan"), "y": float("inf")}, "none": None, 7: "seven", "dataset_kwargs": "cifar"}
@@ -204,20 +188,10 @@ def test_settings_that_are_no_numbers_and_entries_that_are_odd(tmp_path: Path, c
     assert "left out: 7, dataset_kwargs" in capsys.readouterr().out
     extra = load_network(tmp_path / "b.safetensors").extra
     assert repr(extra["odd"]) == "{'x': nan, 'y': inf}" and extra["none"] is None
-
-
-def test_addresses_and_links(tmp_path: Path, capsys: Any) -> None:
-    make(tmp_path / "a.pkl")
-    before = (tmp_path / "a.pkl").read_bytes()
-    (tmp_path / "dangling.pkl").symlink_to(tmp_path / "nowhere")
-    for args, status, words in (
-        ([f"file://{tmp_path}/a.pkl", str(tmp_path / "a.pkl"), "--overwrite"], 2, "same file"),
-        ([str(tmp_path / "a.pkl"), "https://example.org/b.pkl"], 2, "is an address"),
-        ([str(tmp_path / "a.pkl"), f"file://{tmp_path}/b.pkl"], 2, "is an address"),
-        ([str(tmp_path / "a.pkl"), str(tmp_path / "dangling.pkl")], 1, "exists already"),
-    ):
-        assert convert.main(args) == status, args
-        assert words in capsys.readouterr().err
-    assert (tmp_path / "a.pkl").read_bytes() == before
-    assert convert.main([f"file://{tmp_path}/a.pkl", str(tmp_path / "b.pkl")]) == 0
-    assert (tmp_path / "b.pkl").read_bytes() == before
+    net = small_network()
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    save_network(tmp_path / "c.pkl", net)
+    assert convert.main([str(tmp_path / "c.pkl"), str(tmp_path / "d.safetensors")]) == 0
+    kept = next(load_network(tmp_path / "d.safetensors").net.parameters()).view(-1)[:3]
+    assert kept[0].isnan() and kept[1:].tolist() == [float("inf"), -float("inf")]

@@ -16,7 +16,8 @@ import distill
 import example
 import generate
 import train
-from formats.network_files import ForeignNetworkError, load_network
+from dnnlib.errors import UserError
+from formats.network_files import load_network
 from helpers import make_dataset
 from torch_utils import persistence
 from training import networks
@@ -117,7 +118,7 @@ def test_a_stage_a_resumed_one_and_the_next(
 ) -> None:
     teacher = teacher_file(tmp_path, source)
     name = type(teacher).__name__
-    with pytest.raises(ForeignNetworkError):
+    with pytest.raises(UserError, match="--trust-network-code"):
         load_network(tmp_path / "teacher.pkl")
     assert run(tmp_path, "--num_steps=4", "--dry-run") == 0
     said = capsys.readouterr().out
@@ -144,7 +145,7 @@ def test_a_stage_a_resumed_one_and_the_next(
     assert type(students[0].net).__name__ == name and students[0].sampling is not None
     assert students[0].sampling.lineage[0]["own_code"] is True and "its own code run" in students[0].describe()
     assert (students[0].net.sigma_min, students[0].net.sigma_max) == (0, 80 if source is BUFFER else float("inf"))
-    with pytest.raises(ForeignNetworkError):
+    with pytest.raises(UserError, match="--trust-network-code"):
         load_network(tmp_path / "run" / "network-snapshot-000002.pkl")
 
     forget()

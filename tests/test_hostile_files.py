@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from formats.network_files import load_network
-from hostile_cases import CHANNELS, GOOD, HEAD, HOSTILE, TRAPS, call, network, under
+from hostile_cases import CHANNELS, GOOD, HEAD, HOSTILE, TRAPS, call, content, network, trap_name, under
 from hostile_runner import LINUX
 
 RUNNER = Path(__file__).parent / "hostile_runner.py"
@@ -38,8 +38,8 @@ def attempt(mode: str, folder: Path, files: dict[str, bytes]) -> dict[str, Resul
         warm.append(str(folder / name))
         (folder / name).write_bytes(build())
     paths = {str(folder / f"{index:03}"): name for index, name in enumerate(files)}
-    for path, content in zip(paths, files.values(), strict=True):
-        Path(path).write_bytes(content)
+    for path, data in zip(paths, files.values(), strict=True):
+        Path(path).write_bytes(data)
     command = [sys.executable, str(RUNNER), mode, *warm]
     env = os.environ | {"MALLOC_ARENA_MAX": "1"}  # else every thread reserves addresses: the limit is one of addresses
     process = subprocess.run(command, input="\n".join(paths), cwd=folder, capture_output=True, text=True, env=env)
@@ -50,11 +50,6 @@ def attempt(mode: str, folder: Path, files: dict[str, bytes]) -> dict[str, Resul
     assert not paths, f"'{next(iter(paths.values()))}' ended the process: {process.stderr[-1000:]}"
     assert process.returncode == 0 and process.stderr == "", process.stderr[-1000:]
     return results
-
-
-def trap_of(folder: Path, index: int) -> str:
-    """The file that the trap with this index makes when it springs."""
-    return str(folder / f"TRAP-{index:03}")
 
 
 def flips(name: str) -> dict[str, tuple[int, int]]:
@@ -85,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Result]:
     """What came of all files: hostile ones, good ones cut off at every percent, and with one bit flipped."""
-    files = {name: build(trap_of(folder, index)) for index, (name, build) in enumerate(HOSTILE.items())}
+    files = {name: content(build, index) for index, (name, build) in enumerate(HOSTILE.items())}
     for name, build in GOOD.items():
         good = build()
         files |= {f"{name}, cut at {percent}%": good[: len(good) * percent // 100] for percent in range(100)}
@@ -169,7 +164,7 @@ def test_flipped_bits(results: dict[str, Result], folder: Path, name: str) -> No
 def naive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Result]]:
     """What Python's own unpickler makes of the traps, and of files that ask for memory."""
     folder = tmp_path_factory.mktemp("naive")
-    files = {name: build(trap_of(folder, index)) for index, (name, build) in enumerate(TRAPS.items())}
+    files = {name: content(build, index) for index, (name, build) in enumerate(TRAPS.items())}
     files |= {
         "a gigabyte": under(call("builtins", "bytearray", 1 << 30)),
         "two million sets": HEAD + b"\x8f" * 2_000_000 + b"0" * 1_999_999 + b".",
@@ -182,7 +177,7 @@ def test_the_traps_spring_under_pickle(naive: tuple[Path, dict[str, Result]]) ->
     """These very files run code when Python's own unpickler reads them, and the audit hook sees it: a loader that ran
     one of them could not pass the tests above."""
     folder, results = naive
-    asleep = [name for index, name in enumerate(TRAPS) if not Path(trap_of(folder, index)).exists()]
+    asleep = [name for index, name in enumerate(TRAPS) if not (folder / trap_name(index)).exists()]
     assert not asleep
     looked_up = "pickle.find_class"  # that alone is an event, too
     unseen = [name for name in TRAPS if all(event.startswith(looked_up) for event in results[name]["events"])]

@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import pickletools
-import random
 import re
 import struct
 import subprocess
@@ -30,7 +29,7 @@ from torch import nn
 from dnnlib import EasyDict
 from dnnlib.cli import UserError
 from formats import network_files
-from formats.network_files import ForeignNetworkError, load_network, save_network
+from formats.network_files import load_network, save_network
 from test_dnnlib import Server
 from torch_utils import persistence
 from training import networks
@@ -190,14 +189,6 @@ def refused(path: Path, words: str) -> None:
     assert not (path.parent / "TRAP").exists()
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """One good EDM file (small: without most of its layers' width it would not be EDM's)."""
-    path = tmp_path_factory.mktemp("whole") / "net.pkl"
-    edm_file(path)
-    return path.read_bytes()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -207,7 +198,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_edm_files_load_and_give_edms_numbers(tmp_path: Path, case: str, class_name: str) -> None:
     path = tmp_path / "net.pkl"
     data = edm_file(path, case, class_name)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
     file = load_network(path)
+    assert torch.equal(torch.get_rng_state(), before), "random numbers were drawn"
     assert type(file.net).__name__ == class_name
     assert_golden(file.net, data, class_name)
     assert not (tmp_path / "TRAP").exists()
@@ -347,14 +341,6 @@ def test_attributes_win_over_constructor_arguments(tmp_path: Path) -> None:
         assert again.model.label_dropout == 0.5
 
 
-def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
-    edm_file(tmp_path / "net.pkl", "ncsnpp_a")
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    load_network(tmp_path / "net.pkl")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_url(tmp_path: Path, server: Server) -> None:
     data = edm_file(tmp_path / "net.pkl")
     pages = {"/net.pkl?a=SECRET": (tmp_path / "net.pkl").read_bytes(), "/page.pkl": b"<!DOCTYPE html><p>please log in"}
@@ -397,164 +383,39 @@ def test_a_download_that_was_cut_off_unnoticed_is_not_kept(tmp_path: Path, serve
     [
         (b"", "is empty"),
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "is not a pickle"),
-        (b"plain text", "is not a pickle"),
         (b"\n <html><body>404", "is a web page"),
-        (b"(lp0\n.", "is not a pickle of protocol 2 to 5"),
+        (b"PK\x03\x04" + bytes(50), "one as torch.save writes it"),
         (pickle.dumps([1, 2]), "no network under 'ema'"),
         (pickle.dumps({"G_ema": 1, "D": 2}), "no network under 'ema'.*G_ema, D"),
-        (pickle.dumps({"net": Persistent("EDMPrecond", {}, ""), "step": 2}), "objects under net: store the averaged"),
-        (pickle.dumps({"ema": None}), "no network under 'ema'"),
-        (pickle.dumps({"ema": {}}), "no network under 'ema'"),
+        (pickle.dumps({"ema": Persistent("EDMPrecond", {}, "", version=7)}), "format version 7"),
+        (pickle.dumps({"ema": Persistent("SongUNet", {}, "")}), "is of class SongUNet; a network is one of EDMPrecond"),
+        (pickle.dumps({"ema": Persistent("Odd", {}, "")}), "a network of class 'Odd', unknown here; only if you trust"),
+        (
+            pickle.dumps({"ema": Persistent("Odd", {"act": print}, "")}),
+            "class 'Odd', unknown.*refers to 'builtins.print'",
+        ),
+        (
+            pickle.dumps({"ema": Persistent("Odd", {}, ""), "x": print}),
+            "class 'Odd', unknown.*refers to 'builtins.print'",
+        ),
+        (
+            pickle.dumps({"ema": Persistent("EDMPrecond", {"model": Persistent("Odd", {"act": print}, "")}, "")}),
+            "holds a part of class 'Odd', unknown here",
+        ),
         (b"\x80\x04", "is cut off"),
-        (b"\x80\x04.", "a value is missing"),
-        (b"\x80\x04K", "is cut off"),
-        (b"\x80\x04K\x01K\x02.", "values are left over"),
-        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xffN.", "is cut off"),
-        (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\xffN.", "is cut off"),
-        (b"\x80\x04h\x07.", "refers to a value that it does not hold"),
-        (b"\x80\x04Nb.", "a value is missing"),
-        (b"\x80\x04NNR.", "cannot be called"),
-        (b"\x80\x04}]N\x86.", "values are left over"),
-        (b"\x80\x04}(K\x01u.", "a key has no value"),
-        (b"\x80\x04}]Ns.", "list cannot be a key"),
-        (b"\x80\x04u.", "begin of a group is missing"),
-        (b"\x80\x04X\x01\x00\x00\x00\xff.", "not UTF-8"),
-        (b"\x80\x02cos", "a name does not end"),
-        (b"\x80\x04NQ.", "refers to data outside itself"),
-        (b"\x80\x02ccollections\nOrderedDict\n.", "no network"),
-    ],
-)
-def test_no_network_at_all(tmp_path: Path, content: bytes, words: str) -> None:
-    path = tmp_path / "net.pkl"
-    path.write_bytes(content)
-    refused(path, words)
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    refused(tmp_path / "none.pkl", "no such file")
-    refused(tmp_path, "is a folder")
-
-
-def test_training_state(tmp_path: Path) -> None:
-    torch.save({"net": {}}, tmp_path / "training-state-000001.pt")
-    refused(tmp_path / "training-state-000001.pt", "one as torch.save writes it")
-
-
-class Call:
-    """Pickles as a call."""
-
-    def __init__(self, function: Any, *args: Any) -> None:
-        self.call = (function, args)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("function", [os.system, eval, exec, getattr, __import__, torch.load, np.load, open, print])
-def test_functions_are_refused_by_name(tmp_path: Path, function: Any, protocol: int) -> None:
-    path = tmp_path / "net.pkl"
-    evil = Call(function, f"touch {tmp_path / 'TRAP'}")
-    names = {f"{function.__module__}.{function.__qualname__}", f"__builtin__.{function.__qualname__}"}
-    name = f"({'|'.join(map(re.escape, names))})"
-    for content in ({"ema": evil}, {"ema": None, "loss_fn": [evil]}, evil):
-        path.write_bytes(pickle.dumps(content, protocol))
-        refused(path, f"refers to '{name}'")
-    edm_file(path, protocol=protocol, entries={"extra": {"deep": [evil]}})
-    refused(path, f"refers to '{name}'")
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"\x80\x02(S'touch TRAP'\nios\nsystem\n.", "instruction 0x53"),  # STRING, INST
-        (b"\x80\x02(ios\nsystem\n.", "instruction 0x69"),  # INST
-        (b"\x80\x02(o.", "instruction 0x6f"),  # OBJ
-        (b"\x80\x02\x82\x01.", "instruction 0x82"),  # EXT1
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "refers to 'os.system'"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "refers to 'os.system'.*--trust-network-code"),
         (b"\x80\x04\x8c\x02\x1b\n\x8c\x01x\x93.", r"refers to '\\x1b \.x'"),  # nothing a terminal would obey
-        (b"\x80\x04)}\x92.", "instruction 0x92"),  # NEWOBJ_EX
-        (b"\x80\x04\x8c\x08builtins\x8c\x0cset.__init__\x93.", "refers to 'builtins.set.__init__'"),
+        (b"\x80\x02(ios\nsystem\n.", "instruction INST"),
         (b"\x80\x02ctorch\nFloatStorage\n.", "refers to 'torch.FloatStorage'"),  # allowed inside tensors only
+        (None, "no such file"),
     ],
 )
-def test_instructions_that_network_files_do_without(tmp_path: Path, content: bytes, words: str) -> None:
-    (tmp_path / "net.pkl").write_bytes(content)
-    refused(tmp_path / "net.pkl", words)
-
-
-def test_code_inside_a_tensor_is_refused(tmp_path: Path, whole: bytes) -> None:
-    """The bytes of a tensor are pickles themselves."""
-    evil = pickle.dumps(Call(os.system, f"touch {tmp_path / 'TRAP'}"), 2)
+def test_no_network_at_all(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "net.pkl"
-    path.write_bytes(pickle.dumps({"ema": Call(torch.storage._load_from_bytes, evil)}))
-    refused(path, "refers to '(posix|nt).system'")
-    path.write_bytes(pickle.dumps({"ema": Call(torch.storage._load_from_bytes, pickle.dumps(1, 2) * 5)}))
-    refused(path, "not in torch's legacy format")
-    path.write_bytes(whole.replace(struct.pack("<q", 16), struct.pack("<q", 15)))
-    refused(path, "contradicts itself")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((0, (2, 2), (2, 1)), "no network"),
-        ((0, (2, 3), (3, 1)), "in a storage of 4 elements"),
-        ((1, (2, 2), (2, 1)), "in a storage of 4 elements"),
-        ((0, (1000, 1000), (0, 0)), "in a storage of 4 elements"),  # a giant from four numbers
-        ((-1, (2, 2), (2, 1)), "unexpected arguments"),
-        ((0, (2, 2), (-2, 1)), "unexpected arguments"),
-        ((0, (2, 2), (2,)), "unexpected arguments"),
-        ((0, (2.0, 2), (2, 1)), "unexpected arguments"),
-        ((0, [2, 2], [2, 1]), "unexpected arguments"),
-    ],
-)
-def test_tensors_must_lie_within_their_data(tmp_path: Path, arguments: tuple[Any, ...], words: str) -> None:
-    storage = torch.arange(4.0)._typed_storage()
-    tensor = Call(torch._utils._rebuild_tensor_v2, storage, *arguments, False, OrderedDict())
-    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"x": tensor}))
-    refused(tmp_path / "net.pkl", words)
-
-
-def test_a_file_cannot_ask_for_more_than_its_size(tmp_path: Path) -> None:
-    path = tmp_path / "net.pkl"
-    text = "x" * 10_000
-    encode = b"c_codecs\nencode\n"
-    call = b"h\x00" + b"h\x01\x8c\x06latin1\x86R0"
-    path.write_bytes(b"\x80\x04" + encode + b"q\x000" + pickle.dumps(text, 2)[2:-1] + b"q\x010" + call * 5 + b"N.")
-    refused(path, "instruction 0x30")  # POP has no place in a network file; without it:
-    body = (b"h\x00h\x01\x8c\x06latin1\x86Ra") * 100
-    path.write_bytes(b"\x80\x04]" + encode + b"q\x00" + b"\x85" + pickle.dumps(text, 2)[2:-1] + b"\x85\x86a" + b".")
-    start = b"\x80\x04]" + encode + b"q\x00aX" + struct.pack("<I", len(text)) + text.encode() + b"q\x01a"
-    path.write_bytes(start + body + b".")
-    refused(path, "more memory than its own size")
-
-
-def test_a_network_that_contains_itself(tmp_path: Path) -> None:
-    state = module_state({"_init_kwargs": {}})
-    loop = Persistent("UNetBlock", state, "")
-    state["_modules"]["again"] = nn.ModuleDict()
-    vars(state["_modules"]["again"])["_modules"] = state["_modules"]
-    path = tmp_path / "net.pkl"
-    path.write_bytes(pickle.dumps({"ema": loop}))
-    refused(path, "has no end")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"model_channels": 1 << 30},
-        {"channel_mult": [1, 60_000]},
-        {"num_blocks": 50_000},
-        {"channel_mult": [1] * 5000},
-        {"img_resolution": 1 << 40},
-        {"resample_filter": list(range(2000))},
-    ],
-)
-def test_a_small_file_cannot_make_a_giant(tmp_path: Path, change: dict[str, Any]) -> None:
-    _, kwargs, _ = golden_case("ddpmpp_a", "EDMPrecond")
-    edm_file(tmp_path / "net.pkl", kwargs={**kwargs, **change}, attributes={"": change})
-    refused(tmp_path / "net.pkl", "its constructor arguments")
+    if content is not None:
+        path.write_bytes(content)
+    refused(path, words)
+    refused(tmp_path, "is a folder")
 
 
 @pytest.mark.parametrize(
@@ -562,10 +423,11 @@ def test_a_small_file_cannot_make_a_giant(tmp_path: Path, change: dict[str, Any]
     [
         ({"model_type": "Mystery"}, "a part of class 'Mystery', unknown here"),
         ({"model_type": "DhariwalUNet"}, "can't be made.*embedding_type"),
-        ({"channel_mult": [1, 2, 2]}, "does not fit the network it describes, part by part"),
+        ({"channel_mult": [1, 2, 2]}, "does not fit the network it describes: that has no part model.dec"),
         ({"model_channels": 32}, r"does not fit.*tensor by tensor: .*weight: \[16, 10\], not \[32, 10\].*and 141 more"),
+        ({"model_channels": 1 << 30}, "its constructor arguments hold a size above"),
+        ({"num_blocks": 50_000}, "its constructor arguments make a larger network"),
         ({"label_dim": 7}, r"map_label.weight: \[16, 10\], not \[16, 7\]"),
-        ({"label_dim": 0}, "has model.map_label, which the network does not"),
         ({"unheard_of": 1}, "can't be made from its own constructor arguments.*unheard_of"),
         ({"img_resolution": 15}, "can't be made.*15 cannot be halved"),
         ({"resample_filter": {"a": [torch.nn.Parameter(torch.zeros(1))]}}, "among its constructor arguments"),
@@ -578,55 +440,23 @@ def test_a_network_that_does_not_fit_its_description(tmp_path: Path, change: dic
     refused(tmp_path / "net.pkl", words)
 
 
-@pytest.mark.parametrize("name", ["model.map_layer0.bias", "model.out_norm.weight", "model.map_augment.weight"])
-def test_every_tensor_is_accounted_for(tmp_path: Path, name: str) -> None:
-    tensors, _, _ = golden_case("adm_a" if "out_norm" in name else "ddpmpp_a", "EDMPrecond")
-    case = "adm_a" if "out_norm" in name else "ddpmpp_a"
-    less = {key: value for key, value in tensors.items() if key != name}
-    edm_file(tmp_path / "net.pkl", case, tensors=less)
-    refused(tmp_path / "net.pkl", "lacks model.")
-    edm_file(tmp_path / "net.pkl", case, tensors={**tensors, name.rpartition(".")[0] + ".spare": torch.zeros(2)})
+def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
+    tensors, _, _ = golden_case("ddpmpp_a", "EDMPrecond")
+    for name in ("model.map_layer0.bias", "model.map_augment.weight"):
+        edm_file(tmp_path / "net.pkl", tensors={key: value for key, value in tensors.items() if key != name})
+        refused(tmp_path / "net.pkl", "lacks model.")
+    edm_file(tmp_path / "net.pkl", tensors={**tensors, "model.map_layer0.spare": torch.zeros(2)})
     refused(tmp_path / "net.pkl", r"has .*\.spare, which the network does not")
 
 
-def test_a_bare_u_net_is_no_network(tmp_path: Path) -> None:
-    edm_file(tmp_path / "net.pkl", class_name="SongUNet")
-    refused(tmp_path / "net.pkl", "is of class SongUNet; a network is one of EDMPrecond")
+class Call:
+    """Pickles as a call."""
 
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
 
-def test_other_versions_of_the_format(tmp_path: Path) -> None:
-    ema = Persistent("EDMPrecond", {}, "", version=7)
-    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": ema}))
-    refused(tmp_path / "net.pkl", "format version 7")
-
-
-def test_a_noise_grid_that_is_none(tmp_path: Path) -> None:
-    for levels in ([1.0, 2.0, 0.0], [1.0, float("nan"), 0.0], "abc"):
-        edm_file(tmp_path / "net.pkl", entries={"sampling": {**SAMPLING.to_dict(), "levels": levels}})
-        refused(tmp_path / "net.pkl", "its noise grid can't be used")
-
-
-def test_cut_and_damaged_files(tmp_path: Path, whole: bytes) -> None:
-    """Whatever happens to a file, it loads or is refused in one line: no other exception, and no code."""
-    path = tmp_path / "net.pkl"
-    chance = random.Random(0)
-    for cut in [1, 2, 3, 50, len(whole) // 2, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(40))]:
-        path.write_bytes(whole[:cut])
-        refused(path, "cut off|damaged|not a pickle|contradicts")
-    survived = 0
-    for _ in range(150):
-        damaged = bytearray(whole)
-        for _ in range(3):
-            # most of a file is weights, which may be anything: aim at its beginning and at what is between tensors
-            place = chance.randrange(min(20_000, len(whole)))
-            damaged[place] = chance.randrange(256)
-        path.write_bytes(damaged)
-        try:
-            load_network(path)
-            survived += 1
-        except UserError as exc:
-            assert "\n" not in str(exc)
-    assert survived < 150 and not (tmp_path / "TRAP").exists()
+    def __reduce__(self) -> Any:
+        return self.call
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -649,28 +479,24 @@ class Wonder(torch.nn.Module):
 """
 
 
+def foreign_file(path: Path, source: str = FOREIGN, name: str = "Wonder", scale: Any = None, **entries: Any) -> str:
+    """A network of a class that its file brings along, scaling by 3. Returns the text of the class."""
+    source += f"\n# {path}\n"  # another text in every test: each runs once
+    own = {"img_resolution": 8, "img_channels": 1, "_init_args": (), "_init_kwargs": {"img_resolution": 8, "scale": 3}}
+    own["_parameters"] = {"scale": nn.Parameter(torch.tensor(3.0)) if scale is None else scale}
+    path.write_bytes(pickle.dumps({"ema": Persistent(name, module_state(own), source), **entries}))
+    return source
+
+
 def test_unknown_networks_run_only_when_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.pkl"
-    state = module_state(
-        {"img_resolution": 8, "img_channels": 1, "_init_args": (), "_init_kwargs": {"img_resolution": 8, "scale": 3}}
-    )
-    state["_parameters"]["scale"] = nn.Parameter(torch.tensor(3.0))
-    source = FOREIGN + f"\nopen({str(tmp_path / 'RAN')!r}, 'a').write('x')\n"
-    path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", state, source), "notes": 5}))
+    source = foreign_file(path, FOREIGN + f"\nopen({str(tmp_path / 'RAN')!r}, 'a').write('x')\n", notes=5)
     refused(path, "holds a network of class 'Wonder', unknown here; .*--trust-network-code")
-    with pytest.raises(ForeignNetworkError):
-        load_network(path)
-    assert not (tmp_path / "RAN").exists()
-
-    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "RAN").exists() and capsys.readouterr().err == ""
     file = load_network(path, trust_network_code=True)
     said = capsys.readouterr().err
-    assert (
-        "for its Wonder" in said
-        and f"{len(source)} bytes" in said
-        and hashlib.sha256(source.encode()).hexdigest() in said
-    )
-    assert (tmp_path / "RAN").read_text() == "x"
+    assert "for its Wonder" in said and f"{len(source)} bytes" in said
+    assert hashlib.sha256(source.encode()).hexdigest() in said and (tmp_path / "RAN").read_text() == "x"
     assert torch.equal(file.net(torch.ones(2), None), torch.full((2,), 3.0))
     assert not file.net.scale.requires_grad and file.extra == {"notes": 5}
     save_network(tmp_path / "again.pkl", file.net)
@@ -678,24 +504,9 @@ def test_unknown_networks_run_only_when_trusted(tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "RAN").read_text() == "x"  # the same text runs once
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_the_refusal_names_the_foreign_class_first(tmp_path: Path, known: bool) -> None:
-    """Not the first function that its attributes happen to use."""
-    path, odd = tmp_path / "net.pkl", Persistent("Odd", module_state({"act": Call(getattr, "x", "upper")}), "")
-    ema = Persistent("EDMPrecond", module_state({"_modules": {"model": odd}}), "") if known else odd
-    path.write_bytes(pickle.dumps({"dataset_kwargs": {}, "ema": ema}))
-    what = "part" if known else "network"
-    refused(
-        path, rf"net\.pkl: holds a {what} of class 'Odd', unknown here \(it refers to 'builtins.getattr'\); only if"
-    )
-    path.write_bytes(pickle.dumps({"ema": Persistent("Odd", {}, ""), "loss_fn": Call(getattr, "x", "upper")}))
-    refused(path, "holds a network of class 'Odd', unknown here")
-
-
 def test_an_announcement_keeps_its_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever the length of the names beside it, and with nothing that a terminal would obey."""
-    name, source = "Wonder\x1b[2J" * 60, FOREIGN + "\n# a long name\n"
-    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": Persistent(name, module_state({}), source)}))
+    source = foreign_file(tmp_path / "net.pkl", name="Wonder\x1b[2J" * 60)
     with pytest.raises(UserError):
         load_network(tmp_path / "net.pkl", trust_network_code=True)
     said = capsys.readouterr().err
@@ -705,31 +516,19 @@ def test_an_announcement_keeps_its_hash(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_fork_under_a_known_name(tmp_path: Path) -> None:
     """EDM's class names on another structure: it does not fit, and its own code is the way to load it."""
     path = tmp_path / "net.pkl"
-    state = module_state(
-        {"img_resolution": 8, "img_channels": 1, "_init_args": (), "_init_kwargs": {"img_resolution": 8, "scale": 3}}
-    )
-    state["_parameters"]["scale"] = nn.Parameter(torch.tensor(3.0))
-    source = FOREIGN.replace("Wonder", "EDMPrecond")
-    path.write_bytes(pickle.dumps({"ema": Persistent("EDMPrecond", state, source)}))
+    foreign_file(path, FOREIGN.replace("Wonder", "EDMPrecond"), "EDMPrecond")
     refused(path, "its constructor arguments make a larger network than it holds.*--trust-network-code")
     file = load_network(path, trust_network_code=True)
     assert type(file.net) is not networks.EDMPrecond and file.net.scale == 3
-    edm_file(path)
-    assert type(load_network(path, trust_network_code=True).net) is networks.EDMPrecond  # which stays what it was
-
-
-def test_known_networks_never_run_their_text(tmp_path: Path) -> None:
-    data = edm_file(tmp_path / "net.pkl")
-    assert_golden(load_network(tmp_path / "net.pkl", trust_network_code=True).net, data, "EDMPrecond")
+    data = edm_file(path)  # which never runs its text, and stays what it was
+    assert_golden(load_network(path, trust_network_code=True).net, data, "EDMPrecond")
     assert not (tmp_path / "TRAP").exists()
 
 
 def test_trusted_files_hide_nothing_in_their_tensors(tmp_path: Path) -> None:
     """torch's own reader of stored tensors would unpickle whatever they hold, without a word."""
     hidden = pickle.dumps(Call(os.mkdir, str(tmp_path / "RAN")))
-    state = module_state({"img_resolution": 8, "_init_args": (), "_init_kwargs": {}})
-    state["_parameters"]["scale"] = Call(torch.storage._load_from_bytes, hidden)
-    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": Persistent("Wonder", state, FOREIGN + "\n# hidden\n")}))
+    foreign_file(tmp_path / "net.pkl", scale=Call(torch.storage._load_from_bytes, hidden))
     with pytest.raises(UserError, match="running its code failed"):
         load_network(tmp_path / "net.pkl", trust_network_code=True)
     assert not (tmp_path / "RAN").exists()
@@ -739,15 +538,14 @@ def test_trusted_files_hide_nothing_in_their_tensors(tmp_path: Path) -> None:
 
 def test_trusted_code_that_fails_is_the_users_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.pkl"
-    path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", {}, "raise OSError('no')")}))
-    with pytest.raises(UserError, match=r"net\.pkl: running its code failed: OSError: no"):
-        load_network(path, trust_network_code=True)
-    path.write_bytes(pickle.dumps({"ema": Persistent("Wonder", {}, "raise SystemExit(0)")}))
-    with pytest.raises(UserError, match="running its code failed: SystemExit"):
-        load_network(path, trust_network_code=True)
-    path.write_bytes(pickle.dumps({"ema": Call(os.getcwd)}))
-    with pytest.raises(UserError, match="no network under 'ema'"):
-        load_network(path, trust_network_code=True)
+    for ema, words in (
+        (Persistent("Wonder", {}, "raise OSError('no')"), r"net\.pkl: running its code failed: OSError: no"),
+        (Persistent("Wonder", {}, "raise SystemExit(0)"), "running its code failed: SystemExit"),
+        (Call(os.getcwd), "no network under 'ema'"),
+    ):
+        path.write_bytes(pickle.dumps({"ema": ema}))
+        with pytest.raises(UserError, match=words):
+            load_network(path, trust_network_code=True)
     assert "the file uses posix.getcwd" in capsys.readouterr().err
 
 
@@ -819,12 +617,6 @@ def test_round_trip_is_exact(tmp_path: Path, class_name: str, suffix: str) -> No
     assert (tmp_path / f"back{suffix}").read_bytes() == path.read_bytes()
 
 
-def test_the_format_is_told_by_content(tmp_path: Path) -> None:
-    save_network(tmp_path / "a.safetensors", small())
-    (tmp_path / "a.safetensors").rename(tmp_path / "b.pkl")
-    assert load_network(tmp_path / "b.pkl").net.img_resolution == 8
-
-
 def test_what_is_in_our_pickles(tmp_path: Path) -> None:
     """Nothing but the names that EDM's own files refer to; no numpy; tensors in torch's legacy form."""
     structure = json.loads((GOLDEN / "pickle_structure.json").read_text())["network_snapshot"]
@@ -855,7 +647,8 @@ def test_what_is_in_our_pickles(tmp_path: Path) -> None:
 
 def test_our_pickles_have_edms_structure(tmp_path: Path) -> None:
     """The tree of a golden EDM file, part by part: class, attributes, parameters, buffers, order."""
-    tree = json.loads((GOLDEN / "pickle_structure.json").read_text())["network_snapshot"]["tree_ema"]
+    structure = json.loads((GOLDEN / "pickle_structure.json").read_text())["network_snapshot"]
+    tree = structure["tree_ema"]
     kwargs = tree["scalars"]["_init_kwargs"]
     save_network(tmp_path / "net.pkl", networks.EDMPrecond(**kwargs))
     from formats.pickle_reader import StoredObject, read_pickle
@@ -863,6 +656,8 @@ def test_our_pickles_have_edms_structure(tmp_path: Path) -> None:
     def compare(stored: StoredObject, node: dict[str, Any]) -> int:
         state = stored.state
         assert stored.class_name == node["class_name"].rpartition(".")[2]
+        own = set(state) - set(structure["nn_module_keys_in_order"])
+        assert own == set(node["state_keys"][1:]) and state.keys() >= set(structure["nn_module_keys_in_order"])
         for name, value in node["scalars"].items():
             if name in ("_init_args", "_init_kwargs"):
                 continue
@@ -982,12 +777,6 @@ def test_half_precision_files(tmp_path: Path, suffix: str) -> None:
         assert torch.equal(value, before.half().float() if name in parameters else before)  # buffers stay exact
 
 
-def test_networks_in_half_precision_are_written_as_float32(tmp_path: Path) -> None:
-    net = small().to(torch.bfloat16)
-    save_network(tmp_path / "net.pkl", net)
-    assert pickle.loads((tmp_path / "net.pkl").read_bytes())["ema"].model.map_layer0.weight.dtype == torch.float32
-
-
 @pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
 def test_bytes_do_not_depend_on_where_and_how_a_network_lies(tmp_path: Path, suffix: str) -> None:
     plain, other = tmp_path / f"plain{suffix}", tmp_path / f"other{suffix}"
@@ -1016,39 +805,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(ValueError, match="float16"):
         save_network(path, net, half=True)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
-
-
-def test_damaged_safetensors(tmp_path: Path) -> None:
-    from safetensors.torch import load, save
-
-    path = tmp_path / "net.safetensors"
-    save_network(path, small(), sampling=SAMPLING)
-    good = path.read_bytes()
-    header = json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])
-    meta = json.loads(header["__metadata__"]["edm_network"])
-    tensors = load(good)
-
-    def write(tensors: dict[str, torch.Tensor], **changes: Any) -> None:
-        path.write_bytes(save(tensors, {"edm_network": json.dumps({**meta, **changes})}))
-
-    path.write_bytes(good[:-4])
-    refused(path, "damaged safetensors")
-    path.write_bytes(good[:8] + b"{" + b"\xff" * 100)
-    refused(path, "damaged safetensors")
-    path.write_bytes(save(tensors))
-    refused(path, "does not say which network it is")
-    path.write_bytes(save(tensors, {"edm_network": "[" * 100_000}))
-    refused(path, "damaged safetensors")
-    write(tensors, class_name="Mystery")
-    refused(path, "a network of class 'Mystery', unknown here")
-    write(tensors, init_kwargs=[])
-    refused(path, "not as this program writes it")
-    write(tensors, init_kwargs={**meta["init_kwargs"], "model_channels": 1 << 40})
-    refused(path, "size above")
-    write({k: v for k, v in tensors.items() if k != "model.map_layer0.bias"})
-    refused(path, "lacks model.map_layer0.bias")
-    write(tensors, entries={"sampling": 3})
-    refused(path, "noise grid can't be used")
 
 
 def test_a_header_that_nobody_would_read_is_not_written(tmp_path: Path) -> None:

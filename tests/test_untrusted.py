@@ -1,6 +1,6 @@
 """Archives, folders, images, lists of labels, statistics, names and options that nobody should trust.
 
-More than a hundred, made here; one process of its own (untrusted_runner.py) meets them one after the other, with little
+More than a hundred, made here; one process of its own (hostile_runner.py) meets them one after the other, with little
 memory and little time. Each is answered with one line and status 1 or 2, and nothing is left behind, or is no harm and
 is taken. (Network files have test_hostile_files.py.)
 """
@@ -33,7 +33,7 @@ from formats.network_files import save_network
 from helpers import make_dataset, small_network
 from metrics.classifier import FORMAT, Classifier
 
-RUNNER = Path(__file__).parent / "untrusted_runner.py"
+RUNNER = Path(__file__).parent / "hostile_runner.py"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pipes, devices and limits of memory as Linux has them")
 
 
@@ -585,7 +585,13 @@ def results(
     calls = "\n".join(json.dumps([case.script, case.args]) for case in cases.values())
     env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
     process = subprocess.run(
-        [sys.executable, str(RUNNER)], input=calls, cwd=folder, capture_output=True, text=True, env=env, timeout=300
+        [sys.executable, str(RUNNER), "scripts"],
+        input=calls,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
     )
     lines = process.stdout.splitlines()
     assert len(lines) == len(cases), (list(cases)[len(lines)], process.stderr[-2000:])
