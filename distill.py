@@ -60,7 +60,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
 
     ladder = Ladder(stages, options)
     if dry_run:
-        ladder.tell_costs()
+        ladder.print_costs()
         dist.print0("Dry run; exiting.")
         dist.shutdown()
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -67,25 +67,22 @@ class Floor:
 # Text
 
 
-def describe_rung(rung: Rung) -> str:
+def describe(result: Rung | CurvePoint) -> str:
     """One line."""
-    distance = "" if rung.fd is None else f"fd {spread(rung)}, "
-    steps = f"{rung.steps:>4d} step{'s' * (rung.steps != 1)}"
-    return f"{steps}: {distance}end-point RMSE {rung.endpoint_rmse:.4g}, NFE {rung.nfe}"
+    solver, whose = "", ""
+    if isinstance(result, CurvePoint):
+        solver, whose = f"{result.solver.capitalize()} ", " of the teacher itself"
+    steps = f"{result.steps:>4d} {solver}step{'s' * (result.steps != 1)}{whose}"
+    distance = "" if result.fd is None else f"fd {spread(result)}, "
+    return f"{steps}: {distance}end-point RMSE {result.endpoint_rmse:.4g}, NFE {result.nfe}"
 
 
-def describe_point(point: CurvePoint) -> str:
-    """One line."""
-    distance = "" if point.fd is None else f"fd {point.fd:.4g}, "
-    steps = f"{point.steps:>4d} {point.solver.capitalize()} step{'s' * (point.steps != 1)}"
-    return f"{steps} of the teacher itself: {distance}end-point RMSE {point.endpoint_rmse:.4g}, NFE {point.nfe}"
-
-
-def spread(rung: Rung) -> str:
+def spread(result: Rung | CurvePoint) -> str:
     """'1.064 ± 0.012', or the mean alone of a single seed set, or '-'."""
-    if rung.fd is None:
+    if result.fd is None:
         return "-"
-    return f"{rung.fd:.4g}" if rung.fd_std is None else plus_minus(rung.fd, rung.fd_std)
+    std = result.fd_std if isinstance(result, Rung) else None
+    return f"{result.fd:.4g}" if std is None else plus_minus(result.fd, std)
 
 
 def plus_minus(mean: float, std: float) -> str:
@@ -96,30 +93,24 @@ def plus_minus(mean: float, std: float) -> str:
 
 def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> str:
     """The ladder as text; below it the teacher itself at the students' costs, and the data itself."""
-    lines = [f"{'steps':>6} {'NFE':>5} {'fd':>16} {'endpoint_rmse':>14} {'s/kimg':>9} {'kimg':>8}  network"]
+    form = "{:>6} {:>5} {:>16} {:>14} {:>9} {:>8}  {}".format
+    lines = [form("steps", "NFE", "fd", "endpoint_rmse", "s/kimg", "kimg", "network")]
     for rung in rungs:
-        lines.append(
-            f"{rung.steps:>6} {rung.nfe:>5} {spread(rung):>16} {rung.endpoint_rmse:>14.4f} {rung.sec_per_kimg:>9.3g} "
-            f"{rung.kimg:>8g}  {rung.network}"
-        )
+        numbers = (rung.steps, rung.nfe, spread(rung), f"{rung.endpoint_rmse:.4f}", f"{rung.sec_per_kimg:.3g}")
+        lines.append(form(*numbers, f"{rung.kimg:g}", rung.network))
     for point in curve:
-        distance = "-" if point.fd is None else f"{point.fd:.4g}"
-        lines.append(
-            f"{point.steps:>6} {point.nfe:>5} {distance:>16} {point.endpoint_rmse:>14.4f} {'':>9} {'':>8}  "
-            f"the teacher itself, {point.solver.capitalize()}"
-        )
+        name = f"the teacher itself, {point.solver.capitalize()}"
+        lines.append(form(point.steps, point.nfe, spread(point), f"{point.endpoint_rmse:.4f}", "", "", name))
     if floor is not None:
-        lines.append(
-            f"{'':>6} {'':>5} {plus_minus(floor.mean, floor.std):>16} {'':>14} {'':>9} {'':>8}  the data itself: "
-            f"{floor.images} images drawn from it, {len(floor.distances)} times"
-        )
+        name = f"the data itself: {floor.images} images drawn from it, {len(floor.distances)} times"
+        lines.append(form("", "", plus_minus(floor.mean, floor.std), "", "", "", name))
     return "\n".join(lines)
 
 
-def to_csv(kind: type, rows: Sequence[Any]) -> str:
+def to_csv(rows: Sequence[Any]) -> str:
     """Dataclass values as CSV, a column per field; a list is joined by spaces, None is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=[each.name for each in fields(kind)], lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=[each.name for each in fields(rows[0])], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         values = asdict(row).items()
@@ -133,16 +124,13 @@ def to_csv(kind: type, rows: Sequence[Any]) -> str:
 # Colours that the colour-blind can distinguish; marker and line style differ as well.
 STUDENTS = {"color": BLUE, "marker": "o", "linestyle": "-", "linewidth": 1.8, "markersize": 5, "zorder": 4}
 QUIET = {"linewidth": 1.0, "markersize": 5, "markerfacecolor": "white", "zorder": 3}
-HEUN = {"color": GREEN, "marker": "^", "linestyle": "-.", **QUIET}
-EULER = {"color": PINK, "marker": "s", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5)), **QUIET}
+CURVES = {
+    "heun": {"color": GREEN, "marker": "^", "linestyle": "-.", **QUIET},
+    "euler": {"color": PINK, "marker": "s", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5)), **QUIET},
+}
 TEACHER = {"color": ORANGE, "linestyle": "--", "linewidth": 1.2, "zorder": 2}
 FLOOR = {"color": GREY, "linestyle": ":", "linewidth": 1.4, "zorder": 2}
 BAND = {"color": GREY, "alpha": 0.15, "linewidth": 0, "zorder": 1}  # one deviation up and down
-
-
-def plot_ladder(rungs: Sequence[Rung], file: Any, curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> None:
-    """Writes `ladder_figure` as a PNG."""
-    ladder_figure(rungs, curve, floor).savefig(file, format="png")
 
 
 def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> Any:
@@ -150,19 +138,30 @@ def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor
 
     rungs: the teacher first. curve: the teacher itself with fewer steps. floor: how far the data are from themselves.
     """
-    panels: list[Callable[..., list[int]]] = []
-    if any(rung.fd is not None for rung in rungs):
-        panels.append(_plot_distances)
-    if len(rungs) > 1 or not panels:
-        panels.append(_plot_errors)
+    measured = [rung for rung in rungs if rung.fd is not None]
+    has_errors = len(rungs) > 1 or not measured
+    panels = bool(measured) + has_errors
     # Tried out: the legend, two columns of small print at most, leaves the panels nearly square.
-    figure, axes = new_figure(3.9 * max(len(panels), 1.2), 3.8, len(panels))
+    figure, axes = new_figure(3.9 * max(panels, 1.2), 3.8, panels)
+    solver = "Heun step" if rungs[0].nfe > rungs[0].steps else "step"
+    teacher = f"teacher, {count(rungs[0].steps, solver)} (NFE {rungs[0].nfe})"
+    students = f"students ({' → '.join(str(rung.steps) for rung in rungs)} steps)"
+    if measured:
+        _plot_distances(axes[0], measured, rungs[0], teacher, students, floor)
+        points = [(point.solver, point.nfe, point.fd) for point in curve if point.fd is not None]
+        _finish(axes[0], rungs, [rung.nfe for rung in measured], points)
+    if has_errors:
+        is_named = any(rung.fd is not None for rung in rungs[1:])
+        _plot_errors(axes[-1], rungs, f"{teacher}: 0 by definition", None if is_named else students)
+        shown = [(point.solver, point.nfe, min(point.endpoint_rmse, FARTHEST)) for point in curve]
+        _finish(axes[-1], rungs, [rung.nfe for rung in rungs[1:] or rungs], shown)
+        for point in curve:
+            if point.endpoint_rmse > FARTHEST:
+                place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+                colour = CURVES.get(point.solver, CURVES["euler"])["color"]
+                axes[-1].annotate(f"↑ {point.endpoint_rmse:.3g}", (point.nfe, FARTHEST), color=colour, **place)
     known: dict[str, Any] = {}
-    for axis, panel in zip(axes, panels, strict=True):
-        drawn = panel(axis, rungs, curve, floor)
-        _scale_x(axis, drawn, [rung.nfe for rung in rungs])
-        scale_y(axis)
-        style(axis, "network calls per image (NFE)")
+    for axis in axes:
         known |= dict(reversed(pair) for pair in zip(*axis.get_legend_handles_labels(), strict=True))
     ranks = ("students", "teacher,", "the data", "")
     order = sorted(known, key=lambda label: next(i for i, start in enumerate(ranks) if label.startswith(start)))
@@ -170,7 +169,7 @@ def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor
         [known[label] for label in order],
         order,
         loc="outside lower center",
-        ncols=len(panels),
+        ncols=panels,
         frameon=False,
         fontsize=8,
         handlelength=3.2,
@@ -178,73 +177,49 @@ def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor
     return figure
 
 
-def _plot_distances(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], floor: Floor | None) -> list[int]:
-    """Returns the numbers of network calls that it has drawn something at."""
-    teacher, students = rungs[0], [rung for rung in rungs[1:] if rung.fd is not None]
-    _plot_curve(axis, [(p.solver, p.nfe, p.fd) for p in curve if p.fd is not None])
-    if teacher.fd is not None:
-        axis.axhline(teacher.fd, **TEACHER)
-        _plot_spread(axis, [teacher], _name_teacher(teacher), {**TEACHER, "marker": "D", "markersize": 5})
-    if students:
-        sets = max(len(rung.fd_sets) for rung in students)
-        of_sets = f", mean ± std of {sets} x {teacher.images} images" if sets > 1 else f", by {teacher.images} images"
-        of_sets *= teacher.images is not None
-        _plot_spread(axis, students, _name_students(rungs) + of_sets, STUDENTS)
+def _plot_distances(
+    axis: Any, measured: Sequence[Rung], first: Rung, teacher: str, students: str, floor: Floor | None
+) -> None:
+    """Distances with error bars, where there are several seed sets, and the data's own."""
+    if first.fd is not None:
+        axis.axhline(first.fd, **TEACHER)
+    sets = max(len(rung.fd_sets) for rung in measured)
+    by = f", mean ± std of {sets} x {first.images} images" if sets > 1 else f", by {first.images} images"
+    label = students + by * (first.images is not None)
+    own = [rung for rung in measured if rung is first]
+    others = [rung for rung in measured if rung is not first]
+    for group, name, marks in ((own, teacher, {**TEACHER, "marker": "D", "markersize": 5}), (others, label, STUDENTS)):
+        if group:
+            spreads = None if any(rung.fd_std is None for rung in group) else [rung.fd_std for rung in group]
+            place = [rung.nfe for rung in group], [rung.fd for rung in group]
+            axis.errorbar(*place, yerr=spreads, capsize=2.5, elinewidth=1, label=name, **marks)
     if floor is not None:
         axis.axhspan(floor.mean - floor.std, floor.mean + floor.std, **BAND)
         axis.axhline(floor.mean, label=f"the data itself ({floor.images} images drawn from it, ± std)", **FLOOR)
-    features = "Inception" if (teacher.detector or "").startswith("inception") else "own detector"
+    features = "Inception" if (first.detector or "").startswith("inception") else "own detector"
     axis.set_ylabel(f"Fréchet distance ({features})", fontsize=9)
-    return [rung.nfe for rung in rungs if rung.fd is not None] + [p.nfe for p in curve if p.fd is not None]
 
 
-def _plot_spread(axis: Any, rungs: Sequence[Rung], label: str, look: dict[str, Any]) -> None:
-    """Distances with error bars, where there are several seed sets."""
-    spreads = None if any(rung.fd_std is None for rung in rungs) else [rung.fd_std for rung in rungs]
-    axis.errorbar(
-        [rung.nfe for rung in rungs],
-        [rung.fd for rung in rungs],
-        yerr=spreads,
-        capsize=2.5,
-        elinewidth=1,
-        label=label,
-        **look,
-    )
-
-
-def _plot_errors(axis: Any, rungs: Sequence[Rung], curve: Sequence[CurvePoint], floor: Floor | None) -> list[int]:
-    """The same of end-point errors. The teacher's own is 0 by definition, which is no place on a logarithmic axis: it
-    is left out."""
-    students = rungs[1:]
-    _plot_curve(axis, [(point.solver, point.nfe, min(point.endpoint_rmse, FARTHEST)) for point in curve])
-    for point in curve:
-        if point.endpoint_rmse > FARTHEST:
-            colour = (HEUN if point.solver == "heun" else EULER)["color"]
-            text = f"↑ {point.endpoint_rmse:.3g}"
-            place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-            axis.annotate(text, (point.nfe, FARTHEST), color=colour, **place)
-    if students:
-        label = _name_students(rungs) if all(rung.fd is None for rung in students) else None
-        axis.plot([r.nfe for r in students], [r.endpoint_rmse for r in students], label=label, **STUDENTS)
+def _plot_errors(axis: Any, rungs: Sequence[Rung], teacher: str, students: str | None) -> None:
+    """End-point errors. The teacher's own is 0 by definition, which is no place on a logarithmic axis: it is left out
+    where there is a student."""
+    if len(rungs) > 1:
+        axis.plot([r.nfe for r in rungs[1:]], [r.endpoint_rmse for r in rungs[1:]], label=students, **STUDENTS)
     else:
-        label = f"{_name_teacher(rungs[0])}: 0 by definition"
-        axis.plot([rungs[0].nfe], [0.0], label=label, clip_on=False, **{**TEACHER, "marker": "D"})
+        axis.plot([rungs[0].nfe], [0.0], label=teacher, clip_on=False, **{**TEACHER, "marker": "D"})
     axis.set_ylabel("end-point RMSE to the teacher (in [-1, 1])", fontsize=9)
-    return [rung.nfe for rung in students or rungs] + [point.nfe for point in curve]
 
 
-def _plot_curve(axis: Any, points: Sequence[tuple[str, int, float]]) -> None:
-    for solver, look in (("heun", HEUN), ("euler", EULER)):
-        chosen = [(nfe, value) for name, nfe, value in points if name == solver]
+def _finish(axis: Any, rungs: Sequence[Rung], drawn: Sequence[int], curve: Sequence[tuple[str, int, float]]) -> None:
+    """The teacher's own curve, and the axes: logarithmic, as wide as what is drawn, with the rungs' numbers below."""
+    for solver, marks in CURVES.items():
+        chosen = [(nfe, value) for name, nfe, value in curve if name == solver]
         if chosen:
             label = f"teacher itself with fewer {solver.capitalize()} steps"
-            axis.plot(*zip(*sorted(chosen), strict=True), label=label, **look)
-
-
-def _scale_x(axis: Any, drawn: Sequence[int], ticks: Sequence[int]) -> None:
-    """Logarithmic, as wide as what is drawn, with the rungs' numbers below."""
+            axis.plot(*zip(*sorted(chosen), strict=True), label=label, **marks)
+    drawn = [*drawn, *(nfe for _, nfe, _ in curve)]
     low, high = min(drawn), max(drawn)
-    ticks = sorted({tick for tick in ticks if low <= tick <= high})
+    ticks = sorted({rung.nfe for rung in rungs if low <= rung.nfe <= high})
     axis.set_xscale("log", base=2)
     margin = 1.35 if high >= 2 * low else 2
     axis.set_xlim(low / margin, high * margin)
@@ -252,12 +227,5 @@ def _scale_x(axis: Any, drawn: Sequence[int], ticks: Sequence[int]) -> None:
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     others = sorted({*drawn} - {*ticks})  # of the teacher itself: 3, 7, 15; no room for numbers
     axis.set_xticks(others, [""] * len(others), minor=True)
-
-
-def _name_teacher(rung: Rung) -> str:
-    solver = "Heun step" if rung.nfe > rung.steps else "step"
-    return f"teacher, {count(rung.steps, solver)} (NFE {rung.nfe})"
-
-
-def _name_students(rungs: Sequence[Rung]) -> str:
-    return f"students ({' → '.join(str(rung.steps) for rung in rungs)} steps)"
+    scale_y(axis)
+    style(axis, "network calls per image (NFE)")

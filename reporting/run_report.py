@@ -5,11 +5,12 @@ The page escapes whatever the files hold, and bounds it. It runs no script.
 
 from __future__ import annotations
 
+import io
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,165 +21,30 @@ from markupsafe import Markup
 from dnnlib.errors import printable
 from dnnlib.util import count, format_time
 from ladders import charts
-from ladders.results import CurvePoint, Rung, ladder_figure, plus_minus
+from ladders.results import ladder_figure, plus_minus, spread
 
-from .run_files import Ladder, Run, mapping, number, numbers, show_kimg
+from . import run_files
+from .run_files import Picture, Run, Subject, number, show_kimg
 
 MARK = "<!-- report.py of edm-distill -->"  # the first line of a page: what may be written over
-MAX_OPTIONS = 20_000  # pieces of training_options.json that are shown: names, values, signs
+MAX_TEXT = 100_000  # characters of training_options.json
+LINES = 24  # jumps in a chart
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Charts
+@dataclass
+class Part:
+    """A piece of a section: words, pictures, a table and a text as it is, as far as there are any."""
+
+    heading: str = ""
+    words: str = ""
+    pictures: Sequence[Picture] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    text: str = ""
+    folded: bool = False  # away, under its heading
 
 
-def draw(run: Run, title: str, curves: Sequence[tuple[np.ndarray, str, str]], axis_from_zero: bool = False) -> Markup:
-    """Curves (values of every tick, colour, label or '') against the images trained; empty where there are none."""
-    figure, (axis,) = charts.new_figure(5.2, 2.9)
-    for y, colour, label in curves:
-        charts.plot(axis, run.stats.kimg, y, label, colour, raw=label == "every tick")
-    if not any(np.isfinite(line.get_ydata()).any() for line in axis.get_lines()):
-        return Markup("")
-    charts.style(axis, "images trained, kimg")
-    axis.xaxis.set_major_formatter("{x:,.6g}")
-    if axis_from_zero:
-        axis.set_ylim(0, max(float(np.nanmax(line.get_ydata())) for line in axis.get_lines()) * 1.1 or 1)
-    else:
-        charts.scale_y(axis)
-    if any(label for *_, label in curves):
-        axis.legend(frameon=False, fontsize=8)
-    name = re.sub(r"[^0-9A-Za-z]", "-", f"{title}-{run.folder.name}")
-    return Markup(charts.to_svg(figure, name, f"{title} of {run.name}"))
-
-
-def loss_chart(run: Run) -> Markup:
-    return draw(run, "Loss", with_average(run, "loss"))
-
-
-def jump_chart(run: Run) -> Markup:
-    kimg, curves = run.stats.kimg, []
-    for loss, colour in zip(run.stats.jumps.values(), charts.ramp(len(run.stats.jumps)), strict=True):
-        known = np.isfinite(loss)
-        average = np.full_like(loss, np.nan)
-        average[known] = charts.smooth(kimg[known], loss[known])
-        curves.append((average, colour, ""))
-    return draw(run, "Loss of each jump", curves)
-
-
-def side_charts(run: Run) -> list[tuple[str, Markup]]:
-    """Speed, learning rate and memory, each with its caption; without those that show nothing."""
-    series = run.stats.series
-    memory = [(series["cpu_gb"], charts.BLUE, "host")]
-    if (series["gpu_gb"] > 0).any():
-        memory.append((series["gpu_gb"], charts.ORANGE, "GPU"))
-    drawn = [
-        ("Speed, seconds per kimg", draw(run, "Speed", with_average(run, "sec_per_kimg"))),
-        ("Learning rate", draw(run, "Learning rate", [(series["learning_rate"], charts.BLUE, "")], True)),
-        ("Memory of the first process, GiB", draw(run, "Memory", memory, True)),
-    ]
-    return [(caption, chart) for caption, chart in drawn if chart]
-
-
-def with_average(run: Run, name: str) -> list[tuple[np.ndarray, str, str]]:
-    values = run.stats.series[name]
-    smoothed = charts.smooth(run.stats.kimg, values)
-    return [(values, charts.BLUE, "every tick"), (smoothed, charts.BLUE, "smoothed (half-life: 2% of the run)")]
-
-
-def ladder_chart(ladder: Ladder) -> Markup:
-    """The figure of ladder.png; empty where the teacher's row is not complete."""
-    rungs = [rung for row in ladder.rungs if (rung := rung_of(row)) is not None]
-    if not rungs or rung_of(ladder.rungs[0]) is None:
-        return Markup("")
-    curve = [point for row in ladder.curve if (point := point_of(row)) is not None]
-    figure = ladder_figure(rungs, curve, ladder.floor)
-    return Markup(charts.to_svg(figure, "ladder", "Quality against network calls per image"))
-
-
-def rung_of(row: dict[str, Any]) -> Rung | None:
-    """A row of ladder.json as what the figure takes; None where it lacks a number."""
-    steps, nfe, error = (number(row[name]) for name in ("steps", "nfe", "endpoint_rmse"))
-    if steps is None or nfe is None or error is None or steps < 1 or nfe < 1 or error < 0:
-        return None
-    images, detector, std = number(row["images"]), row["detector"], number(row["fd_std"])
-    return Rung(
-        int(steps),
-        int(nfe),
-        number(row["fd"]),
-        error,
-        number(row["sec_per_kimg"]) or 0.0,
-        number(row["kimg"]) or 0.0,
-        network=printable(row["network"]),
-        fd_std=std if std is not None and std >= 0 else None,
-        fd_sets=numbers(row["fd_sets"]),
-        images=None if images is None else int(images),
-        detector=detector if isinstance(detector, str) else None,
-    )
-
-
-def point_of(row: dict[str, Any]) -> CurvePoint | None:
-    """The same for a row of teacher-curve.json."""
-    steps, nfe, error = (number(row[name]) for name in ("steps", "nfe", "endpoint_rmse"))
-    if steps is None or nfe is None or error is None or nfe < 1:
-        return None
-    return CurvePoint(str(row["solver"]), int(steps), int(nfe), number(row["fd"]), error)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def jump_names(run: Run) -> dict[int, str]:
-    """'80 → 24.4' for each jump of a student, by its noise levels."""
-    distillation = mapping(run.options.get("distillation"))
-    given, ratio = distillation.get("teacher_levels"), number(distillation.get("ratio"))
-    if not isinstance(given, list) or not ratio or ratio < 1:
-        return {}
-    pairs = enumerate(pairwise(number(level) for level in given[:: int(ratio)]))
-    return {index: f"{t:.4g} → {s:.4g}" for index, (t, s) in pairs if t is not None and s is not None}
-
-
-def jump_table(run: Run) -> list[dict[str, Any]]:
-    """Rows: name, colour in the chart (or None), part of the last tick's images, loss, its part of the largest."""
-    losses, names = run.stats.last_jumps, jump_names(run)
-    colours = dict(zip(run.stats.jumps, charts.ramp(len(run.stats.jumps)), strict=True))
-    images = sum(taken for taken, _ in losses.values())
-    largest = max((loss for _, loss in losses.values()), default=0)
-    return [
-        {
-            "name": names.get(index, f"jump {index}"),
-            "colour": colours.get(index),
-            "share": taken / images,
-            "loss": loss,
-            "part": max(loss / largest, 0) if largest > 0 else 0,
-        }
-        for index, (taken, loss) in losses.items()
-    ]
-
-
-def lineage_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every network from the first teacher to the last student: the longest lineage that there is, and its student."""
-    last = max(runs, key=lambda run: len(run.lineage), default=None)
-    if last is None or not last.lineage:
-        return []
-    chain = [
-        {
-            "network": printable(entry.get("network", "?")),
-            "sha256": printable(entry.get("sha256", ""))[:16],
-            "text": show_steps(entry.get("steps"), entry.get("solver")),
-        }
-        for entry in last.lineage
-    ]
-    own = "this student" if last.done else "this student, in training"
-    steps = show_steps(last.steps[1] if last.steps else None, "euler")
-    return [*chain, {"network": printable(last.folder), "sha256": "", "text": f"{steps}: {own}"}]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-
-
-def render(subject: Run | Ladder) -> str:
+def render(subject: Subject) -> str:
     """The whole page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -187,22 +53,33 @@ def render(subject: Run | Ladder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (show_time, show_number, show_spread, show_duration, show_json, show_place, show_kimg)
-    environment.filters |= {function.__name__.removeprefix("show_"): function for function in filters}
-    environment.filters["printable"] = printable
-    functions = (loss_chart, jump_chart, jump_table, side_charts)
-    runs = subject.stages if isinstance(subject, Ladder) else [subject]
+    sections = {
+        "Results": results(subject),
+        "Samples": [
+            *([Part(pictures=[subject.samples])] if subject.samples else []),
+            *film(subject, "samples", "The same latents in every picture of a run; drawn from the EMA of the weights."),
+        ],
+        "Loss": [part for run in subject.runs for part in losses(run)],
+        "Targets": film(
+            subject, "targets", "What each jump starts from, what it is asked for, and what the student answers."
+        ),
+        "Speed and memory": speed(subject),
+        "Lineage": lineage(subject),
+        "Settings and environment": [part for run in subject.runs for part in settings(run, subject.is_ladder)],
+    }
     page = environment.get_template("run_report.html").render(
         mark=Markup(MARK),
         subject=subject,
-        is_ladder=isinstance(subject, Ladder),
-        runs=runs,
-        lineage=lineage_of(runs),
-        ladder_chart=ladder_chart(subject) if isinstance(subject, Ladder) else "",
-        now=datetime.now(UTC).timestamp(),
-        **{function.__name__: function for function in functions},
+        kind=f"a ladder of {count(len(chain_of(subject)) - 1, 'stage')}" if subject.is_ladder else "a run",
+        facts=facts(subject),
+        sections={title: parts for title, parts in sections.items() if parts},
+        footer=f"{show_time(datetime.now(UTC).timestamp())} from {printable(subject.folder)}",
     )
     return page.encode("utf-8", "backslashreplace").decode()  # JSON can hold halves of characters
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
 
 
 def show_time(seconds: float | None) -> str:
@@ -212,33 +89,192 @@ def show_time(seconds: float | None) -> str:
         return "?"
 
 
-def show_number(value: Any, digits: int = 4) -> str:
-    shown = number(value)
-    return "–" if shown is None else f"{shown:.{digits}g}"
-
-
-def show_spread(value: Any, spread: Any) -> str:
-    """1.400 ± 0.055, or the value alone where nothing is known of its deviation."""
-    mean, std = number(value), number(spread)
-    return show_number(value) if mean is None or std is None else plus_minus(mean, std)
+def show(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def show_duration(seconds: float | None) -> str:
     return "–" if seconds is None else format_time(seconds)
 
 
-def show_json(value: Any) -> str:
-    pieces = list(islice(json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(value), MAX_OPTIONS + 1))
-    text = "".join(piece[:1000] for piece in pieces[:MAX_OPTIONS])
-    return text if len(pieces) <= MAX_OPTIONS else f"{text}\n... (too long to be shown)"
+def name_of(run: Run) -> str:
+    return f"{run.name}, {run.steps[0]} → {run.steps[1]} steps" if run.steps else run.name
 
 
-def show_steps(steps: Any, solver: Any) -> str:
-    """'16 Heun steps'."""
-    noun = f"{printable(solver or '', 40).capitalize()} step"
-    return count(steps, noun) if isinstance(steps, int) and number(steps) is not None else f"? {noun}s"
+def chain_of(subject: Subject) -> list[Any]:
+    """Steps of the teacher and of every student, '?' where unknown: as planned, or as far as begun."""
+    begun = [run.steps or ("?", "?") for run in subject.runs]
+    return subject.plan or [before for before, _ in begun[:1]] + [after for _, after in begun]
 
 
-def show_place(path: Any) -> str:
-    """A network's folder and file: enough to know it by."""
-    return "/".join(printable(path).split("/")[-2:])
+def facts(subject: Subject) -> list[tuple[str, str]]:
+    """What stands at the head of the page."""
+    if not subject.runs:
+        return []
+    last, chain, of = subject.runs[-1], chain_of(subject), f" of {len(subject.plan) - 1}" if subject.plan else ""
+    stage = f"stage {len(subject.runs)}{of}: " if subject.is_ladder else ""
+    seconds = sum(run.last(run_files.TIME) or 0.0 for run in subject.runs)
+    written = max((run.written or 0 for run in subject.runs), default=0)
+    found = [
+        ("steps", " → ".join(map(str, chain)) if subject.is_ladder or last.steps else ""),
+        ("networks measured", str(len(subject.rungs)) if subject.is_ladder else ""),
+        ("state", f"{stage}{last.state}"),
+        ("loss, last tick", show(last.last(run_files.LOSS))),
+        ("seconds per kimg", show(last.rate)),
+        ("training time, to the last tick", show_duration(seconds)),
+        ("last tick", show_time(written or None)),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+
+
+def picture_of(figure: Any, caption: str) -> Picture:
+    """A figure as an SVG picture."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "edm-distill"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    width, height = (round(100 * inches) for inches in figure.get_size_inches())
+    return Picture(caption, run_files.data_uri(buffer.getvalue(), "svg+xml"), width, height)
+
+
+def chart(
+    run: Run, caption: str, curves: Sequence[tuple[np.ndarray, Any, str]], from_zero: bool = False
+) -> list[Picture]:
+    """Curves (values of every tick, colour, label or '') against the images trained; none where there are no values."""
+    figure, (axis,) = charts.new_figure(5.2, 2.9)
+    for values, colour, label in curves:
+        charts.plot(axis, run.series(run_files.KIMG), values, label, colour, band=len(curves) == 1)
+    if not any(np.isfinite(line.get_ydata()).any() for line in axis.get_lines()):
+        return []
+    charts.style(axis, "images trained, kimg")
+    axis.xaxis.set_major_formatter("{x:,.6g}")
+    if from_zero:
+        axis.set_ylim(0, max(float(np.nanmax(line.get_ydata())) for line in axis.get_lines()) * 1.1 or 1)
+    else:
+        charts.scale_y(axis)
+    if any(label for *_, label in curves):
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return [picture_of(figure, f"{caption} of {name_of(run)}")]
+
+
+def results(subject: Subject) -> list[Part]:
+    """The ladder's figure, and a row for every network."""
+    if not subject.rungs:
+        return []
+    teacher, floor = subject.rungs[0], subject.floor
+    words = "Every network is measured in the same way, the teacher first"
+    if teacher.images:
+        words += f", by {teacher.images} images"
+    if teacher.detector:
+        inception = teacher.detector.startswith("inception")
+        words += f", in the features of {'Inception' if inception else f'an own detector ({teacher.detector})'}"
+    if floor is not None:
+        distance = plus_minus(floor.mean, floor.std)
+        words += f". For comparison, {floor.images} images drawn from the data are {distance} from all of it"
+    if any(rung.fd_std for rung in subject.rungs):
+        words += ". ± and bars: one standard deviation over seed sets"
+    columns = ["network", "steps", "NFE", "Fréchet distance", "end-point RMSE", "sampling, s/kimg", "trained, kimg"]
+    rows = [
+        [
+            f"{'student' if index else 'teacher'}, {'/'.join(rung.network.split('/')[-2:])}",
+            *(str(rung.steps), str(rung.nfe), spread(rung), show(rung.endpoint_rmse)),
+            *(show(rung.sec_per_kimg, 3), show(rung.kimg)),
+        ]
+        for index, rung in enumerate(subject.rungs)
+    ]
+    for point in subject.curve:
+        name = f"teacher itself with fewer {point.solver.capitalize()} steps"
+        rows.append([name, str(point.steps), str(point.nfe), show(point.fd), show(point.endpoint_rmse), "–", "–"])
+    figure = ladder_figure(subject.rungs, subject.curve, floor)
+    picture = picture_of(figure, "Quality against network calls per image")
+    return [Part(words=f"{words}.", pictures=[picture], columns=columns, rows=rows)]
+
+
+def film(subject: Subject, kind: str, words: str) -> list[Part]:
+    """The newest pictures of a kind, and folded away the earlier ones of each run, the newest first."""
+    runs = [run for run in subject.runs if run.pictures[kind]]
+    for run in runs:
+        for picture in run.pictures[kind]:
+            picture.caption = f"{kind.capitalize()} of {name_of(run)}, after {picture.caption}"
+    parts = [Part(words=words, pictures=[run.pictures[kind][-1] for run in runs])] if runs else []
+    for run in runs:
+        *earlier, _ = run.pictures[kind]
+        heading = f"{run.name}: {len(earlier)} earlier, the newest first"
+        parts += [Part(heading, pictures=earlier[::-1], folded=True)] if earlier else []
+    return parts
+
+
+def losses(run: Run) -> list[Part]:
+    """Charts of the loss and of each jump's."""
+    from matplotlib import colormaps
+
+    pictures = chart(run, "Loss", [(run.series(run_files.LOSS), charts.BLUE, "")])
+    jumps, names = run.jumps, jump_names(run)
+    if len(jumps) > 1:
+        drawn = run_files.every(list(jumps), LINES)
+        colours = colormaps["viridis"](np.linspace(0, 0.85, len(drawn)))
+        named = drawn if len(drawn) <= 8 else [drawn[0], drawn[-1]]
+        curves = [
+            (run.series(jumps[jump]), colour, names.get(jump, f"jump {jump}") if jump in named else "")
+            for jump, colour in zip(drawn, colours, strict=True)
+        ]
+        part = f" ({len(drawn)} of {len(jumps)})" if len(jumps) > len(drawn) else ""
+        pictures += chart(run, f"Loss of each jump{part}", curves)
+    return [Part(name_of(run), pictures=pictures)] if pictures else []
+
+
+def jump_names(run: Run) -> dict[int, str]:
+    """'80 → 24.4' for each jump of a student, by its noise levels."""
+    given, ratio = run.distillation.get("teacher_levels"), number(run.distillation.get("ratio"))
+    if not isinstance(given, list) or not ratio or ratio < 1:
+        return {}
+    pairs = enumerate(pairwise(number(level) for level in given[:: int(ratio)]))
+    return {index: f"{t:.4g} → {s:.4g}" for index, (t, s) in pairs if t is not None and s is not None}
+
+
+def speed(subject: Subject) -> list[Part]:
+    """A row for every run, and charts of its speed and learning rate."""
+    columns: dict[str, Callable[[Run], str]] = {
+        "run": lambda run: run.name,
+        "kimg": lambda run: show_kimg(run.kimg),
+        "seconds per kimg (median)": lambda run: show(run.rate),
+        "training time": lambda run: show_duration(run.last(run_files.TIME)),
+        "host memory, GiB": lambda run: show(run.last(run_files.HOST), 3),
+        "GPU memory, GiB": lambda run: show(run.last(run_files.GPU) or None, 3),
+        "steps skipped": lambda run: show(run.last(run_files.SKIPPED)),
+    }
+    runs = [run for run in subject.runs if run.ticks]
+    rows = [[value(run) for value in columns.values()] for run in runs]
+    parts = [Part(columns=list(columns), rows=rows)] if rows else []
+    for run in runs:
+        pictures = chart(run, "Speed, seconds per kimg,", [(run.series(run_files.SPEED), charts.BLUE, "")])
+        pictures += chart(run, "Learning rate", [(run.series(run_files.RATE), charts.BLUE, "")], True)
+        parts.append(Part(f"{run.name}, over the course of training", pictures=pictures, folded=subject.is_ladder))
+    return parts
+
+
+def lineage(subject: Subject) -> list[Part]:
+    """Every network from the first teacher to the last student: the longest lineage that there is, and its student."""
+    last = max(subject.runs, key=lambda run: len(run.lineage), default=None)
+    if last is None or not last.lineage:
+        return []
+    rows = [[printable(entry.get(name)) for name in ("steps", "solver", "network")] for entry in last.lineage]
+    rows.append([str(last.steps[1]) if last.steps else "?", "euler", printable(last.folder)])
+    return [Part(words="Each network was taught by the one above.", columns=["steps", "solver", "file"], rows=rows)]
+
+
+def settings(run: Run, folded: bool) -> list[Part]:
+    """A table of settings, and the file itself, which has the environment too."""
+    text, rows = json.dumps(run.options, indent=2), run_files.settings_of(run.options)
+    if len(text) > MAX_TEXT:
+        text = f"{text[:MAX_TEXT]}\n... (too long to be shown)"
+    words = "" if rows else "They can't be read from training_options.json."
+    return [
+        Part(f"Settings of {run.name}", words, rows=rows, folded=folded),
+        Part(f"Settings and environment of {run.name}: training_options.json", text=text, folded=True),
+    ]
