@@ -113,7 +113,7 @@ def gen(
 
     with _processes(device) as dist:
         from formats.network_files import load_network
-        from metrics.statistics import note_if_grey, statistics_of_images, with_progress
+        from metrics.statistics import statistics_of_images, with_progress
         from torch_utils.misc import allow_tf32
         from training.sampling import iterate_images, plan_sampling
         from training.speed import use_cpu_kernels
@@ -123,7 +123,6 @@ def gen(
         plan = plan_sampling(loaded, steps=steps)
         dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
         dist.print0(f"sampling {loaded.source} with {plan.text}\n  {loaded.describe()}", file=sys.stderr)
-        note_if_grey(loaded.net.img_channels, features)
         allow_tf32(False)
         where = dist.device()
         use_cpu_kernels(where.type == "cpu")

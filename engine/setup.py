@@ -35,7 +35,6 @@ from training.config import (
 )
 from training.dataset import ImageFolderDataset, PackedFiles
 from training.distillation import EDMDistillationLoss, Stage, plan_stage
-from training.loader import print_remarks
 from training.recipe import Options, TrainConfig, entries, flag
 from training.samplers import grid_sampler
 from training.training_loop import Trainer, matching
@@ -520,9 +519,7 @@ def train(options: Options, run: Run, tell: Callable[[], None] | None = None) ->
         dist.from_rank0(lambda: stack.enter_context(locked(run.config.run_dir)))
         loop = _loop(run, found)
         del found  # as large as all that the trainer holds, which has copied it
-        snapshot = loop.run()
-        print_remarks(run.dataset)
-        return snapshot
+        return loop.run()
 
 
 def _loop(run: Run, found: tuple[Path, Kwargs] | None) -> Loop:

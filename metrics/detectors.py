@@ -79,22 +79,22 @@ def load_detector(spec: str | os.PathLike[str] = "inception", device: torch.devi
     Inception, or of a file that `metrics.classifier.train_detector` wrote. Under several processes, call it on all.
     Raises DetectorUnavailable where Inception can't be downloaded, UserError for a file that is no detector.
     """
-    device = torch.device(device)
-    content = dist.rank0_first(lambda: _read(os.fspath(spec)))
+    spec, device = os.fspath(spec), torch.device(device)
+    content = dist.rank0_first(lambda: _read(spec))
     digest = hashlib.sha256(content).hexdigest()
     with forgotten_if_bad(INCEPTION_URL if spec == "inception" else spec):
         if digest == INCEPTION_SHA256:
             net: nn.Module = _inception_from_state(load_tensors(io.BytesIO(content)), spec)
             detector = Detector(INCEPTION, net, FEATURES, channels=3, resolution=None, device=device)
-        elif spec == "inception" or "inception" in os.path.basename(os.fspath(spec)).lower():
+        elif spec == "inception" or "inception" in os.path.basename(spec).lower():
             raise UserError(
                 f"{spec}: not the Inception weights of 2015-12-05, or a damaged copy: its SHA-256 begins with "
                 f"{digest[:8]} instead of {INCEPTION_SHA256[:8]}; fetch it again from {INCEPTION_URL}"
             )
         else:
-            classifier = classifier_from_file(content, os.fspath(spec))
-            net, kind = classifier, f"classifier:{digest[:16]}"
-            detector = Detector(kind, net, classifier.dim, classifier.channels, classifier.resolution, device)
+            net = made = classifier_from_file(content, spec)
+            kind = f"classifier:{digest[:16]}"
+            detector = Detector(kind, net, made.dim, made.channels, made.resolution, device)
     net.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return detector
 
@@ -113,11 +113,12 @@ def full_precision() -> Iterator[None]:
 
 def _read(spec: str) -> bytes:
     """The content of the weights file."""
-    if spec != "inception":
-        return read_file(open_url(spec, return_filename=True, kind="a detector"), "a detector")
+    source = INCEPTION_URL if spec == "inception" else spec
     try:
-        return read_file(open_url(INCEPTION_URL, return_filename=True, kind="a detector"), "a detector")
+        return read_file(open_url(source, return_filename=True, kind="a detector"), "a detector")
     except UserError as exc:
+        if spec != "inception":
+            raise
         raise DetectorUnavailable(
             f"the Inception weights can't be downloaded ({exc}); name a local copy of "
             f"{os.path.basename(INCEPTION_URL)} with --detector=PATH, or measure with a small detector of your own: "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
@@ -20,9 +20,8 @@ from dnnlib.util import count, forgotten_if_bad, open_url
 from formats.pickle_reader import StoredArray, read_arrays
 from torch_utils import distributed as dist
 from torch_utils.progress import show_progress
-from training.dataset import ImageFolderDataset
-from training.loader import print_remarks
-from training.sampling import count_batches, own_share, split_seeds
+from training.dataset import Dataset, ImageFolderDataset
+from training.sampling import own_batches
 
 from .detectors import INCEPTION, Detector
 from .frechet import Array, checked_moments, frechet_distance
@@ -32,6 +31,7 @@ from .inception import FEATURES
 COLLAPSED = 0.01  # of the reference's variance: images with less are all alike
 MAX_ARRAY_BYTES = 8 * FEATURES**2 + (1 << 16)  # Inception's covariance, and numpy's header
 MAX_PICKLE_BYTES = 8 * MAX_ARRAY_BYTES  # edm2's hold those of two detectors
+ARRAYS = ("mu", "sigma", "num", "detector")  # what is read of an npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +77,9 @@ class Stats:
                 kind = "pickle of plain arrays, as edm2 writes them" if is_pickle else "npz file of plain arrays"
                 reason = f" ({exc})" if "pickle" not in str(exc) else ""  # numpy would advise to run what is in there
                 raise UserError(f"{source}: not a readable {kind}{reason}") from exc
-        missing = [name for name in ("mu", "sigma") if name not in arrays]
+        missing = " and no ".join(name for name in ("mu", "sigma") if name not in arrays)
         if missing:
-            raise UserError(
-                f"{source}: has no {' and no '.join(missing)}; fid.py ref makes such a file from a data set"
-            )
+            raise UserError(f"{source}: has no {missing}; fid.py ref makes such a file from a data set")
         if max((0, *np.shape(arrays["mu"]), *np.shape(arrays["sigma"]))) > FEATURES:
             raise UserError(f"{source}: statistics of more than {FEATURES} features, which no detector makes")
         mu, sigma = checked_moments(arrays["mu"], arrays["sigma"], str(source))
@@ -92,17 +90,10 @@ def _from_npz(file: IO[bytes], source: object) -> dict[str, Array]:
     content = np.load(file, allow_pickle=False)
     if not isinstance(content, np.lib.npyio.NpzFile):
         raise UserError(f"{source}: a single array; statistics are an npz file with mu and sigma")
-    return {name: _array(content, name) for name in ("mu", "sigma", "num", "detector") if name in content}
-
-
-def _array(content: Any, name: str) -> Array:
-    """One array of an npz file. Raises ValueError for one that claims a size that no statistics have."""
-    archive: zipfile.ZipFile = content.zip
-    size = max((entry.file_size for entry in archive.infolist() if entry.filename in (name, f"{name}.npy")), default=0)
-    if size > MAX_ARRAY_BYTES:
-        raise ValueError(f"{name} claims {size} bytes")
-    array: Array = content[name]
-    return array
+    for entry in content.zip.infolist():
+        if entry.filename.removesuffix(".npy") in ARRAYS and entry.file_size > MAX_ARRAY_BYTES:
+            raise ValueError(f"{entry.filename} claims {entry.file_size} bytes")
+    return {name: content[name] for name in ARRAYS if name in content}
 
 
 def _from_pickle(file: IO[bytes], source: object) -> dict[str, Array]:
@@ -126,16 +117,6 @@ def frechet_between(a: Stats, b: Stats) -> float:
     return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
 
 
-def note_if_collapsed(images: Stats, reference: Stats, source: object) -> None:
-    """One line on rank 0's standard error where the images are all alike; their distance is a number all the same."""
-    if np.trace(images.sigma) < COLLAPSED * np.trace(reference.sigma):
-        dist.print0(
-            f"warning: {source} has collapsed: its images are all alike, with less than {COLLAPSED:.0%} of the "
-            "reference's variance",
-            file=sys.stderr,
-        )
-
-
 def check_same_detector(images: str, reference: str) -> None:
     """Raises UserError, naming both, unless the two detector ids are the same."""
     if images != reference:
@@ -153,6 +134,28 @@ def check_reference(reference: Stats, detector: Detector) -> None:
             f"the reference holds statistics of {len(reference.mu)} features, the detector {detector.id} makes "
             f"{detector.dim}; make the reference again (fid.py ref)"
         )
+
+
+def note_if_collapsed(images: Stats, reference: Stats, source: object) -> None:
+    """One line on standard error where the images are all alike; their distance is a number all the same."""
+    if np.trace(images.sigma) < COLLAPSED * np.trace(reference.sigma):
+        _warn(
+            f"{source} has collapsed: its images are all alike, with less than {COLLAPSED:.0%} of the reference's "
+            "variance"
+        )
+
+
+def warn_of_few(num: int, detector: Detector) -> None:
+    """One line on standard error where there are too few images for the number of features."""
+    if num <= detector.dim:
+        _warn(
+            f"{num} images are few for {detector.dim} features: the covariance has not its full rank, and the distance "
+            "comes out too large; compare it only with distances of equally many images"
+        )
+
+
+def _warn(text: str) -> None:
+    dist.print0(f"warning: {text}", file=sys.stderr)
 
 
 class FeatureStatistics:
@@ -190,7 +193,7 @@ class FeatureStatistics:
 def statistics_of_images(batches: Iterable[Tensor], detector: Detector, *, warn: bool = True) -> Stats:
     """Statistics of images given in batches uint8 [n, C, H, W]; each process brings its own share, all get the result.
 
-    Warns (rank 0, standard error) when there are too few images for the number of features, unless `warn` is off.
+    warn: as `warn_of_few` does.
     """
     sums = FeatureStatistics(detector.dim, detector.device)
     for images in batches:
@@ -200,25 +203,6 @@ def statistics_of_images(batches: Iterable[Tensor], detector: Detector, *, warn:
     if warn:
         warn_of_few(num, detector)
     return Stats(mu, sigma, num, detector.id)
-
-
-def warn_of_few(num: int, detector: Detector) -> None:
-    """One line on rank 0's standard error where there are too few images for the number of features."""
-    if num <= detector.dim:
-        dist.print0(
-            f"warning: {num} images are few for {detector.dim} features: the covariance has not its full rank, and the "
-            "distance comes out too large; compare it only with distances of equally many images",
-            file=sys.stderr,
-        )
-
-
-def note_if_grey(channels: int, detector: Detector) -> None:
-    """One line on rank 0's standard error: a reference does not record whether its images were grey too."""
-    if channels == 1 and detector.channels == 3:
-        dist.print0(
-            "note: grey images, measured as colour ones of three equal channels; is the reference of grey images too?",
-            file=sys.stderr,
-        )
 
 
 def statistics_of_dataset(
@@ -232,29 +216,17 @@ def statistics_of_dataset(
 ) -> Stats:
     """Statistics of the images in a folder, a zip or an npz of samples, the work being shared among the processes.
 
-    num: use so many images, drawn with `seed` as EDM draws them; fewer is an error. None: all.
-    batch: images at a time. progress: show a bar (standard error, rank 0).
+    num: use so many images, drawn with `seed` as EDM draws them; fewer is an error. None: all. progress: show a bar.
     """
-    dataset = open_images(path, max_size=num, random_seed=seed)
-    try:
+    with closing(open_images(path, max_size=num, random_seed=seed)) as dataset:
         if num is not None and len(dataset) < num:
             raise UserError(
                 f"{path}: found {count(len(dataset), 'image')}, fewer than the {num} asked for"
                 + (f"; set --num-images={len(dataset)}" if len(dataset) > 1 else "")
             )
-        if len(dataset) < 2:
-            raise UserError(f"{path}: found {len(dataset)} image; statistics need at least 2")
-        note_if_grey(dataset.num_channels, detector)
         for note in dataset.notes:
             dist.print0(f"note: {printable(note)}", file=sys.stderr)
-        # Near-equal consecutive batches, dealt to the processes in turn: EDM's partition.
-        share = own_share(split_seeds(range(len(dataset)), count_batches(len(dataset), batch, dist.get_world_size())))
-        batches = read_images(dataset, share)
-        stats = statistics_of_images(with_progress(batches, len(dataset)) if progress else batches, detector)
-        print_remarks(dataset)
-        return stats
-    finally:
-        dataset.close()
+        return _statistics_and_distances(dataset, path, detector, batch, progress)[0]
 
 
 def dataset_against_itself(
@@ -272,49 +244,49 @@ def dataset_against_itself(
     Returns (statistics of all images, one Fréchet distance per draw). Draw i takes `images` (2 or more) of them at
     random, with replacement, keyed by (seed, i): what a network that had memorised the data would come to, were it
     measured by as many images. A Fréchet distance of samples is too large by about c (1/n + 1/m), for n images
-    against m; here by c/n, which nothing that is measured by n images can be expected to go below. Halves of a data
-    set, a common choice, would be 2c/(m/2) apart, more than that: no floor.
-
-    Nothing is kept of an image but its share in the sums, so that the size of the data set does not matter.
+    against m; here by c/n, which nothing that is measured by n images can be expected to go below.
     """
-    dataset = ImageFolderDataset(path=os.fspath(path))
-    try:
-        num = len(dataset)
-        if num < 2:
-            raise UserError(f"{path}: found {num} image; statistics need at least 2")
-        times = draw_anew(num, images, draws, seed)
-        drawn = [FeatureStatistics(detector.dim, detector.device) for _ in range(draws)]
-        share = own_share(split_seeds(range(num), count_batches(num, batch, dist.get_world_size())))
-        everything = FeatureStatistics(detector.dim, detector.device)
-        batches = read_images(dataset, share)
-        for indices, batch_images in zip(share, with_progress(batches, num) if progress else batches, strict=True):
-            features = detector(batch_images)
-            everything.append(features)
-            for part, counts in zip(drawn, times, strict=True):
-                chosen = np.repeat(np.arange(len(features)), counts[indices])
-                if len(chosen):
-                    part.append(features[torch.from_numpy(chosen).to(features.device)])
-        for part in [everything, *drawn]:
-            part.reduce()
-        mu, sigma, _ = everything.mean_cov()
-        distances = dist.from_rank0(  # minutes for Inception
-            lambda: [frechet_distance(*part.mean_cov()[:2], mu, sigma) for part in drawn]
-        )
-        warn_of_few(num, detector)
-        print_remarks(dataset)
-        return Stats(mu, sigma, num, detector.id), distances
-    finally:
-        dataset.close()
+    with closing(ImageFolderDataset(path)) as dataset:
+        times = draw_anew(len(dataset), images, draws, seed)
+        return _statistics_and_distances(dataset, path, detector, batch, progress, times)
+
+
+def _statistics_and_distances(
+    dataset: Dataset,
+    path: object,
+    detector: Detector,
+    batch: int,
+    progress: bool,
+    times: Sequence[np.ndarray] | np.ndarray = (),
+) -> tuple[Stats, list[float]]:
+    """Statistics of all images, and the distance from them of each draw, given as how often it has each image."""
+    num = len(dataset)
+    if num < 2:
+        raise UserError(f"{path}: found {num} image; statistics need at least 2")
+    everything, *drawn = (FeatureStatistics(detector.dim, detector.device) for _ in range(1 + len(times)))
+    share = own_batches(range(num), batch)
+    batches = read_images(dataset, share)
+    for indices, images in zip(share, with_progress(batches, num) if progress else batches, strict=True):
+        features = detector(images)
+        everything.append(features)
+        for part, counts in zip(drawn, times, strict=True):
+            chosen = np.repeat(np.arange(len(features)), counts[indices])
+            if len(chosen):
+                part.append(features[torch.from_numpy(chosen).to(features.device)])
+    for part in (everything, *drawn):
+        part.reduce()
+    mu, sigma, _ = everything.mean_cov()
+    distances = dist.from_rank0(  # minutes for Inception
+        lambda: [frechet_distance(*part.mean_cov()[:2], mu, sigma) for part in drawn]
+    )
+    warn_of_few(num, detector)
+    return Stats(mu, sigma, num, detector.id), distances
 
 
 def draw_anew(num: int, images: int, draws: int, seed: int) -> np.ndarray:
     """For each draw, how often each of `num` images is among `images` drawn with replacement: int64 [draws, num]."""
-    return np.stack(
-        [
-            np.bincount(np.random.default_rng([seed, index]).integers(num, size=images), minlength=num)
-            for index in range(draws)
-        ]
-    )
+    generators = [np.random.default_rng([seed, index]) for index in range(draws)]
+    return np.stack([np.bincount(each.integers(num, size=images), minlength=num) for each in generators])
 
 
 def load_reference(source: str | os.PathLike[str]) -> Stats:

@@ -174,15 +174,6 @@ def test_any_device_and_no_waiting_for_it():
     assert images.device.type == labels.device.type == "meta"
 
 
-def test_options_rebuild_the_pipe():
-    pipe = AugmentPipe(p=0.12, **PRESET, scale_std=0.3)
-    options = pipe.options()
-    assert options == AugmentPipe(**options).options() == vars(pipe)
-    assert all(type(value) is float for value in options.values())
-    assert json.loads(json.dumps(options)) == options and len(options) == 24
-    assert pipe.label_dim == 9
-
-
 class Script:
     """A RandomSource that hands out given numbers: the rows in turn, whatever is asked for."""
 

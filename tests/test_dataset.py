@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import struct
-import tracemalloc
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +22,9 @@ from PIL import Image
 from dnnlib.cli import UserError
 from engine.setup import fingerprint
 from helpers import GOLDEN
-from training import dataset, decoding
-from training.dataset import ImageFolderDataset, PackedFiles, dataset_options
+from training import dataset
+from training.dataset import ImageFolderDataset, PackedFiles
 from training.decoding import decode_image, image_formats
-from training.loader import print_remarks
 
 FACTS = json.loads((GOLDEN / "dataset_facts.json").read_text())
 WITH_FILE = [tag for tag, fact in FACTS.items() if (GOLDEN / fact["file"]).exists() and "error" not in fact]
@@ -164,30 +162,15 @@ def test_exif_orientation_is_applied(kind, orientation):
     assert decode_image(wrong, "x").shape[:2] == upright.shape
 
 
-def test_depth_and_frames_are_noticed():
-    dim = np.full((8, 8), 4095, np.uint16)
-    for kind, data in [("png", dim), ("tiff", dim), ("tiff", dim.astype(np.int32)), ("png", dim * 2)]:
-        found: list[str] = []
-        decode_image(encode(Image.fromarray(data), kind), "x", found)
-        assert found == (["dark"] if data.max() == 4095 else [])
+def test_frames_are_noticed():
     frames = [Image.fromarray(noise(i)) for i in range(2)]
     for kind in ("gif", "tiff", "webp"):
-        found = []
+        found: list[str] = []
         data = encode(
             frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "webp" else {})
         )
         np.testing.assert_array_equal(decode_image(data, "x", found)[:, :, 0] > 128, noise(0)[:, :, 0] > 128)
         assert found == ["frames"]
-
-
-def test_large_images_take_little_more_memory_than_their_pixels():
-    deep = encode(Image.fromarray(np.arange(2000 * 3000, dtype=np.uint32).astype(np.uint16).reshape(2000, 3000)))
-    tracemalloc.start()
-    pixels = decode_image(deep, "x")
-    peak = tracemalloc.get_traced_memory()[1] - len(pixels.tobytes())
-    tracemalloc.stop()
-    np.testing.assert_array_equal(pixels[:, :, 0].ravel()[:65536], np.round(np.arange(65536) / 257))
-    assert peak < 30 * decoding.BAND + len(deep)  # eight bytes a pixel of a part at once, not of the whole
 
 
 def iptc(content: bytes) -> bytes:
@@ -266,8 +249,8 @@ def test_which_files_are_images(tmp_path):
         files = PackedFiles(place)
         assert files.image_names() == ["a.PNG", "sub/b.png"]
         assert files.notes() == [
-            "left out, as no kind of image that is read: 2 .eps, 1 .pdf, 1 .heic, 1 .txt, 1 without an ending",
-            "left out, as hidden: 5 (names that begin with a dot, __MACOSX, Thumbs.db)",
+            "left out: 5 hidden (names that begin with a dot, __MACOSX, Thumbs.db), "
+            "2 .eps, 1 .pdf, 1 .heic, 1 .txt, 1 without an ending"
         ]
 
 
@@ -285,7 +268,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     files = PackedFiles(tmp_path / "set")
     assert files.image_names() == ["a/0.png", "a/3.png", "b/b/1.png"]
     assert sorted(files.not_followed) == ["a/deep/up", "b/up", "c"]
-    assert "not followed: the link " in files.notes()[-1] and "and 2 more" in files.notes()[-1]
+    assert files.notes() == ["left out: 3 by a link to a folder that is read already"]
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
@@ -309,17 +292,6 @@ def test_a_set_within_one_folder(as_folder, tmp_path):
     assert data._image_fnames == ["0.png", "sub/1.png"] and data.labels([0, 1]).argmax(axis=1).tolist() == [1, 0]
     assert data.notes[0] == f"read from my/ in {path}"
     np.testing.assert_array_equal(data[1][0], noise(1).transpose(2, 0, 1))
-
-
-def test_what_was_done_to_images_of_a_folder_is_printed(tmp_path, capsys):
-    exif = Image.Exif()
-    exif[0x112] = 6
-    for i in range(3):
-        (tmp_path / f"{i}.jpg").write_bytes(encode(noise(i), "jpeg", **({"exif": exif} if i else {})))
-    data = ImageFolderDataset(tmp_path, xflip=True)
-    data.images(range(6))
-    print_remarks(data)
-    assert capsys.readouterr().err == f"note: {tmp_path}: 2 images turned upright, as the EXIF orientation asks\n"
 
 
 # --- Threads, processes, cache
@@ -373,25 +345,6 @@ def test_cache_decodes_once(monkeypatch):
             image = data[i][0]
     assert len(decoded) == 12
     np.testing.assert_array_equal(image, plain[11][0][:, :, ::-1])
-
-
-def test_options_open_the_same_set():
-    for kwargs in (
-        {},
-        {"use_labels": True, "xflip": True, "cache": True},
-        {"max_size": 5, "random_seed": 1, "xflip": True},
-    ):
-        data = ImageFolderDataset(str(GOLDEN / "ds_int.zip"), **kwargs)
-        options = dataset_options(data)
-        assert json.loads(json.dumps(options)) == options
-        assert options.pop("class_name") == "training.dataset.ImageFolderDataset"
-        edm_keys = {"path", "use_labels", "xflip", "cache", "resolution", "max_size"}
-        assert set(options) - {"random_seed"} == edm_keys
-        again = ImageFolderDataset(**options)
-        assert dataset_options(again) == dataset_options(data)
-        assert [data.get_details(i).raw_idx for i in range(len(data))] == [
-            again.get_details(i).raw_idx for i in range(len(again))
-        ]
 
 
 # --- What is wrong with users' files: one line that names file and archive
@@ -473,22 +426,22 @@ def test_names_that_point_elsewhere_are_only_names(tmp_path):
 LABELS = {
     "label for 1 of 3 images, the first is c.png; it has one for C.png": [["a.png", 0], ["b.png", 1], ["C.png", 1]],
     "label for 3 of 3 images, the first is a.png; it has one for j/a.png": [["j/a.png", 0]],
-    "label of b.png is -1; classes are": [["a.png", 0], ["b.png", -1], ["c.png", 1]],
-    "label of a.png is 0.5; classes are": [["a.png", 0.5], ["b.png", 1], ["c.png", 1]],
-    "label of c.png is 1000000000;": [["a.png", 0], ["b.png", 1], ["c.png", 10**9]],
-    'label of b.png is "cat", neither': [["a.png", 0], ["b.png", "cat"], ["c.png", 1]],
-    "label of b.png is true, neither": [["a.png", 0], ["b.png", True], ["c.png", 1]],
+    "label of b.png is -1, that of a.png is 0; all must be classes": [["a.png", 0], ["b.png", -1], ["c.png", 1]],
+    "label of a.png is 0.5,": [["a.png", 0.5], ["b.png", 1], ["c.png", 1]],
+    "label of c.png is 1000000000,": [["a.png", 0], ["b.png", 1], ["c.png", 10**9]],
+    'label of b.png is "cat",': [["a.png", 0], ["b.png", "cat"], ["c.png", 1]],
+    "label of b.png is true,": [["a.png", 0], ["b.png", True], ["c.png", 1]],
     "label for 1 of 3 images, the first is c.png:": [["a.png", 0], ["b.png", 0], ["c.png", None]],
     r"label of b.png is \[1\], that of a.png is 0": [["a.png", 0], ["b.png", [1]], ["c.png", 1]],
     r"label of b.png is 0, that of a.png is \[1\]": [["a.png", [1]], ["b.png", 0], ["c.png", [1]]],
-    "b.png is .*vectors must be of one length": [["a.png", [1, 2]], ["b.png", [1]], ["c.png", [1, 2]]],
-    "a.png is .*one length": [["a.png", []], ["b.png", []], ["c.png", []]],
-    r"label of a.png is \[\[1\]\], neither": [["a.png", [[1]]], ["b.png", [[1]]], ["c.png", [[1]]]],
-    r"label of a.png is \[NaN\], neither": [["a.png", [float("nan")]], ["b.png", [0]], ["c.png", [1]]],
-    r"label of a.png is \[1000.*, neither": [["a.png", [10**400]], ["b.png", [0]], ["c.png", [1]]],
-    "entry 1 of labels is": [["a.png", 0], ["b.png"], ["c.png", 1]],
-    r"entry 0 of labels is \[3": [[3, "a.png"]],
-    "must look like": {"a.png": 0},
+    r"b.png is \[1\], .* all must be vectors of 2": [["a.png", [1, 2]], ["b.png", [1]], ["c.png", [1, 2]]],
+    r"label of a.png is \[\],": [["a.png", []], ["b.png", []], ["c.png", []]],
+    r"label of a.png is \[\[1\]\],": [["a.png", [[1]]], ["b.png", [[1]]], ["c.png", [[1]]]],
+    r"label of a.png is \[NaN\],": [["a.png", [float("nan")]], ["b.png", [0]], ["c.png", [1]]],
+    r"label of a.png is \[1000.*,": [["a.png", [10**400]], ["b.png", [0]], ["c.png", [1]]],
+    "must look like .*": [["a.png", 0], ["b.png"], ["c.png", 1]],
+    "must look like": [[3, "a.png"]],
+    "must look": {"a.png": 0},
 }
 
 
@@ -555,16 +508,6 @@ def test_one_bad_image_among_many_is_named(tmp_path):
     with pytest.raises(UserError, match=r"007\.png"):
         data.images(range(20))
     np.testing.assert_array_equal(data.images([3, 1, 3]), np.stack([data[i][0] for i in (3, 1, 3)]))
-
-
-def test_damage_to_a_stored_member_is_seen(tmp_path):
-    """Read past zipfile, but not past its checksum."""
-    path = Path(make_zip(tmp_path / "set.zip", {"a.png": encode(noise(0)), "b.png": encode(noise(1))}))
-    content = bytearray(path.read_bytes())
-    content[content.index(b"IDAT") + 20] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=r"a\.png in .* can't be read"):
-        ImageFolderDataset(path)
 
 
 def test_a_fingerprint_is_of_what_is_read(tmp_path):

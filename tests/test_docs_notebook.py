@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,10 +94,6 @@ NETWORK = load_network(BUNDLED)
     [
         (NETWORK, [0], {"steps": 5}, "distilled for 4"),
         (NETWORK, [], {}, "at least 1"),
-        ("student.pkl", [0], {}, "load_network"),
-        (NETWORK.net, [0], {}, "load_network"),
-        (SimpleNamespace(sampling=None), [0], {}, "load_network"),
-        (NETWORK, 4, {}, "range"),
         (NETWORK, [0], {"step": 4}, "no sampler has a setting 'step'; did you mean steps"),
         (NETWORK, [0], {"temperature": 1}, "no sampler has a setting 'temperature'$"),
     ],

@@ -21,7 +21,8 @@ from formats.network_files import load_network, save_network
 from formats.pickle_reader import GLOBALS
 from helpers import load_recipe, make_dataset, small_network
 from ladders.results import Rung
-from metrics import load_detector, train_detector
+from metrics.classifier import train_detector
+from metrics.detectors import load_detector
 from training.grids import NoiseGrid, Sampling
 
 PAGE = (Path(__file__).parent.parent / "docs/formats.md").read_text(encoding="utf-8")

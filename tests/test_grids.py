@@ -27,21 +27,12 @@ def test_known_strided_levels():
     assert grid.every(32).levels == (80.0, 0.0)
 
 
-def test_strided_grid_is_not_a_fresh_one():
-    assert network_grid(gaussian(), 32).every(2).levels[1] != network_grid(gaussian(), 16).levels[1]
-
-
 @pytest.mark.parametrize(
     "levels", [(1.0,), (1.0, 0.5), (1.0, 1.0, 0.0), (0.5, 1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0)]
 )
 def test_bad_grids_are_refused(levels):
     with pytest.raises(ValueError):
         NoiseGrid(levels)
-
-
-def test_ratio_must_divide():
-    with pytest.raises(ValueError, match="3 at a time"):
-        network_grid(gaussian(), 32).every(3)
 
 
 def test_grid_is_clamped_and_rounded():

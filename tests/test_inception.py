@@ -168,18 +168,3 @@ def test_a_wrong_weights_file_is_refused(net, tmp_path, monkeypatch):
     monkeypatch.setattr(detectors, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(UserError, match="not the weights of Inception-v3"):
         detectors.load_detector(path)
-
-
-@pytest.mark.slow
-def test_against_torch_fidelity(net, tmp_path):
-    """The same as the golden numbers, directly, where torch-fidelity is installed."""
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    torch.save(net.state_dict(), tmp_path / "weights.pth")
-    other = module.FeatureExtractorInceptionV3.__new__(module.FeatureExtractorInceptionV3)
-    load = torch.nn.Module.load_state_dict
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: load(self, state, strict=False))
-        other.__init__("inception", ["2048"], feature_extractor_weights_path=str(tmp_path / "weights.pth"))
-    for images in inputs().values():
-        with torch.no_grad():
-            assert torch.allclose(other.eval()(images)[0], net(images), rtol=0, atol=5e-6)

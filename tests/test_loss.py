@@ -93,12 +93,3 @@ def test_draws_check_their_use():
         draws.part(2, 5)
     along_second = BatchPart(StepDraws(0, 1, 4, "cpu"), 1, 3).rand(2, 2, 1, batch_dim=1)
     assert torch.equal(StepDraws(0, 1, 4, "cpu").part(0, 4).rand(2, 4, 1, batch_dim=1)[:, 1:3], along_second)
-
-
-def test_zero_augment_labels_are_no_augment_labels():
-    net = small_network(augment_dim=9)
-    images = torch.rand(2, 1, 8, 8)
-    sigma = torch.ones(2)
-    assert torch.equal(net(images, sigma), net(images, sigma, augment_labels=torch.zeros(2, 9)))
-    losses.EDMLoss()(net, images).sum().backward()
-    assert all(parameter.grad is not None for parameter in net.parameters())

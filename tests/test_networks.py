@@ -6,7 +6,6 @@ import ast
 import copy
 import inspect
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import helpers
 from training import networks
 from training.networks import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
 
@@ -32,10 +32,10 @@ def seed() -> None:
 
 def golden(name: str) -> dict[str, Any]:
     """Arrays as tensors, JSON strings as objects."""
-    data = np.load(GOLDEN / name)
+    data = helpers.golden(name)
     return {
-        key: json.loads(str(data[key])) if key.endswith("_json") else torch.from_numpy(np.asarray(data[key]))
-        for key in data.files
+        key: json.loads(str(value)) if key.endswith("_json") else torch.from_numpy(np.asarray(value))
+        for key, value in data.items()
     }
 
 
@@ -43,24 +43,8 @@ def part(data: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
 
 
-def recipe(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """The seeded weights of the golden networks (README of the golden numbers, section 2)."""
-    random = np.random.RandomState((zlib.crc32(name.encode()) + 7919 * seed) % 2**32)
-    z = random.standard_normal(tuple(shape))
-    if name.endswith("freqs"):
-        value = 16 * z
-    elif len(shape) > 1:
-        value = z / np.sqrt(np.prod(shape[1:]))
-    else:
-        value = (1 if name.endswith("weight") else 0) + 0.2 * z
-    return torch.from_numpy(value.astype(np.float16).astype(np.float32))
-
-
-@torch.no_grad()
-def fill(net: torch.nn.Module, seed: int) -> torch.nn.Module:
-    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-        if isinstance(tensor, torch.nn.Parameter) or name.endswith("freqs"):
-            tensor.copy_(recipe(name, tensor.shape, seed))
+def fill(net: Any, seed: int) -> Any:
+    helpers.load_recipe(net, seed)
     return net
 
 
@@ -88,8 +72,7 @@ def tiny(precond: str = "EDMPrecond", **overrides: Any) -> Any:
     return PRECONDS[precond](img_resolution=8, img_channels=1, **{**kwargs, "attn_resolutions": [4], **overrides})
 
 
-@torch.no_grad()
-def unit_weights(net: torch.nn.Module) -> torch.nn.Module:
+def unit_weights(net: Any) -> Any:
     """Seeded weights under which every layer matters (initial ones all but switch the residual branches off)."""
     return fill(net, seed=5)
 
@@ -296,15 +279,10 @@ def test_compute_dtype(dtype: torch.dtype, model: str) -> None:
         rough = net(x, sigma)
         assert spy.x.dtype == spy.F.dtype == dtype and rough.dtype == torch.float32
         assert torch.equal(net(x, sigma, force_fp32=True), exact)
+        net.compute_dtype, net.use_fp16 = None, True  # which means nothing on a CPU
+        assert torch.equal(net(x, sigma), exact)
     error = ((rough - exact) / (1 + sigma.reshape(-1, 1, 1, 1))).square().mean().sqrt().item()
     assert 1e-6 < error < 16 * torch.finfo(dtype).eps
-
-
-def test_fp16_flag_means_nothing_on_a_cpu() -> None:
-    net = unit_weights(tiny(use_fp16=True))
-    spy = Spy(net)
-    net(torch.randn(1, 1, 8, 8), torch.tensor([1.0]))
-    assert net.use_fp16 and spy.x.dtype == torch.float32
 
 
 def test_half_precision_attention_does_not_overflow() -> None:
@@ -361,9 +339,7 @@ def test_zero_augment_labels_mean_none_and_leave_no_parameter_unused(model: str)
 @pytest.mark.parametrize("kwargs", [{"adaptive_scale": False, "resample_proj": True}, {"channels_per_head": 4}])
 def test_block_gradients_by_finite_differences(kwargs: dict[str, Any]) -> None:
     block = networks.UNetBlock(8, 8, 4, attention=True, down=True, resample_filter=[1, 3, 3, 1], **kwargs).double()
-    with torch.no_grad():
-        for name, value in block.named_parameters():
-            value.copy_(recipe(name, value.shape, 1))
+    fill(block, 1)
     x = torch.randn(1, 8, 4, 4, dtype=torch.float64, requires_grad=True)
     emb = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(block, (x, emb), eps=1e-6, atol=1e-6)
@@ -378,15 +354,12 @@ def test_block_gradients_by_finite_differences(kwargs: dict[str, Any]) -> None:
     ],
 )
 def test_resolution_that_cannot_be_halved(resolution: int, mult: list[int], words: str) -> None:
+    """It need not be a power of two."""
     for model in (SongUNet, DhariwalUNet):
+        net = EDMPrecond(12, 1, model_type=model.__name__, model_channels=8, channel_mult=[1, 1, 1], num_blocks=1)
+        assert net(torch.randn(1, 1, 12, 12), torch.ones(1)).shape == (1, 1, 12, 12)
         with pytest.raises(ValueError, match=words):
             model(resolution, 1, 1, model_channels=8, channel_mult=mult)
-
-
-def test_resolution_need_not_be_a_power_of_two() -> None:
-    for model in ("SongUNet", "DhariwalUNet"):
-        net = EDMPrecond(12, 1, model_type=model, model_channels=8, channel_mult=[1, 1, 1], num_blocks=1)
-        assert net(torch.randn(1, 1, 12, 12), torch.ones(1)).shape == (1, 1, 12, 12)
 
 
 @pytest.mark.parametrize(
@@ -426,20 +399,6 @@ def test_channels_last(model: str) -> None:
         plain = net(x, sigma)
         last = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), sigma)
     off(last, plain, 2e-5)
-
-
-def test_numbers_for_sigma() -> None:
-    net = unit_weights(tiny())
-    x = torch.randn(2, 1, 8, 8)
-    off(net(x, 0.5), net(x, torch.tensor([0.5, 0.5])), 1e-6)
-
-
-def test_scalings_are_those_of_the_forward_pass() -> None:
-    net, x = tiny(), torch.randn(2, 1, 8, 8)
-    sigma, answer = torch.tensor([0.5, 2.0]), torch.randn(2, 1, 8, 8)
-    net.model = Stub(answer)
-    c_skip, c_out, _, _ = net.scalings(sigma.double().reshape(-1, 1, 1, 1))
-    off(net(x, sigma).double(), c_skip * x + c_out * answer, 1e-6)
 
 
 def test_module_text_stands_alone() -> None:

@@ -11,8 +11,8 @@ from engine.setup import check_compatible
 from formats.network_files import NetworkFile
 from helpers import small_network
 from training.distillation import Stage, plan_stage
-from training.grids import NoiseGrid, Sampling, karras_levels, network_grid
-from training.steps import check_steps, plan_ladder
+from training.grids import Sampling, karras_levels, network_grid
+from training.steps import plan_ladder
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +53,6 @@ def test_grids_nest_and_lineage_grows_from_stage_to_stage(original):
     assert Sampling.from_dict(third.sampling.to_dict()) == third.sampling
     assert "6 euler steps -> 2, noise levels 80, " in second.describe() and second.describe().endswith(", 0")
     assert plan_stage(original, 64).describe().count(",") == 7, "a long grid is shortened"
-
-
-def test_published_example_of_a_strided_grid(original):
-    """The 32-level grid strided to 8 and 4 steps, as worked out by hand in the notes on the method."""
-    levels = plan_stage(original, 32, 4).sampling.grid.levels
-    assert [f"{level:.3g}" for level in levels] == [
-        "80",
-        "38.1",
-        "16.6",
-        "6.46",
-        "2.17",
-        "0.598",
-        "0.123",
-        "0.0158",
-        "0",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -116,11 +100,6 @@ def test_more_steps_than_a_network_tells_apart_are_refused_with_the_largest_that
     assert network_grid(coarse.net, works).steps == works
     with pytest.raises(ValueError, match="at most"):
         network_grid(coarse.net, works + 1)
-
-
-def test_check_steps_lets_good_ones_pass():
-    for steps, ratio in ((None, 2), (32, 2), (18, 3), (5, 5)):
-        check_steps(steps, ratio)
 
 
 # -- plan_ladder -------------------------------------------------------------------------------------------------------
@@ -225,8 +204,3 @@ def test_only_the_teachers_own_kind_of_data_will_do():
         with pytest.raises(UserError) as caught:
             check_compatible(net, *facts, "t.pkl")
         assert message in str(caught.value)
-
-
-def test_stage_and_grid_are_values(original):
-    assert plan_stage(original, 4) == plan_stage(original, 4) != plan_stage(original, 8)
-    assert NoiseGrid((2.0, 1.0, 0.0)).every(2) == NoiseGrid((2.0, 0.0))

@@ -264,8 +264,8 @@ def test_order_is_addressable_and_visits_everything_once_an_epoch():
 class Numbers(Dataset):
     """Image i is full of i."""
 
-    def _load_raw_image(self, raw_idx):
-        return np.full([1, 2, 2], raw_idx, np.uint8)
+    def _load_raw_images(self, raw_indices):
+        return np.stack([np.full([1, 2, 2], index, np.uint8) for index in raw_indices])
 
 
 def test_loader_gives_every_rank_its_slice_whatever_the_workers():

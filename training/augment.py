@@ -10,9 +10,9 @@ A tuple of random draws decides for each image alone, so the result doesn't depe
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -31,73 +31,47 @@ SYM6 = (
 DELAY = 5  # the tap at the filter's visual centre: sample m of the twice as fine image lies at pixel coordinate m / 2
 
 
+@dataclass(eq=False)
 class AugmentPipe:
     """Random operations on images, each with a multiplier that is 0 when the operation is off.
 
     An operation fires for an image with probability min(multiplier * p, 1). `pipe(images)` returns the images and
     their labels, `label_dim` numbers each, which are zero for what did not fire.
 
-    `xflip`, `yflip`, `rotate_int` (quarter turns), `translate_int` (whole pixels) move pixels exactly. `scale`,
-    `rotate_frac`, `aniso` (stretching along an axis), `translate_frac` resample the image once, all together.
-    `brightness`, `contrast`, `lumaflip`, `hue`, `saturation` are one affine map of the colours.
-    The `_std` and `_max` arguments set their strength; scale factors are 2 to the power of a normal number.
+    The `_std` and `_max` arguments set how strong it is; scale factors are 2 to the power of a normal number.
     """
 
-    def __init__(
-        self,
-        p: float = 1,
-        xflip: float = 0,
-        yflip: float = 0,
-        rotate_int: float = 0,
-        translate_int: float = 0,
-        translate_int_max: float = 0.125,
-        scale: float = 0,
-        rotate_frac: float = 0,
-        aniso: float = 0,
-        translate_frac: float = 0,
-        scale_std: float = 0.2,
-        rotate_frac_max: float = 1,
-        aniso_std: float = 0.2,
-        aniso_rotate_prob: float = 0.5,
-        translate_frac_std: float = 0.125,
-        brightness: float = 0,
-        contrast: float = 0,
-        lumaflip: float = 0,
-        hue: float = 0,
-        saturation: float = 0,
-        brightness_std: float = 0.2,
-        contrast_std: float = 0.5,
-        hue_max: float = 1,
-        saturation_std: float = 1,
-    ) -> None:
-        self.p = float(p)
-        self.xflip = float(xflip)
-        self.yflip = float(yflip)
-        self.rotate_int = float(rotate_int)
-        self.translate_int = float(translate_int)
-        self.translate_int_max = float(translate_int_max)
-        self.scale = float(scale)
-        self.rotate_frac = float(rotate_frac)
-        self.aniso = float(aniso)
-        self.translate_frac = float(translate_frac)
-        self.scale_std = float(scale_std)
-        self.rotate_frac_max = float(rotate_frac_max)
-        self.aniso_std = float(aniso_std)
-        self.aniso_rotate_prob = float(aniso_rotate_prob)
-        self.translate_frac_std = float(translate_frac_std)
-        self.brightness = float(brightness)
-        self.contrast = float(contrast)
-        self.lumaflip = float(lumaflip)
-        self.hue = float(hue)
-        self.saturation = float(saturation)
-        self.brightness_std = float(brightness_std)
-        self.contrast_std = float(contrast_std)
-        self.hue_max = float(hue_max)
-        self.saturation_std = float(saturation_std)
+    p: float = 1
+    # These move pixels exactly: flips, quarter turns, shifts by whole pixels.
+    xflip: float = 0
+    yflip: float = 0
+    rotate_int: float = 0
+    translate_int: float = 0
+    translate_int_max: float = 0.125
+    # These resample the image once, all together; `aniso` stretches it along an axis.
+    scale: float = 0
+    rotate_frac: float = 0
+    aniso: float = 0
+    translate_frac: float = 0
+    scale_std: float = 0.2
+    rotate_frac_max: float = 1
+    aniso_std: float = 0.2
+    aniso_rotate_prob: float = 0.5
+    translate_frac_std: float = 0.125
+    # These are one affine map of the colours.
+    brightness: float = 0
+    contrast: float = 0
+    lumaflip: float = 0
+    hue: float = 0
+    saturation: float = 0
+    brightness_std: float = 0.2
+    contrast_std: float = 0.5
+    hue_max: float = 1
+    saturation_std: float = 1
 
-    def options(self) -> dict[str, float]:
-        """The constructor's arguments as plain floats: `AugmentPipe(**pipe.options())` is the same pipe."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, float(getattr(self, field.name)))
 
     @property
     def label_dim(self) -> int:
@@ -118,126 +92,105 @@ class AugmentPipe:
         draws = DefaultSource(images.device) if draws is None else draws
         columns: list[Tensor] = []
         images = self._move_pixels(images, draws, columns)
-        source = self._geometry(images, draws, columns)
-        if source is not None:
-            images = resample(images, source)
-        colours = self._colours(images, draws, columns)
-        if colours is not None:
-            images = recolour(images, colours)
+        maps = self._geometry(images, draws, columns)
+        if maps:
+            images = resample(images, functools.reduce(torch.matmul, maps))
+        if any((self.brightness, self.contrast, self.lumaflip, self.hue, self.saturation)):
+            images = recolour(images, self._colours(images, draws, columns))
         if not columns:
             return images, torch.zeros(len(images), 0, device=images.device)
-        return images, torch.stack([column.reshape(-1).to(torch.float32) for column in columns], dim=1)
+        return images, torch.stack([column.to(torch.float32) for column in columns], dim=1)
 
-    def _fires(self, multiplier: float, draws: RandomSource, *shape: int, batch_dim: int = 0) -> Tensor:
-        """Draws the gate of an operation, bool of the given shape."""
-        return draws.rand(*shape, batch_dim=batch_dim) < multiplier * self.p
+    def _gated(self, multiplier: float, values: Tensor, draws: RandomSource) -> Tensor:
+        """`values` [N] or [2, N], 0 for the images for which the operation does not fire."""
+        return torch.where(draws.rand(values.shape[-1]) < multiplier * self.p, values, 0)
 
     def _move_pixels(self, images: Tensor, draws: RandomSource, columns: list[Tensor]) -> Tensor:
         """Flips, quarter turns and whole-pixel shifts, which change no pixel's value."""
         n, _, height, width = images.shape
-        each = (n, 1, 1, 1)
-        if self.xflip > 0:
-            flip = draws.randint(2, *each)
-            flip = torch.where(self._fires(self.xflip, draws, *each), flip, 0)
-            images = torch.where(flip == 1, images.flip(3), images)
-            columns += [flip]
-        if self.yflip > 0:
-            flip = draws.randint(2, *each)
-            flip = torch.where(self._fires(self.yflip, draws, *each), flip, 0)
-            images = torch.where(flip == 1, images.flip(2), images)
-            columns += [flip]
+        for multiplier, axis in ((self.xflip, 3), (self.yflip, 2)):
+            if multiplier > 0:
+                flip = self._gated(multiplier, draws.randint(2, n), draws)
+                images = torch.where(_each(flip) == 1, images.flip(axis), images)
+                columns += [flip]
         if self.rotate_int > 0:
             if height != width:
                 raise ValueError(f"quarter turns need square images, not {height} x {width}")
-            turn = draws.randint(4, *each)
-            turn = torch.where(self._fires(self.rotate_int, draws, *each), turn, 0)
+            turn = self._gated(self.rotate_int, draws.randint(4, n), draws)
             mirror_x, mirror_y = (turn == 1) | (turn == 2), (turn == 2) | (turn == 3)
-            images = torch.where(mirror_x, images.flip(3), images)
-            images = torch.where(mirror_y, images.flip(2), images)
-            images = torch.where(turn % 2 == 1, images.transpose(2, 3), images)
+            images = torch.where(_each(mirror_x), images.flip(3), images)
+            images = torch.where(_each(mirror_y), images.flip(2), images)
+            images = torch.where(_each(turn % 2 == 1), images.transpose(2, 3), images)
             columns += [mirror_x, mirror_y]
         if self.translate_int > 0:
-            shift = draws.rand(2, *each, batch_dim=1) * 2 - 1
-            shift = torch.where(self._fires(self.translate_int, draws, 1, *each, batch_dim=1), shift, 0)
+            shift = self._gated(self.translate_int, draws.rand(2, n, batch_dim=1) * 2 - 1, draws)
             reach_x, reach_y = width * self.translate_int_max, height * self.translate_int_max
             right, up = (shift[0] * reach_x).round().long(), (shift[1] * reach_y).round().long()
-            from_x = mirror(torch.arange(width, device=images.device) - right, width)
-            from_y = mirror(torch.arange(height, device=images.device)[:, None] + up, height)
+            from_x = mirror(torch.arange(width, device=images.device) - _each(right), width)
+            from_y = mirror(torch.arange(height, device=images.device)[:, None] + _each(up), height)
             images = images.gather(3, from_x.expand(images.shape)).gather(2, from_y.expand(images.shape))
             columns += [right / reach_x, up / reach_y]
         return images
 
-    def _geometry(self, images: Tensor, draws: RandomSource, columns: list[Tensor]) -> Tensor | None:
-        """Where each output pixel comes from: [N, 3, 3], homogeneous pixel coordinates about the image's centre.
+    def _geometry(self, images: Tensor, draws: RandomSource, columns: list[Tensor]) -> list[Tensor]:
+        """Matrices [N, 3, 3] whose product, from left to right, says where each output pixel comes from.
 
-        None if every geometric operation is off. It is the inverse of what happens to the image, whose operations
-        apply in the order below, so each new one multiplies from the right.
+        Homogeneous pixel coordinates about the image's centre. The product is the inverse of what happens to the image,
+        whose operations apply in the order below.
         """
         n, _, height, width = images.shape
-        source = None
+        maps = []
         if self.scale > 0:
-            size = draws.randn(n)
-            size = torch.where(self._fires(self.scale, draws, n), size, 0)
+            size = self._gated(self.scale, draws.randn(n), draws)
             shrink = torch.exp2(-size * self.scale_std)
-            source = _then(source, _scale(shrink, shrink))
+            maps += [_scale(shrink, shrink)]
             columns += [size]
         if self.rotate_frac > 0:
-            angle = (draws.rand(n) * 2 - 1) * (math.pi * self.rotate_frac_max)
-            angle = torch.where(self._fires(self.rotate_frac, draws, n), angle, 0)
-            source = _then(source, _rotate(angle))
+            angle = self._gated(self.rotate_frac, (draws.rand(n) * 2 - 1) * (math.pi * self.rotate_frac_max), draws)
+            maps += [_rotate(angle)]
             columns += [angle.cos() - 1, angle.sin()]
         if self.aniso > 0:
-            stretch = draws.randn(n)
-            axis = (draws.rand(n) * 2 - 1) * math.pi
-            stretch = torch.where(self._fires(self.aniso, draws, n), stretch, 0)
+            stretch, axis = draws.randn(n), (draws.rand(n) * 2 - 1) * math.pi
+            stretch = self._gated(self.aniso, stretch, draws)
             axis = torch.where(draws.rand(n) < self.aniso_rotate_prob, axis, 0)
             factor = torch.exp2(stretch * self.aniso_std)
-            source = _then(source, _rotate(-axis) @ _scale(1 / factor, factor) @ _rotate(axis))
+            maps += [_rotate(-axis) @ _scale(1 / factor, factor) @ _rotate(axis)]
             columns += [stretch * axis.cos(), stretch * axis.sin()]
         if self.translate_frac > 0:
-            shift = draws.randn(2, n, batch_dim=1)
-            shift = torch.where(self._fires(self.translate_frac, draws, 1, n, batch_dim=1), shift, 0)
+            shift = self._gated(self.translate_frac, draws.randn(2, n, batch_dim=1), draws)
             x, y = shift * self.translate_frac_std
-            source = _then(source, _translate(-x * width, -y * height))
+            maps += [_matrix(1.0, 0.0, -x * width, 0.0, 1.0, -y * height, 0.0, 0.0, 1.0)]
             columns += [shift[0], shift[1]]
-        return source
+        return maps
 
-    def _colours(self, images: Tensor, draws: RandomSource, columns: list[Tensor]) -> Tensor | None:
-        """The affine map of colours [N, 3, 4] (matrix and offset) on RGB in [-1, 1]; None if every operation is off."""
-        if not any((self.brightness, self.contrast, self.lumaflip, self.hue, self.saturation)):
-            return None
+    def _colours(self, images: Tensor, draws: RandomSource, columns: list[Tensor]) -> Tensor:
+        """The affine map of colours [N, 3, 4] (matrix and offset) on RGB in [-1, 1]."""
         n = len(images)
         grey = torch.full((3, 3), 1 / 3, device=images.device)  # projection on the grey axis
         eye = torch.eye(3, device=images.device)
-        matrix = eye.expand(n, 3, 3)
-        offset = torch.zeros(n, 3, 1, device=images.device)
+        matrix, offset = eye.expand(n, 3, 3), torch.zeros(n, 3, 1, device=images.device)
         if self.brightness > 0:
-            value = draws.randn(n)
-            value = torch.where(self._fires(self.brightness, draws, n), value, 0)
+            value = self._gated(self.brightness, draws.randn(n), draws)
             offset = offset + value[:, None, None] * self.brightness_std
             columns += [value]
         if self.contrast > 0:
-            value = draws.randn(n)
-            value = torch.where(self._fires(self.contrast, draws, n), value, 0)
+            value = self._gated(self.contrast, draws.randn(n), draws)
             factor = torch.exp2(value * self.contrast_std)[:, None, None]
             matrix, offset = matrix * factor, offset * factor
             columns += [value]
         if self.lumaflip > 0:
-            flip = draws.randint(2, n, 1, 1)
-            flip = torch.where(self._fires(self.lumaflip, draws, n, 1, 1), flip, 0)
-            reflect = eye - 2 * grey * flip
+            flip = self._gated(self.lumaflip, draws.randint(2, n), draws)
+            reflect = eye - 2 * grey * flip[:, None, None]
             matrix, offset = reflect @ matrix, reflect @ offset
             columns += [flip]
         if self.hue > 0:
-            angle = (draws.rand(n) * 2 - 1) * (math.pi * self.hue_max)
-            angle = torch.where(self._fires(self.hue, draws, n), angle, 0)
+            angle = self._gated(self.hue, (draws.rand(n) * 2 - 1) * (math.pi * self.hue_max), draws)
             turn = _turn_hue(angle)
             matrix, offset = turn @ matrix, turn @ offset
             columns += [angle.cos() - 1, angle.sin()]
         if self.saturation > 0:
-            value = draws.randn(n, 1, 1)
-            value = torch.where(self._fires(self.saturation, draws, n, 1, 1), value, 0)
-            saturate = grey + (eye - grey) * torch.exp2(value * self.saturation_std)
+            value = self._gated(self.saturation, draws.randn(n), draws)
+            saturate = grey + (eye - grey) * torch.exp2(value * self.saturation_std)[:, None, None]
             matrix, offset = saturate @ matrix, saturate @ offset
             columns += [value]
         return torch.cat([matrix, offset], dim=2)
@@ -290,14 +243,11 @@ def _filters(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
     """Matrices (up, down) that filter one axis: mirrored and twice as fine [6 size - 4, size], and back down
     [size, 2 size + 10] from the samples at `_fine_positions`."""
     taps = np.array(SYM6) / np.sum(SYM6)
-    margin = size - 1
-    up = np.zeros((2 * (size + 2 * margin), size))
-    mirrored = mirror(torch.arange(-margin, size + margin), size).numpy()
+    mirrored = mirror(torch.arange(1 - size, 2 * size - 1), size).numpy()
+    up = np.zeros((2 * len(mirrored) + len(taps), size))
     for place, pixel in enumerate(mirrored):
-        for tap, weight in enumerate(taps):
-            row = 2 * place + tap - DELAY
-            if 0 <= row < len(up):
-                up[row, pixel] += 2 * weight  # every other fine sample is new, hence the 2
+        up[2 * place : 2 * place + len(taps), pixel] += 2 * taps  # every other fine sample is new, hence the 2
+    up = up[DELAY : DELAY + 2 * len(mirrored)]
     down = np.zeros((size, 2 * size + 10))
     for pixel in range(size):
         down[pixel, 2 * pixel : 2 * pixel + len(taps)] = taps
@@ -310,29 +260,25 @@ def _fine_positions(size: int, device: torch.device) -> Tensor:
     return (torch.arange(2 * size + 10, device=device) - DELAY) / 2 - (size - 1) / 2
 
 
-def _then(first: Tensor | None, second: Tensor) -> Tensor:
-    return second if first is None else first @ second
+def _each(values: Tensor) -> Tensor:
+    """A number for each image [N], as it broadcasts against images."""
+    return values[:, None, None, None]
 
 
-def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
-    """A matrix [N, R, C] from entries that are numbers or tensors [N]."""
-    return torch.stack(
-        [torch.stack([e if isinstance(e, Tensor) else torch.full_like(like, e) for e in row], dim=1) for row in rows],
-        dim=1,
-    )
+def _matrix(*entries: Tensor | float) -> Tensor:
+    """[N, 3, 3] from nine entries, row by row, that are numbers or tensors [N]."""
+    like = next(entry for entry in entries if isinstance(entry, Tensor))
+    same = [entry if isinstance(entry, Tensor) else torch.full_like(like, entry) for entry in entries]
+    return torch.stack(same, dim=1).reshape(-1, 3, 3)
 
 
 def _scale(x: Tensor, y: Tensor) -> Tensor:
-    return _matrix([[x, 0.0, 0.0], [0.0, y, 0.0], [0.0, 0.0, 1.0]], x)
+    return _matrix(x, 0.0, 0.0, 0.0, y, 0.0, 0.0, 0.0, 1.0)
 
 
 def _rotate(angle: Tensor) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
-    return _matrix([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]], angle)
-
-
-def _translate(x: Tensor, y: Tensor) -> Tensor:
-    return _matrix([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]], x)
+    return _matrix(cos, -sin, 0.0, sin, cos, 0.0, 0.0, 0.0, 1.0)
 
 
 def _turn_hue(angle: Tensor) -> Tensor:
@@ -340,7 +286,7 @@ def _turn_hue(angle: Tensor) -> Tensor:
     cos, sin = angle.cos(), angle.sin() / math.sqrt(3)
     same, other = (1 + 2 * cos) / 3, (1 - cos) / 3
     back, forth = other - sin, other + sin
-    return _matrix([[same, back, forth], [forth, same, back], [back, forth, same]], angle)
+    return _matrix(same, back, forth, forth, same, back, back, forth, same)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

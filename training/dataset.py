@@ -9,15 +9,12 @@ Nothing is ever unpacked to disk. Imports no torch.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import posixpath
 import stat
-import struct
 import unicodedata
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,14 +32,8 @@ MAX_FILE_BYTES = 1 << 28  # a larger file is no image and no list of labels
 MAX_CLASSES = 1_000_000  # more than that are identifiers, not classes, and one-hot labels would fill the memory
 MAX_JSON_PARTS = (
     1 << 23
-)  # lists and tables of a dataset.json: each takes 20 times its three bytes; ImageNet's has 1.3 M
+)  # lists and tables in dataset.json, each 20 times its three bytes in memory; ImageNet's has 1.3 M
 MAX_WRAPPERS = 16  # folders in folders that a data set is sought in
-
-HIDDEN = ("__macosx", "thumbs.db")  # besides names that begin with a dot
-
-_LOCAL_HEADER = struct.Struct(
-    "<26xHH"
-)  # of a member of a zip: ends with the lengths of its name and of its extra field
 
 
 class Dataset:
@@ -54,57 +45,50 @@ class Dataset:
 
     name         of the data set, for people
     raw_shape    [number of images, C, H, W] before anything is chosen
+    raw_labels   of all these images: classes int64 [N], vectors float32 [N, D], or None
     max_size     keep so many images at most, chosen at random by `random_seed`
-    use_labels   False: every label is an empty vector
     xflip        the same images again, mirrored, after all the plain ones
     cache        keep decoded images in memory
 
-    `notes` are lines on what was left out; `remarks` maps each of training.decoding.REMARKS to the images, among those
-    read so far, that it holds for.
+    `notes` are lines on what was left out.
     """
 
     def __init__(
         self,
         name: str,
         raw_shape: list[int],
+        raw_labels: np.ndarray | None = None,
         max_size: int | None = None,
-        use_labels: bool = False,
         xflip: bool = False,
         random_seed: int = 0,
         cache: bool = False,
     ) -> None:
         if max_size is not None and max_size < 1:
             raise UserError(f"data set {name}: max_size is {max_size}, but at least one image must remain")
-        self.name = name
-        self.use_labels = use_labels
-        self.mirrored = xflip
-        self.random_seed = random_seed
+        self.name, self.raw_shape = name, list(raw_shape)
+        self.image_shape = self.raw_shape[1:]
+        self.num_channels, self.resolution = self.image_shape[:2]
         self.notes: list[str] = []
-        self.remarks: dict[str, set[int]] = {}
-        self._raw_shape = list(raw_shape)
-        self._raw_labels: np.ndarray | None = None
         self._cache = cache
         self._cached: tuple[np.ndarray, np.ndarray] | None = None  # all images, and which of them are there
 
-        self._raw_idx = np.arange(self._raw_shape[0], dtype=np.int64)
+        # Classes count up to the largest of the whole set, whatever is chosen of it.
+        self._labels = np.zeros([self.raw_shape[0], 0], np.float32) if raw_labels is None else raw_labels
+        self.has_onehot_labels = self._labels.dtype == np.int64
+        self.label_shape = [int(self._labels.max()) + 1] if self.has_onehot_labels else list(self._labels.shape[1:])
+        self.label_dim = self.label_shape[0]
+        self.has_labels = self.label_dim > 0
+        self.has_label_vectors = self.has_labels and not self.has_onehot_labels
+
+        self._raw_idx = np.arange(self.raw_shape[0], dtype=np.int64)
         if max_size is not None and max_size < self._raw_idx.size:
             np.random.RandomState(random_seed % (1 << 31)).shuffle(self._raw_idx)
             self._raw_idx = np.sort(self._raw_idx[:max_size])
-        self._xflip = np.zeros(self._raw_idx.size, dtype=np.uint8)
-        if xflip:
-            self._raw_idx = np.tile(self._raw_idx, 2)
-            self._xflip = np.concatenate([self._xflip, np.ones_like(self._xflip)])
-
-    def _load_raw_image(self, raw_idx: int) -> np.ndarray:
-        """Image number `raw_idx` of the whole set, uint8 [C, H, W]."""
-        raise NotImplementedError
+        self._xflip = np.repeat([False, True], self._raw_idx.size)[: self._raw_idx.size * (1 + xflip)]
+        self._raw_idx = np.tile(self._raw_idx, 1 + xflip)
 
     def _load_raw_images(self, raw_indices: list[int]) -> np.ndarray:
         """Several images of the whole set, uint8 [N, C, H, W]."""
-        return np.stack([self._load_raw_image(index) for index in raw_indices])
-
-    def _load_raw_labels(self) -> np.ndarray | None:
-        """Labels of the whole set: classes int64 [N], vectors float32 [N, D], or None if there are none."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -122,19 +106,16 @@ class Dataset:
     def images(self, indices: Sequence[int]) -> np.ndarray:
         """Images uint8 [N, C, H, W] of the items at `indices` (N >= 1)."""
         chosen = np.asarray(indices, dtype=np.int64)
-        raw = self._raw_idx[chosen]
+        raw, mirrored = self._raw_idx[chosen], self._xflip[chosen]
         images = self._load_cached(raw) if self._cache else self._load_raw_images(raw.tolist())
-        mirrored = self._xflip[chosen] != 0
-        if mirrored.any():
-            images[mirrored] = images[mirrored, :, :, ::-1]
+        images[mirrored] = images[mirrored, :, :, ::-1]
         return images
 
     def _load_cached(self, raw: np.ndarray) -> np.ndarray:
         """The same from memory, where they come to lie when they are read first."""
-        cached = self._cached
-        if cached is None:  # memory that nothing has been written to costs nothing yet
-            cached = self._cached = (np.empty(self._raw_shape, np.uint8), np.zeros(self._raw_shape[0], np.bool_))
-        pixels, present = cached
+        if self._cached is None:  # memory that nothing has been written to costs nothing yet
+            self._cached = (np.empty(self.raw_shape, np.uint8), np.zeros(self.raw_shape[0], np.bool_))
+        pixels, present = self._cached
         missing = raw[~present[raw]]
         if len(missing):
             pixels[missing] = self._load_raw_images(missing.tolist())
@@ -148,7 +129,7 @@ class Dataset:
     def labels(self, indices: Sequence[int]) -> np.ndarray:
         """Labels float32 [N, label_dim] of the items at `indices`."""
         labels = self._labels[self._raw_idx[np.asarray(indices, dtype=np.int64)]]
-        if labels.dtype != np.int64:
+        if not self.has_onehot_labels:
             return labels  # a copy already
         onehot = np.zeros([len(labels), self.label_dim], dtype=np.float32)
         onehot[np.arange(len(labels)), labels] = 1
@@ -158,49 +139,6 @@ class Dataset:
         """Where item `idx` comes from: raw_idx, xflip, raw_label."""
         raw_idx = int(self._raw_idx[idx])
         return EasyDict(raw_idx=raw_idx, xflip=bool(self._xflip[idx]), raw_label=self._labels[raw_idx].copy())
-
-    @property
-    def _labels(self) -> np.ndarray:
-        """Labels of the whole set: int64 [N] or float32 [N, D], D = 0 without labels."""
-        if self._raw_labels is None:
-            labels = self._load_raw_labels() if self.use_labels else None
-            self._raw_labels = np.zeros([self._raw_shape[0], 0], dtype=np.float32) if labels is None else labels
-        return self._raw_labels
-
-    @property
-    def image_shape(self) -> list[int]:
-        """[C, H, W]"""
-        return list(self._raw_shape[1:])
-
-    @property
-    def num_channels(self) -> int:
-        return self._raw_shape[1]
-
-    @property
-    def resolution(self) -> int:
-        return self._raw_shape[2]
-
-    @functools.cached_property
-    def label_shape(self) -> list[int]:
-        """[number of classes of the whole set], [length of the vectors], or [0] without labels."""
-        labels = self._labels
-        return [int(labels.max()) + 1] if labels.dtype == np.int64 else list(labels.shape[1:])
-
-    @property
-    def label_dim(self) -> int:
-        return self.label_shape[0]
-
-    @property
-    def has_labels(self) -> bool:
-        return self.label_dim > 0
-
-    @property
-    def has_onehot_labels(self) -> bool:
-        return self._labels.dtype == np.int64
-
-    @property
-    def has_label_vectors(self) -> bool:
-        return self.has_labels and not self.has_onehot_labels
 
     @property
     def label_values(self) -> np.ndarray:
@@ -251,20 +189,20 @@ class ImageFolderDataset(Dataset):
         super().__init__(
             name=os.path.splitext(os.path.basename(os.path.abspath(self.path)))[0],
             raw_shape=[len(self._image_fnames), channels, height, width],
+            raw_labels=self._read_labels() if use_labels else None,
             max_size=max_size,
-            use_labels=use_labels,
             xflip=xflip,
             random_seed=random_seed,
             cache=cache,
         )
         self.notes = self._files.notes()
-        _ = self.label_shape  # so that bad labels are found now and not in the middle of a run
+
+    def _load_raw_images(self, raw_indices: list[int]) -> np.ndarray:
+        return np.stack([self._load_raw_image(index) for index in raw_indices])
 
     def _load_raw_image(self, raw_idx: int) -> np.ndarray:
-        name, found = self._image_fnames[raw_idx], list[str]()
-        image = decode_image(self._files.read(name), self._files.where(name), found).transpose(2, 0, 1)
-        for remark in found:
-            self.remarks.setdefault(remark, set()).add(raw_idx)
+        name = self._image_fnames[raw_idx]
+        image = decode_image(self._files.read(name), self._files.where(name)).transpose(2, 0, 1)
         if list(image.shape) != self.image_shape:
             here, first = _describe(image.shape), _describe(tuple(self.image_shape))
             raise UserError(
@@ -273,7 +211,7 @@ class ImageFolderDataset(Dataset):
             )
         return np.ascontiguousarray(image)
 
-    def _load_raw_labels(self) -> np.ndarray | None:
+    def _read_labels(self) -> np.ndarray | None:
         labels = self._files.labels()
         if not labels:
             return None
@@ -288,9 +226,9 @@ class ImageFolderDataset(Dataset):
 class PackedFiles:
     """Reads the files of a folder or zip archive by name, names with forward slashes.
 
-    Hidden files are left out (HIDDEN, and names that begin with a dot). Links are followed; a link to a folder that
-    is read already, or that holds one, is not. Where everything lies in one folder that is a data set by itself (it
-    has a dataset.json, or no images but in sub-folders), names are those within it. `folders` are all folders.
+    Hidden files are left out. Links are followed; a link to a folder that is read already, or that holds one, is not.
+    Where everything lies in one folder that is a data set by itself (it has a dataset.json, or no images but in
+    sub-folders), names are those within it. `folders` are all folders, `left_out` is a line on what is not read.
 
     Threads may share it. After a fork or unpickling it opens the archive anew, because processes that share one open
     file also share its position. Raises UserError with file and archive for whatever can't be read.
@@ -307,19 +245,21 @@ class PackedFiles:
         if not self.is_folder and not stat.S_ISREG(mode):
             raise UserError(f"{self.path}: neither a folder nor a zip archive, but a pipe or a device")
         self.root = ""  # the folder that all names are within
-        self.hidden: set[str] = set()
         self.not_followed: list[str] = []
-        self.folders: set[str] = set()
-        paths = self._walk() if self.is_folder else (info.filename for info in self._zip().infolist())
-        self.names = sorted({path for path in paths if not self._is_hidden(path) and not path.endswith("/")})
+        hidden = {path: _hidden_part(path) for path in (self._walk() if self.is_folder else self._zip().namelist())}
+        paths = [path for path in hidden if not hidden[path]]
+        self.folders = {path.rpartition("/")[0] for path in paths if "/" in path}
+        self.names = sorted({path for path in paths if not path.endswith("/")})
         unread = {*self.names} - {*self.image_names()}
         while (top := self._wrapper()) and self.root.count("/") < MAX_WRAPPERS:
             self.root += top
             self.names = [name.removeprefix(top) for name in self.names if name.startswith(top)]
             self.folders = {folder.removeprefix(top) for folder in self.folders if folder.startswith(top)}
         unread -= {self.root + "dataset.json", self.root + "manifest.json"}
-        endings = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in sorted(unread))
-        self._unread = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(10))
+        kinds = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in sorted(unread))
+        kinds["hidden (names that begin with a dot, __MACOSX, Thumbs.db)"] = len({*hidden.values()} - {""})
+        kinds["by a link to a folder that is read already"] = len(self.not_followed)
+        self.left_out = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(10) if number)
 
     def _walk(self) -> Iterator[str]:
         """Files by their paths, folders with a slash at the end."""
@@ -327,30 +267,20 @@ class PackedFiles:
         for folder, folders, names in os.walk(self.path, onerror=_raise, followlinks=True):
             start = "" if folder == self.path else os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
             folders.sort()
-            for name in [*folders]:
+            for name in folders.copy():
                 path = Path(folder, name)
-                if self._is_hidden(f"{start}{name}/"):
+                if _hidden_part(name):
+                    yield f"{start}{name}/"
                     folders.remove(name)
                 elif path.is_symlink():
                     target = path.resolve()
                     if any(target.is_relative_to(other) or other.is_relative_to(target) for other in known):
-                        folders.remove(name)
                         self.not_followed.append(start + name)
+                        folders.remove(name)
                     else:
                         known.append(target)
             yield from (f"{start}{name}/" for name in folders)
             yield from (start + name for name in names)
-
-    def _is_hidden(self, path: str) -> bool:
-        """Notes it if so, and otherwise the folder that it is in."""
-        parts = path.split("/")
-        for depth, part in enumerate(parts):
-            if part.lower() in HIDDEN or (part.startswith(".") and part.strip(".")):
-                self.hidden.add("/".join(parts[: depth + 1]))
-                return True
-        if len(parts) > 1:
-            self.folders.add(path.rpartition("/")[0])
-        return False
 
     def _wrapper(self) -> str:
         """The single folder that all images lie in, with a slash, if it is a data set by itself; otherwise ''."""
@@ -362,19 +292,12 @@ class PackedFiles:
         return top if 1 not in depths or f"{top}dataset.json" in self.names else ""
 
     def notes(self) -> list[str]:
-        """A line on each kind of file that is not read."""
+        """Lines on the folder that is read, if it is not the whole, and on what is left out."""
         notes = [f"read from {self.root} in {self.path}"] if self.root else []
-        if self._unread:
-            notes.append(f"left out, as no kind of image that is read: {self._unread}")
-        if self.hidden:
-            notes.append(f"left out, as hidden: {len(self.hidden)} (names that begin with a dot, __MACOSX, Thumbs.db)")
-        if self.not_followed:
-            more = f" and {len(self.not_followed) - 1} more" if len(self.not_followed) > 1 else ""
-            notes.append(f"not followed: the link {self.not_followed[0]}{more}, to a folder that is read already")
-        return notes
+        return notes + ([f"left out: {self.left_out}"] if self.left_out else [])
 
     def no_images(self, advice: str = "") -> UserError:
-        left_out = f" ({self._unread} left out)" if self._unread else ""
+        left_out = f" (left out: {self.left_out})" if self.left_out else ""
         return UserError(f"{self.path}: no image files inside{left_out}{advice}")
 
     def where(self, name: str) -> str:
@@ -390,9 +313,7 @@ class PackedFiles:
     def _open(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.path)
-        except (
-            Exception
-        ) as exc:  # a damaged directory shows in many ways: BadZipFile, struct.error, OSError, ValueError
+        except Exception as exc:  # damage shows in many ways: BadZipFile, struct.error, OSError, ValueError
             if isinstance(exc, OSError) and exc.filename is not None:
                 raise  # can't be opened at all
             raise UserError(
@@ -412,13 +333,11 @@ class PackedFiles:
             if len(data) > MAX_FILE_BYTES:
                 raise UserError(f"{self.where(name)} is larger than {MAX_FILE_BYTES} bytes")
             return data
-        archive = self._zip()
         try:
-            info = archive.getinfo(self.root + name)
+            info = self._zip().getinfo(self.root + name)
             if info.file_size > MAX_FILE_BYTES:
                 raise ValueError(f"it claims to hold {info.file_size} bytes")
-            stored = _read_stored(archive, info)
-            return archive.read(info) if stored is None else stored
+            return self._zip().read(info)
         except MemoryError:
             raise
         except Exception as exc:  # damage shows in many ways: BadZipFile, zlib.error, EOFError, RuntimeError, KeyError
@@ -442,11 +361,8 @@ class PackedFiles:
         labels = content.get("labels", ()) if isinstance(content, dict) else ()
         if labels is None:
             return None
-        if not isinstance(labels, list):
+        if not isinstance(labels, list) or not all(map(_is_pair, labels)):
             raise UserError(f'{where} must look like {{"labels": [["name.png", 3], ...]}} or {{"labels": null}}')
-        for index, pair in enumerate(labels):
-            if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise UserError(f"{where}: entry {index} of labels is {_short(pair)}, not a pair [name, label]")
         known, spelled, table = {*self.names}, dict[str, str](), dict[str, Any]()
         if not all(name in known for name, _ in labels):
             spelled = {_spelling(start + name): name for start in (self.root, "") for name in self.names}
@@ -483,56 +399,35 @@ def _spelling(name: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
 
 
-def _read_stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | None:
-    """A member that is not compressed, whole and as its checksum says; None for any other, which zipfile judges.
-
-    Several times as fast as zipfile, and without its lock: threads read at positions of their own.
-    """
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or archive.fp is None:  # 1: encrypted
-        return None
-    file = archive.fp.fileno()
-    header = os.pread(file, _LOCAL_HEADER.size, info.header_offset)
-    if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-        return None
-    name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    data = os.pread(file, info.file_size, info.header_offset + len(header) + name_length + extra_length)
-    return data if len(data) == info.file_size and zlib.crc32(data) == info.CRC else None
-
-
-def dataset_options(dataset: ImageFolderDataset) -> dict[str, Any]:
-    """What a snapshot notes about its data: class_name, and the arguments that open the same data set again."""
-    options = {
-        "class_name": "training.dataset.ImageFolderDataset",
-        "path": dataset.path,
-        "use_labels": dataset.use_labels,
-        "xflip": dataset.mirrored,
-        "cache": dataset._cache,
-        "resolution": dataset.resolution,
-        "max_size": len(dataset) // (1 + dataset.mirrored),
-    }
-    if len(dataset._raw_idx) < len(dataset._image_fnames) * (1 + dataset.mirrored):
-        options["random_seed"] = dataset.random_seed  # chooses the subset; not among EDM's keys when there is none
-    return options
+def _hidden_part(path: str) -> str:
+    """The path up to its first hidden folder or file: .names, __MACOSX, Thumbs.db; '' without any."""
+    parts = path.split("/")
+    for depth, part in enumerate(parts):
+        if part.lower() in ("__macosx", "thumbs.db") or (part.startswith(".") and part.strip(".")):
+            return "/".join(parts[: depth + 1])
+    return ""
 
 
 def label_array(labels: list[Any], names: list[str], where: str) -> np.ndarray:
     """Labels as JSON has them -> classes int64 [N], or vectors float32 [N, D].
 
-    Raises UserError, naming `where` and the image, for what is neither: text, missing, negative or fractional
-    classes, vectors of different lengths or with NaN, classes and vectors mixed.
+    Raises UserError, naming `where` and the image, for what is neither.
     """
     vectors = isinstance(labels[0], list)
+    wanted = f"vectors of {len(labels[0])}" if vectors else f"classes, whole numbers 0, 1, 2, ... below {MAX_CLASSES}"
     for label, name in zip(labels, names, strict=True):
-        this = f"{where}: the label of {name} is {_short(label)}"
-        if isinstance(label, list) != vectors:
-            raise UserError(f"{this}, that of {names[0]} is {_short(labels[0])}: all classes or all vectors, please")
-        if not all(_is_number(number) for number in (label if vectors else [label])):
-            raise UserError(f"{this}, neither a class nor a list of numbers")
-        if vectors and (not label or len(label) != len(labels[0])):
-            raise UserError(f"{this}, but that of {names[0]} is {_short(labels[0])}: vectors must be of one length")
-        if not vectors and (label != int(label) or not 0 <= label < MAX_CLASSES):
-            raise UserError(f"{this}; classes are whole numbers 0, 1, 2, ... below {MAX_CLASSES}")
+        if vectors:
+            fits = isinstance(label, list) and 0 < len(label) == len(labels[0]) and all(map(_is_number, label))
+        else:
+            fits = _is_number(label) and label == int(label) and 0 <= label < MAX_CLASSES
+        if not fits:
+            first = f"that of {names[0]} is {_short(labels[0])}"
+            raise UserError(f"{where}: the label of {name} is {_short(label)}, {first}; all must be {wanted}")
     return np.array(labels, dtype=np.float32 if vectors else np.int64)
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
 
 
 def _is_number(value: Any) -> bool:

@@ -18,11 +18,9 @@ from dnnlib.util import count
 # All that is ever opened, the commonest first. Pillow knows more formats, some of which start other programs (EPS) or
 # open whatever they wrap (IPTC).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-BAND = 1 << 20  # pixels converted at a time, so that a large image takes little more memory than its pixels
 REMARKS = {  # what `decode_image` did with an image, or noticed
     "turned": "turned upright, as the EXIF orientation asks",
     "transparent": "with transparent pixels, put on black",
-    "dark": "of 16 bits without a value above 4095 (12 bits?), nearly black: multiply the values by 16 first",
     "frames": "with several frames or pages, of which the first is taken",
 }
 
@@ -44,15 +42,12 @@ def decode_image(data: bytes, where: str, found: list[str] | None = None) -> np.
     found = [] if found is None else found
     try:
         with Image.open(io.BytesIO(data), formats=image_formats()[1]) as image:
-            is_deep = image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
             if _is_turned(image):
                 ImageOps.exif_transpose(image, in_place=True)
                 found.append("turned")
             pixels, is_transparent = _as_uint8(image)
             if is_transparent:
                 found.append("transparent")
-            if is_deep and 0 < pixels.max() <= 16:  # of 255: what 12 bits of 16 come to
-                found.append("dark")
             with contextlib.suppress(Exception):  # damage after the first frame
                 if getattr(image, "is_animated", False):
                     found.append("frames")
@@ -81,23 +76,6 @@ def _as_uint8(image: Image.Image) -> tuple[np.ndarray, bool]:
     if image.mode == "F":
         raise ValueError("it has floating-point values, whose range is unknown")
     image.load()
-    width, height = image.size
-    rows = max(BAND // width, 1)
-    if height <= rows:
-        return _band(image)
-    pixels, is_transparent = None, False
-    for top in range(0, height, rows):
-        band, has_holes = _band(image.crop((0, top, width, min(top + rows, height))))
-        if pixels is None:
-            pixels = np.empty([height, width, band.shape[2]], np.uint8)
-        pixels[top : top + rows] = band
-        is_transparent |= has_holes
-    assert pixels is not None
-    return pixels, is_transparent
-
-
-def _band(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """`_as_uint8` of a part."""
     is_transparent = False
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion to 8 bits would clip instead of scaling
         deep = np.asarray(image).astype(np.int32)

@@ -223,18 +223,6 @@ class EDMDistillationLoss:
         self.intervals.note(interval, loss.flatten(1).mean(dim=1))
         return loss if self.intervals.rule == "uniform" else loss * correction.to(loss.dtype).reshape(-1, 1, 1, 1)
 
-    def end_step(self) -> Tensor:
-        """Once a step, on every process: see `Intervals.end_step`."""
-        return self.intervals.end_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return self.intervals.state_dict()
-
-    def load_state_dict(self, values: dict[str, Any]) -> None:
-        """The inverse of `state_dict`. Raises KeyError or ValueError for another stage's."""
-        self.intervals.load_state_dict(values)
-
 
 class SelfTeacherLoss(EDMDistillationLoss):
     """The teacher takes one step only, and the student's own moving average jumps the rest of the way.

@@ -55,10 +55,6 @@ Condition = int | Sequence[float] | None
 LabelSource = str | os.PathLike[str] | np.ndarray | Labels | None
 
 
-def every_class(label_dim: int) -> Labels:
-    return Labels(torch.arange(label_dim))
-
-
 def choose_labels(network: NetworkFile, class_idx: Condition = None, labels: LabelSource = None) -> Labels | None:
     """What the labels of images are drawn from; None for a network without labels.
 
@@ -80,35 +76,31 @@ def choose_labels(network: NetworkFile, class_idx: Condition = None, labels: Lab
         if class_idx is not None:
             raise UsageError("--class and --labels exclude each other; give one of them")
         chosen = labels if isinstance(labels, Labels) else read_labels(labels)
-        if chosen.values.ndim == 1 and network.has_label_vectors:
+        values = chosen.values
+        if values.ndim == 1 and network.has_label_vectors:
             raise UsageError(f"--labels holds classes; this network was trained with {count(dim, 'number')} per label")
-        return _check_fit(chosen, dim)
+        if values.ndim == 2 and values.shape[1] != dim:
+            raise UsageError(f"--labels holds vectors of {count(values.shape[1], 'number')}, this network takes {dim}")
+        if values.ndim == 1 and int(values.max()) >= dim:
+            raise UsageError(f"--labels holds class {int(values.max())}, this network's classes are 0 to {dim - 1}")
+        return chosen
     if class_idx is None and not network.has_label_vectors:
-        return every_class(dim)
-    values = [] if class_idx is None else [class_idx] if isinstance(class_idx, int) else list(class_idx)
+        return Labels(torch.arange(dim))
+    numbers = [] if class_idx is None else [class_idx] if isinstance(class_idx, int) else list(class_idx)
     if network.has_label_vectors:
-        if len(values) != dim or not all(map(math.isfinite, values)):
+        if len(numbers) != dim or not all(map(math.isfinite, numbers)):
             vector = ",".join(["0.5"] * min(dim, 3)) + ",..." * (dim > 3)
             raise UsageError(
                 f"this network was trained with label vectors of {count(dim, 'number')}, no classes: give some to draw "
                 f"from (--labels=ZIP|NPY, its data set for example), or one vector (--class={vector})"
             )
-        return Labels(torch.tensor([values], dtype=torch.float32))
-    for value in values:
-        if value != int(value) or not 0 <= value < dim:
-            raise UsageError(f"class {value}: this network's classes are 0 to {dim - 1}")
-    if not values:
+        return Labels(torch.tensor([numbers], dtype=torch.float32))
+    for number in numbers:
+        if number not in range(dim):
+            raise UsageError(f"class {number}: this network's classes are 0 to {dim - 1}")
+    if not numbers:
         raise UsageError("--class names no class at all")
-    return Labels(torch.tensor([int(value) for value in values]))
-
-
-def _check_fit(labels: Labels, dim: int) -> Labels:
-    values = labels.values
-    if values.ndim == 2 and values.shape[1] != dim:
-        raise UsageError(f"--labels holds vectors of {count(values.shape[1], 'number')}, this network takes {dim}")
-    if values.ndim == 1 and int(values.max()) >= dim:
-        raise UsageError(f"--labels holds class {int(values.max())}, this network's classes are 0 to {dim - 1}")
-    return labels
+    return Labels(torch.tensor([int(number) for number in numbers]))
 
 
 def read_labels(source: str | os.PathLike[str] | np.ndarray) -> Labels:
@@ -129,12 +121,8 @@ def read_labels(source: str | os.PathLike[str] | np.ndarray) -> Labels:
             source = np.load(io.BytesIO(data), allow_pickle=False)
         except (ValueError, EOFError, OSError, MemoryError) as exc:
             raise UserError(f"--labels={path} is no array of numbers ({exc})") from exc
-    if (
-        not isinstance(source, np.ndarray)
-        or source.ndim not in (1, 2)
-        or not source.size
-        or source.dtype.kind not in "iuf"
-    ):
+    source = np.asarray(source)
+    if source.ndim not in (1, 2) or not source.size or source.dtype.kind not in "iuf":
         raise UserError("--labels: neither classes [K] nor label vectors [K, label_dim]")
     values = source.astype(np.float64)
     if not np.isfinite(values).all() or (abs(values) > 3e38).any():

@@ -6,7 +6,6 @@ rounds or of workers.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_utils import distributed as dist
-
-from .decoding import describe_remarks
 from .draws import key
 
 _CHUNK = 32  # images decoded by one task
@@ -48,17 +44,6 @@ class Order:
     def indices(self, start: int, stop: int) -> list[int]:
         """Indices of the images at global positions start ... stop - 1."""
         return [int(self._epoch(g // self.size)[g % self.size]) for g in range(start, stop)]
-
-
-def print_remarks(dataset: Any) -> None:
-    """What was done to the images of an ImageFolderDataset that have been read, counted over all processes; on rank 0's
-    standard error."""
-    found: dict[str, set[int]] = {}
-    for part in dist.gather_objects(dataset.remarks):
-        for remark, images in part.items():
-            found.setdefault(remark, set()).update(images)
-    for line in describe_remarks({remark: len(images) for remark, images in found.items()}):
-        dist.print0(f"note: {dataset.path}: {line}", file=sys.stderr)
 
 
 class Loader:

@@ -26,6 +26,8 @@ from .draws import DefaultSource, RandomSource
 class _DenoisingLoss(ABC):
     """weight(sigma) * (D(y + sigma n; sigma) - y)^2 with a noise level of the subclass's own distribution."""
 
+    intervals = None  # a loss of distillation has training.intervals.Intervals here
+
     @abstractmethod
     def noise_level(self, draws: RandomSource, count: int) -> Tensor:
         """Noise levels [count, 1, 1, 1]."""
@@ -33,18 +35,6 @@ class _DenoisingLoss(ABC):
     def weight(self, sigma: Tensor) -> Tensor:
         """Weight of each noise level, like `sigma`."""
         return 1 / sigma**2
-
-    def end_step(self) -> Tensor | None:
-        """Called once a step. Moments [k, 3] of a loss that is measured by kind; these have none."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs of the loss: nothing."""
-        return {}
-
-    def load_state_dict(self, values: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        del values
 
     def __call__(
         self,

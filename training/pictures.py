@@ -58,7 +58,8 @@ def labelled_rows(
     """
     strips = [_strip(row, max(len(headings), 1), scale) for row in rows]
     font_size, line = 15, 26
-    left = 12 + max(int(_text_width(label, font_size)) for label in labels)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 12 + max(int(ruler.textlength(label, font_size=font_size)) for label in labels)
     top = 6 + line * (bool(title) + bool(headings))
     width = max(strip.width for strip in strips)
     sheet = Image.new("RGB", (left + width + 6, top + sum(strip.height + 6 for strip in strips)), "white")
@@ -82,7 +83,3 @@ def _strip(row: Tensor, parts: int, scale: int | None) -> Image.Image:
     for index, piece in enumerate(pieces):
         strip.paste(piece, (sum(before.width + PART_GAP for before in pieces[:index]), 0))
     return strip
-
-
-def _text_width(text: str, font_size: int) -> float:
-    return ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text, font_size=font_size)

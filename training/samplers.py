@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -39,8 +40,7 @@ class StackedRandomGenerator:
 
     def randn(self, size: Sequence[int], **kwargs: Any) -> Tensor:
         """Standard normal numbers of shape `size`."""
-        shape = self._image_shape(size)
-        return torch.stack([torch.randn(shape, generator=each, **kwargs) for each in self.generators])
+        return self._stacked(torch.randn, size, kwargs)
 
     def randn_like(self, input: Tensor) -> Tensor:
         """Standard normal numbers with the shape, dtype and device of `input`."""
@@ -48,14 +48,12 @@ class StackedRandomGenerator:
 
     def randint(self, *args: int, size: Sequence[int], **kwargs: Any) -> Tensor:
         """Whole numbers of shape `size`, from the half-open range `*args` as in `torch.randint`."""
-        shape = self._image_shape(size)
-        draws = (torch.randint(*args, shape, generator=each, **kwargs) for each in self.generators)  # type: ignore[call-overload]
-        return torch.stack(list(draws))
+        return self._stacked(partial(torch.randint, *args), size, kwargs)
 
-    def _image_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+    def _stacked(self, draw: Callable[..., Tensor], size: Sequence[int], kwargs: dict[str, Any]) -> Tensor:
         if len(size) < 1 or size[0] != len(self.generators):
             raise ValueError(f"{len(self.generators)} seeds cannot fill a batch of shape {tuple(size)}")
-        return tuple(size[1:])
+        return torch.stack([draw(tuple(size[1:]), generator=each, **kwargs) for each in self.generators])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,18 +77,17 @@ def grid_sampler(
     S_min: float = 0,
     S_max: float = float("inf"),
     S_noise: float = 1,
-    callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Steps down `levels`, sigma_max first, 0 last: Alg. 2 of the paper, without churn Alg. 1.
 
     solver: 'euler' (a student's jumps) or 'heun'. Makes `nfe(len(levels) - 1, solver)` network calls. With S_churn > 0,
-    noise is drawn at every step, used or not, so that a seed's stream does not depend on S_min and S_max.
-    `callback(i, x)` gets the state at levels[i + 1]. Raises ValueError for another solver.
+    noise is drawn at every step, used or not, so that a seed's stream does not depend on S_min and S_max. Raises
+    ValueError for another solver.
     """
     _check_choice("solver", solver, ("heun", "euler"))
     denoise = _denoiser(net, class_labels)
     x = latents.to(torch.float64) * levels[0]
-    for i, (t, t_next) in enumerate(pairwise(levels)):
+    for t, t_next in pairwise(levels):
         t_hat, x_hat = t, x
         if S_churn > 0:  # Fresh noise, from t up to t_hat.
             t_hat = _churned(net, t, len(levels) - 1, S_churn, S_min, S_max)
@@ -101,8 +98,6 @@ def grid_sampler(
             x = heun_step(denoise, x_hat, sigma, sigma_next)
         else:
             x = euler_jump(x_hat, denoise(x_hat, sigma), sigma, sigma_next)
-        if callback is not None:
-            callback(i, x)
     return x
 
 
@@ -126,18 +121,8 @@ def edm_sampler(
     from sigma_max to 0. Raises ValueError for fewer than one step or an empty noise range.
     """
     levels = [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
-    return grid_sampler(
-        net,
-        latents,
-        levels,
-        "heun",
-        class_labels,
-        randn_like=randn_like,
-        S_churn=S_churn,
-        S_min=S_min,
-        S_max=S_max,
-        S_noise=S_noise,
-    )
+    churn: dict[str, Any] = {"S_churn": S_churn, "S_min": S_min, "S_max": S_max, "S_noise": S_noise}
+    return grid_sampler(net, latents, levels, "heun", class_labels, randn_like=randn_like, **churn)
 
 
 def dpmpp2m_sampler(
@@ -292,7 +277,6 @@ def vp_schedule(beta_d: float, beta_min: float) -> Schedule:
     return Schedule(sigma, derivative, inverse)
 
 
-VP_BETA_D, VP_BETA_MIN = 19.9, 0.1
 VE_SCHEDULE = Schedule(math.sqrt, lambda t: 0.5 / math.sqrt(t), lambda level: level**2)
 LINEAR_SCHEDULE = Schedule(lambda t: t, lambda t: 1.0, lambda level: level)
 
@@ -312,10 +296,11 @@ def noise_range(
     Raises ValueError when nothing is left.
     """
     _check_choice("discretization", discretization, ("vp", "ve", "iddpm", "edm"))
-    vp = vp_schedule(VP_BETA_D, VP_BETA_MIN)
+    vp = vp_schedule(beta_d=19.9, beta_min=0.1)
     own = {"vp": (vp.sigma(epsilon_s), vp.sigma(1)), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
-    low = max(own[discretization][0] if sigma_min is None else sigma_min, float(net.sigma_min))
-    high = min(own[discretization][1] if sigma_max is None else sigma_max, float(net.sigma_max))
+    low, high = own[discretization]
+    low = max(low if sigma_min is None else sigma_min, float(net.sigma_min))
+    high = min(high if sigma_max is None else sigma_max, float(net.sigma_max))
     if not 0 < low < high:
         covers = f"this network covers {float(net.sigma_min):g} to {float(net.sigma_max):g}"
         raise ValueError(f"noise levels from sigma_min {low:g} to sigma_max {high:g} leave nothing to sample; {covers}")
@@ -334,46 +319,31 @@ def noise_levels(
     C_2: float = 0.008,
     M: int = 1000,
 ) -> list[float]:
-    """The noise levels that the samplers visit: clamped to the network's range, rounded to levels it knows, without 0.
+    """The noise levels that the samplers visit, without 0: row "time steps" of Table 1 over what `noise_range` gives,
+    rounded to levels that the network knows. A single step starts at sigma_max.
 
     Raises ValueError for fewer than one step and for an empty noise range.
     """
     low, high = noise_range(net, discretization, sigma_min, sigma_max, epsilon_s)
-    return rounded(net.round_sigma, discretize(discretization, num_steps, low, high, rho, epsilon_s, C_1, C_2, M))
-
-
-def discretize(
-    discretization: str,
-    num_steps: int,
-    sigma_min: float,
-    sigma_max: float,
-    rho: float = 7,
-    epsilon_s: float = 1e-3,
-    C_1: float = 0.001,
-    C_2: float = 0.008,
-    M: int = 1000,
-) -> np.ndarray:
-    """Row "time steps" of Table 1 as noise levels: float64 [num_steps], from sigma_max down to sigma_min.
-
-    A single step starts at sigma_max. Raises ValueError for fewer than one step.
-    """
     check_count(num_steps)
     ramp = np.arange(num_steps, dtype=np.float64) / max(num_steps - 1, 1)
     if discretization == "edm":
-        return karras_levels(num_steps, sigma_min, sigma_max, rho)
-    if discretization == "ve":
-        return np.asarray(sigma_max * (sigma_min / sigma_max) ** ramp)
-    if discretization == "vp":
-        vp = vp_schedule(*vp_betas(sigma_min, sigma_max, epsilon_s))
-        return np.array([vp.sigma(t) for t in 1 + ramp * (epsilon_s - 1)])
-    table = iddpm_table(M, C_1, C_2)
-    table = table[(table >= sigma_min) & (table <= sigma_max)]
-    if len(table) == 0:
-        raise ValueError(f"iDDPM's table has no noise level between {sigma_min:g} and {sigma_max:g}")
-    return np.asarray(table[np.rint((len(table) - 1) * ramp).astype(int)])
+        levels = karras_levels(num_steps, low, high, rho)
+    elif discretization == "ve":
+        levels = np.asarray(high * (low / high) ** ramp)
+    elif discretization == "vp":
+        vp = vp_schedule(*vp_betas(low, high, epsilon_s))
+        levels = np.array([vp.sigma(t) for t in 1 + ramp * (epsilon_s - 1)])
+    else:
+        table = iddpm_table(M, C_1, C_2)
+        table = table[(table >= low) & (table <= high)]
+        if len(table) == 0:
+            raise ValueError(f"iDDPM's table has no noise level between {low:g} and {high:g}")
+        levels = table[np.rint((len(table) - 1) * ramp).astype(int)]
+    return rounded(net.round_sigma, levels)
 
 
-def iddpm_table(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> np.ndarray:
+def iddpm_table(M: int, C_1: float, C_2: float) -> np.ndarray:
     """The noise levels u_0 > ... > u_M = 0 of iDDPM (Appendix C.3): float64 [M + 1].
 
     The ratios of alpha-bar are float32 on purpose: that is how the published samplers compute them, and it moves the

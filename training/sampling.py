@@ -17,7 +17,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from torch_utils import persistence
 
 from . import samplers
 from .grids import Sampling, network_grid
-from .labels import Condition, Labels, LabelSource, choose_labels, every_class
+from .labels import Condition, Labels, LabelSource, choose_labels
 from .pictures import to_uint8
 from .sampler_table import SOLVERS
 from .samplers import RandnLike, StackedRandomGenerator, grid_sampler, nfe, noise_levels
@@ -39,15 +40,19 @@ from .steps import ratios_that_work
 if TYPE_CHECKING:
     from formats.network_files import NetworkFile
 
-__all__ = ["Batch", "Plan", "iterate_images", "plan_sampling", "sample", "sample_batch"]
-
 DEFAULT_STEPS = 18
-ABLATION_OPTIONS = ("solver", "discretization", "schedule", "scaling")
+ABLATION_OPTIONS = {"solver", "discretization", "schedule", "scaling"}
 NOT_SETTINGS = ("net", "latents", "class_labels", "randn_like", "num_steps")  # a sampler's other arguments are settings
+
+
+def _settings(sampler: str) -> dict[str, Any]:
+    """The settings of a function in training.samplers, with their defaults."""
+    parameters = inspect.signature(getattr(samplers, sampler)).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in NOT_SETTINGS}
+
+
 SAMPLERS = ("edm_sampler", "ablation_sampler", *(method.sampler for method in SOLVERS.values()))
-SETTINGS = {name for each in SAMPLERS for name in inspect.signature(getattr(samplers, each)).parameters} - {
-    *NOT_SETTINGS
-}
+SETTINGS = {name for sampler in SAMPLERS for name in _settings(sampler)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which sampler
@@ -89,7 +94,7 @@ def plan_sampling(
     that has a sampler of its own). Raises UsageError for what contradicts a distilled network's grid, and for settings
     that the sampler can't follow.
     """
-    given = {name: value for name, value in {"solver": solver, **options}.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in {"solver": solver, **options}.items() if value is not None}
     for name in given.keys() - SETTINGS:
         near = difflib.get_close_matches(name, {"steps", "grid", *SETTINGS}, n=1)
         raise UsageError(f"no sampler has a setting '{name}'{f'; did you mean {near[0]}?' if near else ''}")
@@ -98,7 +103,7 @@ def plan_sampling(
             raise UsageError(f"{option_name(name)}={value} is not a number")
     sampling = network.sampling
     if grid is not None and sampling is None:
-        shape: dict[str, Any] = {name: given.pop(name) for name in ("sigma_min", "sigma_max", "rho") if name in given}
+        shape = {name: given.pop(name) for name in ("sigma_min", "sigma_max", "rho") if name in given}
         sampling = _named_grid(network.net, grid, shape)
     elif grid is not None and sampling is not None and grid != (sampling.teacher_steps, sampling.ratio):
         own = f"{sampling.teacher_steps}/{sampling.ratio}"
@@ -113,14 +118,13 @@ def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
     solver = given.get("solver")
     if solver is not None and solver not in SOLVERS:
         raise UsageError(f"--solver={solver} is not one of {', '.join(SOLVERS)}")
-    is_ablation = any(name in given for name in ABLATION_OPTIONS)
-    name = SOLVERS[solver].sampler if solver else "ablation_sampler" if is_ablation else "edm_sampler"
-    sampler = getattr(samplers, name)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(sampler).parameters.items()}
+    name = "ablation_sampler" if given.keys() & ABLATION_OPTIONS else "edm_sampler"
+    name = SOLVERS[solver].sampler if solver else name
+    defaults = _settings(name)
     changes = {name: value for name, value in given.items() if name != "solver" or name in defaults}
     for other in changes.keys() - defaults.keys():
         raise UsageError(f"{option_name(other)}={given[other]}: --solver={solver} has no such setting; leave it out")
-    settings = {name: value for name, value in {**defaults, **changes}.items() if name not in NOT_SETTINGS}
+    settings = {**defaults, **changes}
     try:
         shape = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho")}
         levels = noise_levels(net, settings.get("discretization", "edm"), steps, **shape)
@@ -128,21 +132,16 @@ def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
         raise UsageError(f"{exc} (--steps, --sigma_min, --sigma_max)") from exc
     calls, title = nfe(steps, solver or "heun"), name.removesuffix("_sampler")
     changed = "".join(f", {option_name(name)[2:]} {value}" for name, value in changes.items())
+    numbers = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in settings.items()}
     return Plan(
-        sample=lambda net, latents, labels, randn_like: sampler(
-            net, latents, labels, randn_like, num_steps=steps, **changes
-        ),
+        sample=partial(getattr(samplers, name), num_steps=steps, **changes),
         steps=steps,
         nfe=calls,
         text=(
             f"{'EDM' if title == 'edm' else title} sampler{changed}: {count(steps, 'step')} "
             f"from noise level {levels[0]:g}, {count(calls, 'network call')} (NFE) per image"
         ),
-        options={
-            "sampler": title,
-            "num_steps": steps,
-            **{name: str(value) if value in (math.inf, -math.inf) else value for name, value in settings.items()},
-        },
+        options={"sampler": title, "num_steps": steps, **numbers},
     )
 
 
@@ -151,24 +150,21 @@ def _student_plan(sampling: Sampling, steps: int | None, is_own: bool) -> Plan:
     calls = nfe(grid.steps, solver)
     shown = ", ".join(f"{level:.4g}" for level in grid.levels[:8]) + (", ..., 0" if grid.steps > 7 else "")
     whose = "the network's own" if is_own else "the given"
-    note = (
-        ""
-        if steps in (None, grid.steps)
-        else f"; {steps} is its teacher's number of steps, it makes its own {grid.steps}"
-    )
+    note = f"; {steps} is its teacher's number of steps, it makes its own {grid.steps}"
     return Plan(
         sample=lambda net, latents, labels, randn_like: grid_sampler(net, latents, grid.levels, solver, labels),
         steps=grid.steps,
         nfe=calls,
         text=(
             f"{whose} noise grid ({shown}): {count(grid.steps, 'step')} of {solver}, "
-            f"distilled from {sampling.teacher_steps}, {count(calls, 'network call')} (NFE) per image{note}"
+            f"distilled from {sampling.teacher_steps}, {count(calls, 'network call')} (NFE) per image"
+            f"{'' if steps in (None, grid.steps) else note}"
         ),
         options={"sampler": "grid", "num_steps": grid.steps, "solver": solver, "levels": list(grid.levels)},
     )
 
 
-def _named_grid(net: Any, grid: tuple[int, int], shape: Mapping[str, float]) -> Sampling:
+def _named_grid(net: Any, grid: tuple[int, int], shape: Mapping[str, Any]) -> Sampling:
     """The grid of a student whose file has none: every ratio-th level, of the range given or EDM's."""
     steps, ratio = grid
     if steps < 1 or ratio < 1 or steps % ratio:
@@ -186,19 +182,12 @@ def _check_agrees(sampling: Sampling, steps: int | None, given: Mapping[str, Any
     if steps not in (None, own, teachers):
         choices = f"--steps={own} (its own)" + (f" or --steps={teachers} (its teacher's)" if teachers != own else "")
         raise UsageError(f"--steps={steps}: this network was distilled for {own}; use {choices}, or leave it out")
-    agreeing: dict[str, Any] = {
-        "solver": sampling.solver,
-        "sigma_max": sampling.grid.levels[0],
-        "schedule": "linear",
-        "scaling": "none",
-        "S_churn": 0,
-        "S_min": 0,
-        "S_max": math.inf,
-        "S_noise": 1,
-    }
+    sigma_max = sampling.grid.levels[0]
+    agreeing: dict[str, Any] = {"solver": sampling.solver, "sigma_max": sigma_max}
+    agreeing |= {"schedule": "linear", "scaling": "none", "S_churn": 0, "S_min": 0, "S_max": math.inf, "S_noise": 1}
     for name, value in given.items():
         wanted = agreeing.get(name)
-        if value != wanted and not (name == "sigma_max" and math.isclose(value, sampling.grid.levels[0], rel_tol=1e-6)):
+        if value != wanted and not (name == "sigma_max" and math.isclose(value, sigma_max, rel_tol=1e-6)):
             valid = "leave it out" if wanted is None else f"use {option_name(name)}={wanted}, or leave it out"
             raise UsageError(
                 f"{option_name(name)}={value} contradicts the noise grid that this network was distilled for; {valid}"
@@ -221,14 +210,17 @@ def count_batches(num_seeds: int, max_batch: int, world_size: int = 1) -> int:
 
 def split_seeds(seeds: Sequence[int], num_batches: int) -> list[list[int]]:
     """`seeds` in consecutive batches of near-equal size, larger ones first; some are empty if seeds are few."""
-    size, larger = divmod(len(seeds), max(num_batches, 1))
-    ends = [(i + 1) * size + min(i + 1, larger) for i in range(num_batches)]
-    return [list(seeds[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    return [part.tolist() for part in np.array_split(np.asarray(seeds), num_batches)] if num_batches else []
 
 
 def own_share(batches: Sequence[list[int]]) -> list[list[int]]:
     """The batches of this process: every world_size-th, without the empty ones."""
     return [batch for batch in batches[dist.get_rank() :: dist.get_world_size()] if batch]
+
+
+def own_batches(seeds: Sequence[int], max_batch: int) -> list[list[int]]:
+    """This process's share of `seeds`, in EDM's partition."""
+    return own_share(split_seeds(seeds, count_batches(len(seeds), max_batch, dist.get_world_size())))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,7 +252,8 @@ def draw_inputs(
     latents = random.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution], device=device)
     if not net.label_dim:
         return random, latents, None
-    return random, latents, (labels or every_class(net.label_dim)).draw(random, len(seeds), net.label_dim, device)
+    labels = labels or Labels(torch.arange(net.label_dim))
+    return random, latents, labels.draw(random, len(seeds), net.label_dim, device)
 
 
 @torch.no_grad()
@@ -293,42 +286,12 @@ def iterate_images(
     """Images of `network` for `seeds`, in batches of at most `max_batch`; each process gets its own share of them.
 
     Moves the network to `device`. `steps` and `solver` as in `plan_sampling`, `class_idx` and `labels` as in
-    `choose_labels`. Raises UsageError, at once, for steps or a solver that contradict a distilled network's grid, and
-    for labels that the network can't have.
+    `choose_labels`, whose errors are raised at once.
     """
     plan = plan_sampling(network, steps=steps, solver=solver)
     chosen = choose_labels(network, class_idx, labels)
     net = network.net.to(device)
-    batches = split_seeds(seeds, count_batches(len(seeds), max_batch, dist.get_world_size()))
-    return (sample_batch(net, batch, plan, device, chosen) for batch in own_share(batches))
-
-
-@overload
-def sample(
-    network: NetworkFile,
-    seeds: Sequence[int],
-    *,
-    class_idx: Condition = None,
-    labels: LabelSource = None,
-    device: torch.device | str | None = None,
-    batch: int = 64,
-    raw: Literal[False] = False,
-    **options: Any,
-) -> np.ndarray: ...
-
-
-@overload
-def sample(
-    network: NetworkFile,
-    seeds: Sequence[int],
-    *,
-    class_idx: Condition = None,
-    labels: LabelSource = None,
-    device: torch.device | str | None = None,
-    batch: int = 64,
-    raw: Literal[True],
-    **options: Any,
-) -> Tensor: ...
+    return (sample_batch(net, batch, plan, device, chosen) for batch in own_batches(seeds, max_batch))
 
 
 def sample(
@@ -341,23 +304,19 @@ def sample(
     batch: int = 64,
     raw: bool = False,
     **options: Any,
-) -> np.ndarray | Tensor:
-    """One image per seed, in the order of `seeds`: uint8 [N, H, W, C], the pixels that `generate.py` writes.
+) -> Any:
+    """One image per seed, in the order of `seeds`: numpy uint8 [N, H, W, C], the pixels that `generate.py` writes.
 
     network    what `load_network` returns; moved to the device
     class_idx  a class, a list of classes of which each seed draws one, or a label vector; None: any class
     labels     draw from these instead: path of a data set or .npy file, or an array (see `choose_labels`)
     device     None: CUDA where there is a GPU, else the CPU
     batch      images at a time
-    raw        return float32 [N, C, H, W] on the CPU instead, in [-1, 1] as far as the network keeps to it
+    raw        return a tensor float32 [N, C, H, W] on the CPU instead, in [-1, 1] as far as the network keeps to it
     options    steps, solver, S_churn, ... of `plan_sampling`: a student needs none
 
     Raises UsageError for what contradicts a distilled network's grid or its classes, UserError for images that are NaN.
     """
-    if not (hasattr(network, "sampling") and hasattr(network, "net")):
-        raise UsageError(f"the first argument is what load_network(path) returns; '{type(network).__name__}' is not")
-    if not isinstance(seeds, Sequence | np.ndarray):
-        raise UsageError(f"seeds are a list or a range, such as range(16); '{type(seeds).__name__}' is not")
     if len(seeds) == 0 or batch < 1:
         raise UsageError(f"seeds are {len(seeds)}, batch is {batch}: both must be at least 1")
     plan = plan_sampling(network, **options)
@@ -365,12 +324,10 @@ def sample(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net = network.net.to(where)
     parts = []
-    for chosen in split_seeds(seeds, count_batches(len(seeds), batch)):
-        images = sample_batch(net, chosen, plan, where, drawn_from).images
+    for part in split_seeds(seeds, count_batches(len(seeds), batch)):
+        images = sample_batch(net, part, plan, where, drawn_from).images
         if not images.isfinite().all():
-            raise UserError(
-                f"{network.source}: some images of seeds {chosen[0]} to {chosen[-1]} hold NaN or infinities"
-            )
+            raise UserError(f"{network.source}: some images of seeds {part[0]} to {part[-1]} hold NaN or infinities")
         parts.append(images.cpu() if raw else to_uint8(images.double()).permute(0, 2, 3, 1).cpu())
     together = torch.cat(parts)
     return together if raw else together.numpy()

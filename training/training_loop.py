@@ -132,9 +132,8 @@ class Trainer:
         self.gradients.sum_over_processes()
         self.skipped = self.apply_gradients()
         self.update_ema()
-        by_interval = self.loss_fn.end_step()
-        if by_interval is not None:
-            self.stats.report_moments("Loss/interval", by_interval)
+        if self.loss_fn.intervals is not None:
+            self.stats.report_moments("Loss/interval", self.loss_fn.intervals.end_step())
         self.stats.update()
         self.nimg += self.config.batch
         self.step_count += 1
@@ -200,7 +199,7 @@ class Trainer:
             },
             "scaler": self.scale.state_dict(),
             "stats": self.stats.state_dict(),
-            "intervals": self.loss_fn.state_dict(),
+            "intervals": self.loss_fn.intervals.state_dict() if self.loss_fn.intervals is not None else {},
             "batch_gpu": self.batch_gpu,
             "world_size": self.world_size,
             "device": self.device.type,
@@ -222,7 +221,8 @@ class Trainer:
                 }
             self.scale.load_state_dict(saved["scaler"])
             self.stats.load_state_dict(saved["stats"])
-            self.loss_fn.load_state_dict(saved["intervals"])
+            if self.loss_fn.intervals is not None:
+                self.loss_fn.intervals.load_state_dict(saved["intervals"])
             self.nimg, self.step_count = saved["position"]["nimg"], saved["position"]["step"]
         except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as exc:
             raise UserError(
