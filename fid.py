@@ -116,7 +116,6 @@ def gen(
         from metrics.statistics import statistics_of_images, with_progress
         from torch_utils.misc import allow_tf32
         from training.sampling import iterate_images, plan_sampling
-        from training.speed import use_cpu_kernels
 
         reference, features = _reference(ref, spec)
         loaded = dist.rank0_first(partial(load_network, network, trust_network_code=trust_network_code))
@@ -125,7 +124,6 @@ def gen(
         dist.print0(f"sampling {loaded.source} with {plan.text}\n  {loaded.describe()}", file=sys.stderr)
         allow_tf32(False)
         where = dist.device()
-        use_cpu_kernels(where.type == "cpu")
         how = {"steps": steps, "class_idx": class_idx, "labels": labels, "max_batch": batch, "device": where}
         pixels = _pixels(iterate_images(loaded, chosen, **how), loaded.source)
         stats = statistics_of_images(with_progress(pixels, len(chosen)), features)

@@ -222,9 +222,8 @@ def _make_ready(net: Any, where: torch.device, precision: str, use_compile: bool
     """The network on its device, in the arithmetic asked for; fp32 is full fp32, also on CUDA."""
     from torch_utils import distributed as dist
     from torch_utils.misc import allow_tf32
-    from training.speed import compute_dtype, maybe_compile, use_cpu_kernels
+    from training.speed import compute_dtype, maybe_compile
 
-    use_cpu_kernels(where.type == "cpu")
     allow_tf32(where.type == "cuda" and precision not in ("auto", "fp32"))
     net = net.to(where)
     net.compute_dtype = None if precision == "auto" else compute_dtype(precision, where)

@@ -42,7 +42,6 @@ def plain_layers() -> Iterator[None]:
         "upsample": partial(resample, F.conv_transpose2d, 4),
         "downsample": partial(resample, F.conv2d, 1),
         "attend": attend,
-        "fused_norm": None,
     }
     usual = {name: getattr(networks, name) for name in ways}
     vars(networks).update(ways)

@@ -39,7 +39,7 @@ from training.labels import Labels, vector_labels
 from training.recipe import LadderOptions, TrainConfig
 from training.samplers import nfe
 from training.sampling import Batch, iterate_images, plan_sampling
-from training.speed import set_precision, use_cpu_kernels
+from training.speed import set_precision
 
 from .results import CurvePoint, Floor, Rung, describe
 
@@ -264,7 +264,6 @@ class Measuring:
         key, size, plan = self.key(network, number), self.options.eval_num, plan_sampling(network)
         self.explain(path, key)
         set_precision(replace(self.config, precision="fp32"))  # whatever the training before it has set
-        use_cpu_kernels(dist.device().type == "cpu")
         sets = self.options.eval_sets if self.detector is not None and not is_curve else 1
         who = "the teacher itself" if is_curve else network.source
         which = f" (set {number + 1} of {sets})" if sets > 1 else ""

@@ -24,15 +24,6 @@ def _private_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def _plain_layers_again():
-    """What runs in a test's own process may let networks use kernels: the next test begins without them."""
-    yield
-    networks = sys.modules.get("training.networks")
-    if networks is not None:
-        networks.fused_norm = None
-
-
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A local HTTP server whose `answer` a test sets, and an empty download cache in tmp_path / "cache"."""

@@ -25,10 +25,6 @@ from torch import Tensor, nn
 
 from torch_utils.persistence import persistent_class
 
-fused_norm: Any = None
-"""A faster way to do what `normalize` does on the CPU: torch_utils.cpu_kernels.group_norm where a program has asked for
-it (training.speed), nothing where this text runs as part of a network pickle."""
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions
 
@@ -76,8 +72,6 @@ def normalize(x: Tensor, norm: Any, shift: Any = None, scale: Any = None, act: b
 
     x [N, C, H, W], norm a GroupNorm, shift and scale [N or 1, C].
     """
-    if fused_norm is not None and x.device.type == "cpu" and x.dtype == torch.float32 and not _compiling():
-        return fused_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift, scale, act)
     if shift is not None:
         shift = shift[:, :, None, None]
     if scale is not None:
@@ -85,11 +79,6 @@ def normalize(x: Tensor, norm: Any, shift: Any = None, scale: Any = None, act: b
     else:
         x = norm(x if shift is None else x + shift)
     return F.silu(x) if act else x
-
-
-def _compiling() -> bool:
-    """Whether torch.compile is looking: it fuses layers in its own way."""
-    return torch.compiler.is_compiling()
 
 
 def drop_labels(labels: Tensor, probability: float) -> Tensor:

@@ -10,18 +10,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from torch_utils import cpu_kernels
 from torch_utils.misc import allow_tf32
 
 from . import networks
 from .recipe import TrainConfig
-
-
-def use_cpu_kernels(wanted: bool = True) -> bool:
-    """Lets all networks of this process normalise by torch_utils.cpu_kernels, or no longer. Returns whether they do:
-    not without a C compiler, nor under EDM_KERNELS=0. Takes part of a second the first time."""
-    networks.fused_norm = cpu_kernels.group_norm if wanted and cpu_kernels.library() is not None else None
-    return networks.fused_norm is not None
 
 
 def recompute_blocks(net: Any) -> None:

@@ -29,7 +29,7 @@ from .draws import BatchPart, StepDraws, key
 from .loader import Batch, Loader
 from .optimizer import LARGEST_GRADIENT, Gradients, LossScale, ema_factor, learning_rate
 from .recipe import TrainConfig
-from .speed import compute_dtype, maybe_compile, recompute_blocks, set_precision, use_cpu_kernels
+from .speed import compute_dtype, maybe_compile, recompute_blocks, set_precision
 
 NETWORKS = {name: getattr(networks, name) for name in ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")}
 LOSSES = {name: getattr(losses, name) for name in ("EDMLoss", "VPLoss", "VELoss")}
@@ -76,7 +76,6 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.batch_gpu, self.rounds = check_batch(config.batch, config.batch_gpu, self.world_size)
         set_precision(config)
-        use_cpu_kernels(self.device.type == "cpu")
 
         torch.manual_seed(key(config.seed, 0, "init"))
         self.net = run_network(config, dataset, stage)
