@@ -90,7 +90,8 @@ def _from_npz(file: IO[bytes], source: object) -> dict[str, Array]:
     content = np.load(file, allow_pickle=False)
     if not isinstance(content, np.lib.npyio.NpzFile):
         raise UserError(f"{source}: a single array; statistics are an npz file with mu and sigma")
-    for entry in content.zip.infolist():
+    archive: Any = content.zip
+    for entry in archive.infolist():
         if entry.filename.removesuffix(".npy") in ARRAYS and entry.file_size > MAX_ARRAY_BYTES:
             raise ValueError(f"{entry.filename} claims {entry.file_size} bytes")
     return {name: content[name] for name in ARRAYS if name in content}

@@ -103,7 +103,7 @@ def plan_sampling(
             raise UsageError(f"{option_name(name)}={value} is not a number")
     sampling = network.sampling
     if grid is not None and sampling is None:
-        shape = {name: given.pop(name) for name in ("sigma_min", "sigma_max", "rho") if name in given}
+        shape: dict[str, Any] = {name: given.pop(name) for name in ("sigma_min", "sigma_max", "rho") if name in given}
         sampling = _named_grid(network.net, grid, shape)
     elif grid is not None and sampling is not None and grid != (sampling.teacher_steps, sampling.ratio):
         own = f"{sampling.teacher_steps}/{sampling.ratio}"
