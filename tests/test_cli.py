@@ -42,7 +42,7 @@ from training.recipe import Options
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {module.__name__: module for module in (train, distill, generate, fid, example, convert, dataset_tool)}
-SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=8", "--tick=0.02", "--warmup=0", "--device=cpu"]
+SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=100", "--tick=0.1", "--warmup=0", "--device=cpu"]
 
 
 def fails(capsys: pytest.CaptureFixture[str], module: Any, *args: object) -> tuple[int, str]:
@@ -104,7 +104,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LESS = {  # what makes an example small enough for a test; the last of two options counts
     "train": ["--dry-run", "--device=cpu"],
     "distill": [
-        *("--until=16", "--duration=0.001", "--batch=8", "--eval-num=4", "--eval-sets=1", "--curve=0"),
+        *("--until=16", "--duration=0.001", "--batch=100", "--eval-num=4", "--eval-sets=1", "--curve=0"),
         *("--detector=detector.pt", "--device=cpu"),
     ],
     "generate": ["--seeds=0-2", "--device=cpu"],
@@ -256,7 +256,7 @@ def test_config_repeats_a_run(tmp_path, capsys):
     assert losses(first) == losses(second)
     assert train.main([f"--config={config}", f"--outdir={second}-2", "--lr=1e-3", "--seed=9", "-n"]) == 0
     changed = printed_options(capsys)
-    assert changed["optimizer_kwargs"]["lr"] == 1e-3 and changed["seed"] == 9 and changed["batch_size"] == 8
+    assert changed["optimizer_kwargs"]["lr"] == 1e-3 and changed["seed"] == 9 and changed["batch_size"] == 100
     assert train.main([f"--config={config}", "--device=cpu"]) == 0  # in its own place: done already
     assert "This run is done already" in capsys.readouterr().out
 
@@ -454,12 +454,12 @@ def on_a_terminal(*command: object, timeout: float = 100) -> str:
 
 def test_bars_are_for_terminals_alone(tmp_path, capsys):
     data = make_dataset(tmp_path / "data.zip")
-    args = [f"--data={data}", "--nosubdir", "--duration=0.002", "--seed=1", *SMALL]
+    args = [f"--data={data}", "--nosubdir", "--duration=0.002", "--seed=1", *SMALL, "--tick=0.2"]
     shown = on_a_terminal("train.py", f"--outdir={tmp_path / 'a'}", *args)
     assert re.search(r"training: +\d+%.*img/s, loss 0\.\d+", shown), shown[-3000:]
     assert "\x1b[32mWritten to " in shown
     log = (tmp_path / "a" / "log.txt").read_text()
-    assert "img/s" not in log and "\r" not in log and "\x1b" not in log and len(log) > 5000
+    assert "img/s" not in log and "\r" not in log and "\x1b" not in log
     assert len(re.findall(r"^About .* for the .* kimg that are left$", log, re.MULTILINE)) == 1
     for line in log.splitlines():
         assert line in shown, line  # a line is never broken by the bar
@@ -480,7 +480,7 @@ def test_the_next_commands_run_as_they_are_printed(tmp_path, capsys, monkeypatch
     data = make_dataset(tmp_path / "my data.zip", size=8)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("engine.next_steps.FIRST_STEPS", 2)
-    less = ["--batch=8", "--tick=1", "--device=cpu"]
+    less = ["--batch=100", "--tick=1", "--device=cpu"]
     small = [*SMALL, "--duration=0.001", *less]
     assert train.main([f"--data={data}", "--outdir=runs", "--desc=a b", "--seed=0", *small]) == 0
     stages = []
@@ -507,7 +507,7 @@ def test_the_next_commands_run_as_they_are_printed(tmp_path, capsys, monkeypatch
             break
         stages.append(re.findall(r"^  (.* steps)$", text, re.MULTILINE)[-1])
         capsys.readouterr()
-        assert train.main([*stage[2:], "--duration=0.001", *less]) == 0
+        assert train.main([*stage[2:], *less]) == 0
     assert stages == ["2 -> 1 steps"]
     assert len(list((tmp_path / "runs").iterdir())) == 2
 

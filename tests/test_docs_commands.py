@@ -34,8 +34,8 @@ NOT_HERE = {
     "python -m bench.": "test_bench.py runs it",
 }
 LESS = {  # the last of two options counts
-    "train.py": "--duration=0.001 --batch=96 --seed=1 --device=cpu",
-    "distill.py": "--until=8 --duration=0.001 --batch=96 --eval-num=8 --eval-sets=1 --curve=0 --device=cpu",
+    "train.py": "--duration=0.001 --batch=256 --seed=1 --device=cpu",
+    "distill.py": "--until=8 --duration=0.001 --batch=256 --eval-num=8 --eval-sets=1 --curve=0 --device=cpu",
     "generate.py": "--seeds=0-7 --device=cpu",
     "fid.py calc": "--num-images=8 --device=cpu",
     "fid.py gen": "--num-images=8 --device=cpu",
