@@ -69,7 +69,7 @@ def command(device: str, dry_run: bool, **values: Any) -> None:
         dist.print0(f"Would {describe_start(found, run.config.total_nimg)}")
         dist.print0("Dry run; exiting.")
     else:
-        snapshot = setup.train(options, run, tell=run.announce)
+        snapshot = setup.train(options, run, announce=run.announce)
         for line in next_steps.describe_end(options, run, snapshot):
             dist.print0(line)
     dist.shutdown()
@@ -82,7 +82,7 @@ def describe_start(found: tuple[Path, dict[str, Any]] | None, total_nimg: int) -
     path, state = found
     if state["position"]["nimg"] >= total_nimg:
         return f"have nothing to train: {path} is a finished run's"
-    return f"go on from {path}"
+    return f"resume from {path}"
 
 
 main = partial(cli.run, command)

@@ -133,7 +133,7 @@ def training(setting: Setting, solver: str | None = None) -> Pair:
 
     def quickly() -> float:
         trainer.step(loaders[1])
-        loss = float(trainer.stats["Loss/loss"])
+        loss = float(trainer.stats.mean("Loss/loss"))
         trainer.stats.reset()
         return loss
 

@@ -51,20 +51,21 @@ def network_cost(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage 
     """Counted on torch's meta device: nothing is computed or allocated. Foreign code runs on the CPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    kept, before = 0, 0
-    blocks: list[tuple[int, int]] = []  # of each block: bytes of its input, bytes kept within
+    kept: list[int] = []  # bytes of every tensor
+    entered: list[int] = []  # of every block: its input's bytes
+    inner: list[int] = []  # of every block: bytes kept within
+    begun: list[int] = []
+
+    def size(tensor: torch.Tensor) -> int:
+        return 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.numel() * tensor.element_size() if not isinstance(tensor, torch.nn.Parameter) else 0
+        kept.append(size(tensor))
         return tensor
 
     def enter(block: Any, inputs: Any) -> None:
-        nonlocal before
-        before = kept
-
-    def leave(block: Any, inputs: Any, output: Any) -> None:
-        blocks.append((inputs[0].numel() * inputs[0].element_size(), kept - before))
+        entered.append(size(inputs[0]))
+        begun.append(len(kept))
 
     foreign = stage is not None and stage.teacher.own_code
     with torch.device("cpu" if foreign else "meta"):
@@ -72,15 +73,14 @@ def network_cost(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage 
         for block in net.modules():
             if isinstance(block, UNetBlock):
                 block.register_forward_pre_hook(enter)
-                block.register_forward_hook(leave)
+                block.register_forward_hook(lambda *_: inner.append(sum(kept[begun.pop() :])))
         images = torch.zeros(1, *dataset.image_shape)
         labels = torch.zeros(1, dataset.label_dim) if dataset.label_dim else None
         counter = FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             net(images, torch.ones(1), labels)
-    inner = [within for _, within in blocks]
-    recompute = kept - sum(inner) + sum(entering for entering, _ in blocks) + max(inner, default=0)
-    return Cost(sum(p.numel() for p in net.parameters()), counter.get_total_flops(), kept, recompute)
+    recompute = sum(kept) - sum(inner) + sum(entered) + max(inner, default=0)
+    return Cost(sum(p.numel() for p in net.parameters()), counter.get_total_flops(), sum(kept), recompute)
 
 
 def meta_network(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None) -> Any:
@@ -109,10 +109,8 @@ def training_calls(solver: str | None, ratio: int = 1, self_teacher: bool = Fals
 def describe_cost(run: Run) -> list[str]:
     """Lines for `--dry-run`, beyond those of every start: parameters, FLOPs of a network call, memory."""
     config, cost = run.config, run.cost
-    if config.batch_gpu == AUTO:
-        size = largest_counted(run)
-    else:
-        size, _ = check_batch(config.batch, config.batch_gpu, dist.get_world_size())
+    auto = config.batch_gpu == AUTO
+    size = largest_counted(run) if auto else check_batch(config.batch, config.batch_gpu, dist.get_world_size())[0]
     memory = fixed_memory(run) + bytes_per_image(run) * size
     return [
         f"Parameters:              {cost.parameters / 1e6:.2f} M",
@@ -124,9 +122,9 @@ def describe_cost(run: Run) -> list[str]:
 def describe_memory(run: Run) -> str:
     """What a process needs besides activations, in words."""
     need, free = fixed_memory(run), free_memory()
-    parts = f"weights, gradients, Adam, EMA{', teacher' if run.stage else ''}"
     note = f": more than the {gib(free)} that are free, it will not run here" if need > free else ""
-    return f"{gib(need)} for {parts}, and activations on top{note}"
+    teacher = ", teacher" if run.stage else ""
+    return f"{gib(need)} for weights, gradients, Adam, EMA{teacher}, and activations on top{note}"
 
 
 def fixed_memory(run: Run) -> int:
@@ -143,22 +141,15 @@ def free_memory() -> int:
 
 
 def describe_absurdity(run: Run) -> str | None:
-    """A line for a run that takes a CPU a month or more even at CPU_FLOPS a core; None for any other."""
-    config = run.config
-    if dist.device().type != "cpu":
+    """A remark on a run that takes a CPU a month or more even at CPU_FLOPS a core; None for any other."""
+    cores = os.cpu_count() or 1
+    seconds = run.flops_per_image / (CPU_FLOPS * cores)
+    days = seconds * run.config.total_nimg / 86400
+    if dist.device().type != "cpu" or days < ABSURD_DAYS:
         return None
-    days = run.flops_per_image / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
-    total = days * config.total_nimg
-    if total < ABSURD_DAYS:
-        return None
-    step = days * config.batch * 1440
-    shorter = f"--duration={1 / days / 1e6:.2g} is what it does in a day"
-    fits = "--cbase=32 --cres=1,2 --blocks=1 --batch=64 fits a CPU (docs/your-own-data.md)"
-    smaller = "" if run.stage else f"; {fits}"
-    takes = f"{total / 365:.2g} years" if total > 700 else f"{total:.0f} days"
     return (
-        f"Note: this takes {takes} at the least on {count(os.cpu_count() or 1, 'CPU core')}, a step of "
-        f"--batch={config.batch} {step:.2g} minutes: {shorter}{smaller}"
+        f"this takes {days:.0f} days or more on {count(cores, 'CPU core')}; a day is enough for "
+        f"--duration={86400 / seconds / 1e6:.2g}, or for a smaller network (docs/your-own-data.md)"
     )
 
 
@@ -174,10 +165,13 @@ def bytes_per_image(run: Run) -> int:
 def largest_batch(run: Run) -> int:
     """How many images a process can take at once: the largest divisor of its share of the batch that fits, on every
     process. On a GPU by trying; elsewhere, where too much would end the process, by counting."""
-    if dist.device().type == "cuda":
-        size = next((n for n in divisors(run) if _fits(run, n)), 1)
-    else:
-        size = largest_counted(run)
+    if dist.device().type != "cuda":
+        return int(min(dist.gather_objects(largest_counted(run))))
+    for size in divisors(run):  # down to 1
+        fits = _fits(run, size)
+        torch.cuda.empty_cache()
+        if fits:
+            break
     return int(min(dist.gather_objects(size)))
 
 
@@ -195,32 +189,24 @@ def divisors(run: Run) -> list[int]:
 
 
 def _fits(run: Run, images: int) -> bool:
-    """Whether a forward and a backward pass over so many images go through, beside what else a run holds."""
-    try:
-        _try_out(run, images)
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        if dist.device().type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _try_out(run: Run, images: int) -> None:
-    """One forward and backward pass, with as much memory taken besides as a run takes. Raises OutOfMemoryError."""
+    """Whether a forward and a backward pass over so many images go through, beside all else that a run takes."""
     config, dataset, device = run.config, run.dataset, dist.device()
     own = 2 * 4 * run.cost.parameters  # the weights and gradients of the trial itself
     spare = SPARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    everything_else = torch.empty(int(fixed_memory(run) - own + spare), dtype=torch.uint8, device=device)
-    net = run_network(config, dataset, run.stage)
-    net.train().requires_grad_(True).to(device)
-    net.compute_dtype = compute_dtype(config.precision, device)
-    if config.recompute:
-        recompute_blocks(net)
-    x = torch.zeros(images, *dataset.image_shape, device=device)
-    labels = torch.zeros(images, dataset.label_dim, device=device) if dataset.label_dim else None
-    net(x, torch.ones(images, device=device), labels).square().mean().backward()
-    del everything_else
+    try:
+        everything_else = torch.empty(int(fixed_memory(run) - own + spare), dtype=torch.uint8, device=device)
+        net = run_network(config, dataset, run.stage)
+        net.train().requires_grad_(True).to(device)
+        net.compute_dtype = compute_dtype(config.precision, device)
+        if config.recompute:
+            recompute_blocks(net)
+        x = torch.zeros(images, *dataset.image_shape, device=device)
+        labels = torch.zeros(images, dataset.label_dim, device=device) if dataset.label_dim else None
+        net(x, torch.ones(images, device=device), labels).square().mean().backward()
+        del everything_else
+        return True
+    except torch.OutOfMemoryError:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,26 +229,9 @@ class DiskNeed:
         states = self.dumps + state.KEPT_ROLLING + 1
         return self.snapshots * self.snapshot_bytes + states * self.state_bytes + self.picture_bytes
 
-    @property
-    def least(self) -> int:
-        """A snapshot and two states: with less, a run can't save its first state and then a second one."""
-        return self.snapshot_bytes + 2 * self.state_bytes
-
-    def describe(self, run_dir: str) -> str:
-        """In words, beside what is free there, and a warning where the run can't end."""
-        text = (
-            f"at most {gib(self.total)} ({count(self.snapshots, 'snapshot')} of {gib(self.snapshot_bytes)}; "
-            f"{count(self.dumps, 'dump')}, {state.KEPT_ROLLING} rolling states and one being written, of "
-            f"{gib(self.state_bytes)}), "
-            f"{gib(free_disk(run_dir))} free"
-        )
-        if self.total - written_before(run_dir) > free_disk(run_dir):
-            text += ". The disk may fill before the run ends: free some, or use a larger --snap or --dump"
-        return text
-
 
 def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None) -> DiskNeed:
-    """Counts what the rules of `Trainer` write in a run from its beginning."""
+    """Counts what the rules of `engine.loop` write in a run from its beginning."""
     parameters = list(meta_network(config, dataset, stage).parameters())
     weights = 4 * sum(p.numel() for p in parameters)
     steps = math.ceil(config.total_nimg / config.batch)
@@ -286,13 +255,24 @@ def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | N
     )
 
 
+def describe_disk(run: Run) -> str:
+    """What a run needs beside what is free, in words, and a warning where it can't end."""
+    need, free = disk_need(run.config, run.dataset, run.stage), free_disk(run.config.run_dir)
+    fills = need.total - written_before(run.config.run_dir) > free
+    return (
+        f"at most {gib(need.total)} ({count(need.snapshots, 'snapshot')} of {gib(need.snapshot_bytes)}; "
+        f"{count(need.dumps, 'dump')}, {state.KEPT_ROLLING} rolling states and one being written, of "
+        f"{gib(need.state_bytes)}), {gib(free)} free"
+    ) + ". The disk may fill before the run ends: free some, or use a larger --snap or --dump" * fills
+
+
 def check_disk(run: Run) -> None:
     """Raises UserError where a run that has nothing there yet can't even save a state and then a second one."""
     need, run_dir = disk_need(run.config, run.dataset, run.stage), run.config.run_dir
-    free = free_disk(run_dir)
-    if need.least > free + written_before(run_dir):
+    least, free = need.snapshot_bytes + 2 * need.state_bytes, free_disk(run_dir)
+    if least > free + written_before(run_dir):
         raise UserError(
-            f"{run_dir}: the disk has {gib(free)} free, but a snapshot and two training states take {gib(need.least)}; "
+            f"{run_dir}: the disk has {gib(free)} free, but a snapshot and two training states take {gib(least)}; "
             "free some space, or use an --outdir on another disk"
         )
 

@@ -1,7 +1,7 @@
 """Where else the figures of `stats.jsonl` go, if asked: TensorBoard, Weights & Biases. The file stays the truth.
 
-Both packages send in threads of their own, so that a run does not wait for a network. A logger that fails is left out
-with one warning. The packages are imported when the first figures come.
+Both packages send in threads of their own, so that a run does not wait for a network. They are imported when the first
+figures come; one that fails is left out with one warning.
 """
 
 from __future__ import annotations
@@ -59,9 +59,14 @@ class Wandb:
 
         folder = Path(config.run_dir)
         check_no_link(folder / "wandb")  # where it keeps its files
+        path = folder / RUN_ID
+        known = printable(read_file(path, "a run's JSON").decode(errors="replace"), 100) if path.is_file() else ""
+        if not known:
+            known = secrets.token_hex(4)
+            write_text(path, known + "\n")
         self.run: Any = wandb.init(
             project=config.wandb,
-            id=run_id(folder),
+            id=known,
             resume="allow",
             name=folder.name,
             group=folder.resolve().parent.name,  # the stages of a ladder lie side by side
@@ -85,27 +90,17 @@ LOGGERS: dict[str, Callable[[TrainConfig, int], Logger]] = {
 }
 
 
-def run_id(folder: Path) -> str:
-    """The number under which a run directory is known to Weights & Biases, made up at the first call."""
-    path = folder / RUN_ID
-    known = printable(read_file(path, "a run's JSON").decode(errors="replace"), 100) if path.is_file() else ""
-    if known:
-        return known
-    made = secrets.token_hex(4)
-    write_text(path, made + "\n")
-    return made
-
-
 class Loggers:
-    """The loggers asked for, by name, each made when the first figures come. One that raises is left out from there."""
+    """Those that `config` asks for, on rank 0; none elsewhere. begin: how many images the run has behind it."""
 
-    def __init__(self, makers: dict[str, Callable[[], Logger]], log: Callable[[str], None]) -> None:
-        self.makers, self.log = makers, log
+    def __init__(self, config: TrainConfig, log: Callable[[str], None], begin: int) -> None:
+        self.asked = {name: make for name, make in LOGGERS.items() if getattr(config, name) and dist.is_main()}
         self.made: dict[str, Logger] = {}
+        self.config, self.log, self.begin = config, log, begin
 
     def write(self, figures: Figures, nimg: int) -> None:
-        """Hands the figures to each logger."""
-        for name in list(self.makers):
+        """Hands figures, by name, to each logger, after so many images."""
+        for name in list(self.asked):
             self._use(name, lambda logger: logger.write(figures, nimg))
 
     def close(self) -> None:
@@ -116,21 +111,10 @@ class Loggers:
     def _use(self, name: str, action: Callable[[Logger], None]) -> None:
         try:
             if name not in self.made:
-                self.made[name] = self.makers[name]()
+                self.made[name] = self.asked[name](self.config, self.begin)
             action(self.made[name])
         except Exception as exc:
-            del self.makers[name]
+            del self.asked[name]
             self.made.pop(name, None)
             reason = f"{type(exc).__name__}: {printable(exc, 200)}"
             self.log(f"Warning: --{name} is left out from here on ({reason}); stats.jsonl has every figure")
-
-
-def open_loggers(config: TrainConfig, log: Callable[[str], None], begin: Callable[[], int] = lambda: 0) -> Loggers:
-    """Those that `config` asks for, on rank 0; none elsewhere. begin: how many images the run has behind it, called
-    when the first figures come."""
-
-    def maker(make: Callable[[TrainConfig, int], Logger]) -> Callable[[], Logger]:
-        return lambda: make(config, begin())
-
-    asked = {name: maker(make) for name, make in LOGGERS.items() if getattr(config, name) and dist.is_main()}
-    return Loggers(asked, log)

@@ -429,25 +429,25 @@ def test_what_is_no_training_state(files, fails, tmp_path):
     state = files / "run/training-state-000000.pt"
     (tmp_path / "network-snapshot-000002.pkl").touch()
     snapshot = f"--resume={tmp_path / 'network-snapshot-000002.pkl'}"
-    fails(1, "network snapshot, not a training state, from which a run resumes; there is none", train, *run, snapshot)
+    fails(1, "is a network snapshot, not a training state; there is none there", train, *run, snapshot)
     (tmp_path / "weights.safetensors").touch()
     (tmp_path / "weights.pt").touch()
-    fails(1, "there is none beside it", train, *run, f"--resume={tmp_path / 'weights.safetensors'}")
+    fails(1, "there is none there", train, *run, f"--resume={tmp_path / 'weights.safetensors'}")
     (tmp_path / "training-state-000001.pt").touch()
-    fails(1, f"; {tmp_path / 'training-state-000001.pt'} lies beside it", train, *run, snapshot)
+    fails(1, f"; the newest one there is {tmp_path / 'training-state-000001.pt'}", train, *run, snapshot)
     (tmp_path / "training-state-000002.pt").touch()
-    fails(1, f"; {tmp_path / 'training-state-000002.pt'} lies beside it", train, *run, snapshot)
+    fails(1, f"; the newest one there is {tmp_path / 'training-state-000002.pt'}", train, *run, snapshot)
     for path in tmp_path.glob("*-00000?.*"):
         path.unlink()
     fails(
         1,
-        f"is a folder, a file is needed; the newest training state in it is {state}",
+        f"is a folder, not a training state; the newest one there is {state}",
         train,
         *run,
         f"--resume={files / 'run'}",
     )
-    fails(1, "; there is no training state in it", train, *run, f"--resume={tmp_path}")
-    fails(1, "did you mean 'latest'?", train, *run, "--resume=lastest")
+    fails(1, "; there is none there", train, *run, f"--resume={tmp_path}")
+    fails(1, "no such training state (training-state-*.pt, or latest)", train, *run, "--resume=lastest")
     fails(1, "no such", train, *run, "--resume=nowhere.pt", "-n")
 
     whole = (files / "run/state.pt").read_bytes()

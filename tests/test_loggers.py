@@ -7,7 +7,7 @@ import json
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -96,9 +96,13 @@ def test_what_a_resumed_run_repeats_is_shown_once(data: Path, tmp_path: Path, mo
                 path.unlink()
         fake.step += 1  # where a resumed run begins there
     steps = [round(line["Progress/kimg"]["mean"] * 1000) for line in stats]
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("Loss/loss")
-    assert [event.step for event in events] == steps == [row["nimg"] for row in fake.rows] and len(steps) >= 5
-    assert [event.value for event in events] == pytest.approx([line["Loss/loss"]["mean"] for line in stats])
+    assert steps == [row["nimg"] for row in fake.rows] and len(steps) >= 5
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == stats[0].keys() - {"timestamp"}
+    for name in events.Tags()["scalars"]:
+        found = events.Scalars(name)
+        assert [event.step for event in found] == steps
+        assert [event.value for event in found] == pytest.approx([line[name]["mean"] for line in stats])
 
 
 @pytest.mark.parametrize(("fail", "words"), [("init", "ConnectionError: no network"), ("log", "OSError: disk full")])
@@ -125,12 +129,13 @@ def test_a_missing_package_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_is_started_before_the_first_figures() -> None:
-    def make() -> Any:
+def test_nothing_is_started_before_the_first_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(config: Any, begin: int) -> Any:
         raise AssertionError("too early")
 
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", make)
     lines: list[str] = []
-    each = Loggers({"x": make}, lines.append)
+    each = Loggers(cast(Any, types.SimpleNamespace(tensorboard=True, wandb=None)), lines.append, begin=0)
     each.close()
     assert not lines
     each.write({"loss": 1.0}, 1)

@@ -132,19 +132,15 @@ def test_auto_in_a_dry_run(data, capsys):
 
 
 def test_auto_on_a_gpu_takes_the_first_size_that_goes_through(data, monkeypatch):
-    """With a stand-in for the trial, which runs here too, at its true size."""
+    """The trial runs here too; which sizes it fits is made up."""
     found = prepare(Options("out", str(data), cond=True, cbase=16, cres=[1, 2], blocks=1, batch=12, recompute=True))
-    costs._try_out(found, 12)
+    assert costs._fits(found, 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(costs, "recompute_blocks", lambda net: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+        assert not costs._fits(found, 12)
     tried = []
-
-    def try_out(run, images):
-        tried.append(images)
-        if images > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(costs, "_try_out", try_out)
+    monkeypatch.setattr(costs, "_fits", lambda run, images: tried.append(images) or images <= 3)
     monkeypatch.setattr(costs.dist, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert costs.largest_batch(found) == 3
     assert tried == [12, 6, 4, 3]
 

@@ -1,7 +1,9 @@
-"""Several processes: one that dies or stands still ends the job, those that disagree never begin, signals lose nothing."""
+"""Several processes: they compute what one does, one that dies or stands still ends the job, those that disagree never
+begin, signals and restarts lose nothing."""
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +16,9 @@ import pytest
 import torch
 
 from engine.loop import check_same_weights
-from helpers import make_dataset
-from test_training import SMALL, assert_same_state, finish, launch, newest_nimg, timeless, wait_for
+from formats.network_files import save_network
+from helpers import load_recipe, make_dataset, small_network
+from test_training import SMALL, assert_same_state, finish, launch, losses, newest_nimg, run, stats, timeless, wait_for
 from torch_utils import distributed as dist
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +35,6 @@ def command(trouble):
     import torch
     from torch_utils import distributed as dist
 
-    if os.environ["RANK"] == "1" and trouble == "late":
-        torch.__version__ = "1.0"
     dist.init("cpu", cli.options_in_use())
     second = dist.get_rank() == (0 if trouble == "first-killed" else 1)
     if trouble == "late":
@@ -57,7 +58,7 @@ TROUBLES = {  # -> status and words of the rank that is left
     "raises": (1, [GONE]),
     "first-killed": (1, [GONE]),
     "stuck": (1, [GONE]),
-    "late": (0, ["warning: the processes have different versions of torch", "1.0"]),
+    "late": (0, []),
 }
 
 
@@ -66,22 +67,36 @@ def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data") / "blobs.zip", count=40)
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """Runs of 84 steps that nothing happens to, by their number of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    for n in (1, 2, 3):
+        args = [f"--data={data}", *ARGS, f"--outdir={folder / str(n)}"]
+        if n > 1:
+            finish(n, *args, log=folder / f"{n}.txt")
+        else:
+            assert run(*args) == 0
+    return {n: folder / str(n) for n in (1, 2, 3)}
+
+
+def assert_near(a, b):
+    """Adam makes full-size steps of rounding noise: two runs drift apart at a pace set by the learning rate. At 5e-4 the
+    losses of 84 steps differ by less than 1e-6 between 1 and 2 processes, at 2e-3 by 3e-4; a wrong draw differs by 1e-1."""
+    for ours, theirs in zip(losses(a), losses(b), strict=True):
+        assert ours["num"] == theirs["num"] and ours["mean"] == pytest.approx(theirs["mean"], rel=1e-5)
+
+
 def start_plainly(commands, **variables):
-    """One process for each command, as srun starts them: nobody looks after them, nobody ends those that are left."""
+    """One process for each command, as srun starts them: nobody ends those that are left."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
     place |= {"WORLD_SIZE": str(len(commands)), **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     return [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env={**os.environ, **place, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, command in enumerate(commands)
+        subprocess.Popen([sys.executable, *map(str, words)], env={**os.environ, **place, "RANK": str(rank)}, **pipes)
+        for rank, words in enumerate(commands)
     ]
 
 
@@ -117,15 +132,12 @@ def test_processes_that_disagree_do_not_begin(data, tmp_path):
     other = make_dataset(tmp_path / "blobs.zip", count=40, seed=1)
     out = tmp_path / "run"
     usual = [ROOT / "train.py", f"--data={data}", *ARGS, f"--outdir={out}"]
-    cases = [
-        (
-            [*usual, "--lr=0.1", "--batch=14"],
-            ["--batch is 12 on rank 0, 14 on rank 1", "--lr is 0.0005 on rank 0, 0.1"],
-        ),
-        ([*usual, f"--data={other}"], ["'data' of the run", "rank 1"]),
-    ]
-    jobs = [start_plainly([usual, command]) for command, _ in cases]
-    for (first, second), (_, words) in zip(jobs, cases, strict=True):
+    cases = {
+        ("--lr=0.1", "--batch=14"): ["--batch is 12 on rank 0, 14 on rank 1", "--lr is 0.0005 on rank 0, 0.1"],
+        (f"--data={other}",): ["'data' of the run", "rank 1"],
+    }
+    jobs = [start_plainly([usual, [*usual, *more]]) for more in cases]
+    for (first, second), words in zip(jobs, cases.values(), strict=True):
         status, lines = end(first)
         assert status == 1 and len(lines) == 1 and "the processes do not agree" in lines[0], lines
         assert all(word in lines[0] for word in words), lines
@@ -137,8 +149,8 @@ def test_processes_that_disagree_do_not_begin(data, tmp_path):
     ("variables", "words"),
     [
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "two"}, "must be whole numbers"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "must be whole numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two must be a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 must be a whole number"),
         ({"RANK": "0", "WORLD_SIZE": "2", "EDM_COLLECTIVE_TIMEOUT": "nan"}, "EDM_COLLECTIVE_TIMEOUT=nan"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "check MASTER_ADDR"),
     ],
@@ -166,6 +178,39 @@ def test_weights_that_are_swapped_are_noticed(monkeypatch):
         check_same_weights(nets[1])
 
 
+# -- results -------------------------------------------------------------------------------------------------------------
+
+
+def test_two_and_three_processes_change_rounding_only(whole):
+    assert_near(whole[1], whole[2])
+    assert_near(whole[1], whole[3])
+
+
+def test_two_processes_distil_a_published_shape(data, tmp_path):
+    net = small_network(augment_dim=9, dropout=0.13, use_fp16=True)
+    load_recipe(net, 3)
+    save_network(tmp_path / "teacher.pkl", net)
+    args = [f"--data={data}", "--precond=edm_distillation", "--batch=48", "--batch-gpu=12", "--duration=0.001"]
+    args += ["--num_steps=4", f"--transfer={tmp_path / 'teacher.pkl'}", "--cond=0", "--arch=ddpmpp", "--tick=0.048"]
+    args += ["--seed=5", "--lr=1e-4"]
+    assert run(*args, f"--outdir={tmp_path / 'one'}", "--nosubdir") == 0
+    finish(2, *args, f"--outdir={tmp_path / 'two'}", log=tmp_path / "two.txt")
+    (two,) = (tmp_path / "two").iterdir()
+    assert two.name == "00000-blobs-uncond-ddpmpp-edm_distillation-gpus2-batch48-fp32"
+    assert_near(tmp_path / "one", two)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_over_250_steps(data, tmp_path):
+    args = [f"--data={data}", *SMALL[:-2], "--lr=1e-4", "--warmup=0", "--nosubdir", "--duration=0.003", "--tick=0.012"]
+    args += ["--dropout=0", "--snap=1000"]
+    assert run(*args, f"--outdir={tmp_path / 'one'}") == 0
+    finish(2, *args, f"--outdir={tmp_path / 'two'}", log=tmp_path / "two.txt")
+    rows = list(zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True))
+    assert len(rows) == 250 and all(a["num"] == b["num"] for a, b in rows)
+    assert max(abs(a["mean"] / b["mean"] - 1) for a, b in rows) < 1e-6  # measured: 1.5e-7
+
+
 # -- signals and restarts ------------------------------------------------------------------------------------------------
 
 
@@ -174,20 +219,57 @@ def workers(job):
     return [p for p in psutil.Process(job.pid).children(recursive=True) if any("train.py" in w for w in p.cmdline())]
 
 
-def test_torchrun_starts_again_from_the_newest_state(data, tmp_path):
-    """--max-restarts: one process is killed, once; the job ends well, with the weights of one that nothing happened to."""
-    finish(2, f"--data={data}", *ARGS, f"--outdir={tmp_path / 'whole'}", log=tmp_path / "whole.txt")
-    args = [f"--data={data}", *ARGS, f"--outdir={tmp_path / 'killed'}", "--save-every=0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    with open(tmp_path / "killed.txt", "w") as log:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        job = subprocess.Popen([*command, ROOT / "train.py", *args], env=env, stdout=log, stderr=log)
-        wait_for(lambda: newest_nimg(tmp_path / "killed") >= 300, job)
+def test_three_processes_start_again_from_the_newest_state(data, whole, tmp_path):
+    """torchrun --max-restarts: one process is killed half-way, which ends all three; the second start ends with the bits
+    of a run that nothing happened to."""
+    folder, log = tmp_path / "killed", tmp_path / "killed.txt"
+    args = [f"--data={data}", *ARGS, f"--outdir={folder}", "--save-every=0"]
+    with open(log, "w") as file:
+        job = launch(3, *args, launcher=["--max-restarts=1"], stdout=file, stderr=file)
+        wait_for(lambda: newest_nimg(folder) >= 400, job)
         workers(job)[1].kill()
-        assert job.wait(timeout=200) == 0, (tmp_path / "killed.txt").read_text()[-3000:]
-    assert "Resuming from" in (tmp_path / "killed/log.txt").read_text()
-    assert_same_state(*(tmp_path / name / "training-state-000001.pt" for name in ("whole", "killed")))
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
+        assert job.wait(timeout=200) == 0, log.read_text()[-3000:]
+    assert "Resuming from" in (folder / "log.txt").read_text()
+    assert_same_state(*(place / "training-state-000001.pt" for place in (whole[3], folder)))
+    assert timeless(whole[3]) == timeless(folder)
+
+
+def test_two_processes_stop_when_asked_and_resume_exactly(data, whole, tmp_path, capsys):
+    """SIGTERM to the launcher, as a queue sends it; no rolling state had been due for minutes. One process resumes with
+    the same images and noise, notes that it may round otherwise, and does no more than that."""
+    args, folder = [f"--data={data}", *ARGS], tmp_path / "stopped"
+    with open(tmp_path / "stopped.txt", "w") as log:
+        job = launch(2, *args, f"--outdir={folder}", stdout=log, stderr=log)
+        wait_for(lambda: (folder / "stats.jsonl").exists() and len(stats(folder)) > 20, job)
+        job.terminate()
+        assert job.wait(timeout=60) != 0
+    assert "interrupted by SIGTERM" in (tmp_path / "stopped.txt").read_text()
+    assert newest_nimg(folder) >= 20 * 12
+    shutil.copytree(folder, tmp_path / "alone")
+    finish(2, *args, f"--outdir={folder}", log=tmp_path / "resumed.txt")
+    assert_same_state(*(place / "training-state-000001.pt" for place in (whole[2], folder)))
+    assert timeless(whole[2]) == timeless(folder)
+    assert run(*args, f"--outdir={tmp_path / 'alone'}") == 0
+    out = capsys.readouterr().out
+    assert "on 2 x cpu and resumes with 1 x cpu" in out and "may round differently\n" in out
+    assert_near(whole[2], tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_four_processes_with_everything_resume_exactly(data, tmp_path):
+    """Accumulation, several loader threads, dropout, augmentation; all processes are killed, twice."""
+    args = [f"--data={data}", *SMALL, "--batch=24", "--batch-gpu=3", "--workers=3", "--dropout=0.2", "--augment=0.2"]
+    args += ["--nosubdir", "--duration=0.003", "--tick=0.1", "--save-every=0", "--cond=1", "--clip=1"]
+    finish(4, *args, f"--outdir={tmp_path / 'whole'}", log=tmp_path / "whole.txt")
+    for target in (700, 1900):
+        job = launch(4, *args, f"--outdir={tmp_path / 'broken'}", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda least=target: newest_nimg(tmp_path / "broken") >= least, job)
+        for process in [*psutil.Process(job.pid).children(recursive=True), job]:  # workers have sessions of their own
+            process.kill()
+        job.wait()
+    finish(4, *args, f"--outdir={tmp_path / 'broken'}", log=tmp_path / "resumed.txt")
+    assert_same_state(*(tmp_path / name / "training-state-000003.pt" for name in ("whole", "broken")))
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
 
 
 def test_a_start_does_not_meet_at_the_addresses_of_the_one_before():
@@ -195,9 +277,7 @@ def test_a_start_does_not_meet_at_the_addresses_of_the_one_before():
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "EDM_COLLECTIVE_TIMEOUT": "20"}
-    meet = (
-        "from torch_utils import distributed as dist; dist.init('cpu'); dist.barrier(); dist.shutdown(); print('met')"
-    )
+    meet = "from torch_utils import distributed as dist; dist.init('cpu'); dist.barrier(); print('met')"
     for start in ("0", "1"):
         jobs = []
         for rank in ("0", "1"):

@@ -198,7 +198,7 @@ def test_only_the_teachers_own_kind_of_data_will_do():
         (plain, (16, 1, 0), "t.pkl makes images of 8x8 with 1 channel, the data set has 16x16"),
         (plain, (8, 3, 0), "the data set has 8x8 with 3;"),
         (plain, (8, 1, 4), "t.pkl knows no classes; use --cond=0"),
-        (classes, (8, 1, 0), "has 4 classes, and the data set has no labels"),
+        (classes, (8, 1, 0), "has 4 classes, the data set has no labels"),
         (classes, (8, 1, 10), "has 4 classes, the data set has 10"),
     ):
         with pytest.raises(UserError) as caught:

@@ -6,10 +6,8 @@ Every function works before `init` and without it: then there is one process, ra
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +21,7 @@ from dnnlib.cli import FailedElsewhere, UsageError, UserError
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = 600.0  # seconds of a training step's exchange; EDM_COLLECTIVE_TIMEOUT sets another
+COLLECTIVE_TIMEOUT = 600  # seconds of a training step's exchange; EDM_COLLECTIVE_TIMEOUT sets another
 PATIENCE = timedelta(days=30)  # of a barrier: shares of work may end hours apart, and a lost process breaks it at once
 
 _device = torch.device("cpu")
@@ -41,13 +39,17 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
     global _device, _control_group
     if device not in ("auto", "cuda", "cpu"):
         raise UsageError(f"--device={device} is unknown; use auto, cuda or cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not use_cuda:
         raise UsageError(
             "--device=cuda, but PyTorch finds no CUDA device; use --device=cpu, or a CUDA build of PyTorch"
         )
-    use_cuda = device != "cpu" and torch.cuda.is_available()
-    local_rank = _local_rank()
+    world_size, rank = _whole("WORLD_SIZE", 1), _whole("RANK", 0)
+    if rank >= max(world_size, 1):
+        raise UserError(f"RANK={rank} must be below WORLD_SIZE={world_size}: ranks begin with 0")
+    _device = torch.device("cpu")
     if use_cuda:
+        local_rank = _whole("LOCAL_RANK", _whole("SLURM_LOCALID", 0)) if world_size > 1 else 0
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
@@ -55,10 +57,8 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
             )
         _device = torch.device("cuda", local_rank)
         torch.cuda.set_device(_device)
-    else:
-        _device = torch.device("cpu")
-    if _launched_world() > 1 and not dist.is_initialized():
-        limit = timedelta(seconds=_seconds("EDM_COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT))
+    if world_size > 1 and not dist.is_initialized():
+        limit = timedelta(seconds=_whole("EDM_COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT))
         try:
             store, rank, world_size = next(rendezvous("env://", timeout=limit))
             # Processes that torchrun has restarted meet in the store of those before, and must not find their
@@ -76,38 +76,15 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
             ) from exc
         atexit.register(shutdown)  # for programs of others: our own scripts end by os._exit (dnnlib.cli.run)
         check_agreement({f"--{name}": value for name, value in (options or {}).items()})
-        versions = gather_objects(torch.__version__)
-        if len(set(versions)) > 1:
-            print0(f"warning: the processes have different versions of torch: {', '.join(versions)}", file=sys.stderr)
     return _device
 
 
-def _launched_world() -> int:
-    """How many processes the launcher has started. Raises UserError for variables that make no sense."""
-    text = {name: os.environ.get(name) or default for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"))}
-    if not all(value.isascii() and value.isdigit() for value in text.values()):
-        raise UserError(f"RANK={text['RANK']} and WORLD_SIZE={text['WORLD_SIZE']} must be whole numbers")
-    if int(text["RANK"]) >= max(int(text["WORLD_SIZE"]), 1):
-        raise UserError(f"RANK={text['RANK']} must be below WORLD_SIZE={text['WORLD_SIZE']}: ranks begin with 0")
-    return int(text["WORLD_SIZE"])
-
-
-def _seconds(variable: str, default: float) -> float:
-    try:
-        value = float(os.environ.get(variable) or default)
-    except ValueError:
-        value = 0.0
-    if not 1 <= value < 1e9:
-        raise UserError(f"{variable}={os.environ[variable]} is not a number of seconds, 1 or more")
-    return value
-
-
-def _local_rank() -> int:
-    """This process's number on its machine: torchrun's variable, Slurm's, or the rank itself."""
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if name in os.environ and _launched_world() > 1:
-            return int(os.environ[name])
-    return 0
+def _whole(variable: str, default: int) -> int:
+    """A whole number, 0 or more, in the environment. Raises UserError for anything else."""
+    text = os.environ.get(variable) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"{variable}={text} must be a whole number, 0 or more")
+    return int(text)
 
 
 def shutdown() -> None:
@@ -121,7 +98,6 @@ def shutdown() -> None:
 
 
 def device() -> torch.device:
-    """The device that `init` chose."""
     return _device
 
 
@@ -177,16 +153,13 @@ def from_rank0(action: Callable[[], T]) -> T:
     """
     answer: Any = None
     failure: Exception | None = None
-    if is_main():
-        try:
-            answer = action()
-        except Exception as exc:
-            failure = exc
+    try:
+        answer = action() if is_main() else None
+    except Exception as exc:
+        failure = exc
     answer, failed = broadcast_object((answer, failure is not None))
-    if failure is not None:
-        raise failure
     if failed:
-        raise FailedElsewhere("rank 0 has failed, and prints why")
+        raise failure or FailedElsewhere("rank 0 has failed, and prints why")
     return answer
 
 
@@ -204,24 +177,18 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     """
     if not dist.is_initialized():
         return
-    everybody = gather_objects({name: _comparable(value) for name, value in facts.items()})
+    everybody = gather_objects({name: json.dumps(value, sort_keys=True) for name, value in facts.items()})
     wrong = [
-        f"{name} is {value} on rank 0, {theirs.get(name, 'nothing')} on rank {rank}"
+        f"{name} is {value:.80} on rank 0, {theirs.get(name, 'nothing'):.80} on rank {rank}"
         for name, value in everybody[0].items()
         for rank, theirs in enumerate(everybody)
         if theirs.get(name) != value
     ]
-    if wrong:
+    if wrong and is_main():
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        if is_main():
-            raise UserError(f"the processes do not agree: {'; '.join(wrong[:3])}{more}. Start all of them alike")
+        raise UserError(f"the processes do not agree: {'; '.join(wrong[:3])}{more}. Start all of them alike")
+    if wrong:
         raise FailedElsewhere("rank 0 prints what differs")
-
-
-def _comparable(value: Any) -> str:
-    """A short text that differs where values do: JSON, of a long one the beginning and a hash."""
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 80 else f"{text[:60]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def agree_on_largest(value: int) -> int:

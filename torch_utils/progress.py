@@ -19,21 +19,17 @@ LOG_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 def training_bar(title: str, done: int, total: int) -> Any:
     """A tqdm bar over images of which `done` are behind us: images a second, time left, and what a tick sets besides.
 
-    It is fed from the host's own count of images, so that nothing waits for the device. The status lines go to standard
-    output, so both streams must be terminals: with one of them elsewhere, lines and bar would run into each other.
+    The status lines go to standard output, so both streams must be terminals, or lines and bar would mix.
     """
     shown = dist.is_main() and sys.stderr.isatty() and sys.stdout.isatty()
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=title,
-        unit="img",
-        unit_scale=True,
-        dynamic_ncols=True,
-        smoothing=0.05,
-        leave=False,
-        disable=not shown,
-    )
+    settings: dict[str, Any] = {
+        "unit": "img",
+        "unit_scale": True,
+        "dynamic_ncols": True,
+        "smoothing": 0.05,
+        "leave": False,
+    }
+    return tqdm(total=total, initial=done, desc=title, disable=not shown, **settings)
 
 
 def print_above_bars(text: str) -> None:

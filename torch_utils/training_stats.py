@@ -15,7 +15,7 @@ from . import distributed
 
 
 class Collector:
-    """Totals since the last `reset`, the same on every process, as plain numbers once read."""
+    """Totals since the last `reset`, the same on every process."""
 
     def __init__(self) -> None:
         # name -> float64 [3]: count, sum, sum of squares; [k, 3] for a statistic of k kinds of values
@@ -35,10 +35,6 @@ class Collector:
         """Adds counts, sums and sums of squares: float64 [3], or [k, 3] for statistics `name`/0, `name`/1, ..."""
         self._pending[name] = self._pending[name] + moments if name in self._pending else moments.clone()
 
-    def report0(self, name: str, value: Any) -> None:
-        """Like `report`, with the value of rank 0 alone (every rank still has to call)."""
-        self.report(name, value if distributed.is_main() else [])
-
     def update(self) -> None:
         """Takes in everything reported since the last update, summed over processes in one exchange."""
         names = sorted(self._pending)
@@ -54,42 +50,23 @@ class Collector:
             self._totals[name] = rows.reshape(part.shape) if total is None else total + rows.reshape(part.shape)
 
     def reset(self) -> None:
-        """Starts all totals afresh."""
         self._totals.clear()
 
-    def names(self) -> list[str]:
-        """Names that have totals, sorted; those of `report_moments` as name/0, name/1, ... with leading zeros."""
-        return sorted(self._rows())
-
-    def _rows(self) -> dict[str, torch.Tensor]:
-        rows: dict[str, torch.Tensor] = {}
-        for name, total in self._totals.items():
-            if total.ndim == 1:
-                rows[name] = total
-            else:
-                digits = len(str(len(total) - 1))
-                rows |= {f"{name}/{kind:0{digits}d}": row for kind, row in enumerate(total)}
-        return rows
-
-    def num(self, name: str) -> int:
-        """How many values were reported; 0 for an unknown name."""
-        return _moments(self._rows().get(name))[0]
-
     def mean(self, name: str) -> float:
-        """Mean of the reported values, NaN when there are none."""
-        return _moments(self._rows().get(name))[1]
-
-    def std(self, name: str) -> float:
-        """Deviation (over N) of the reported values, NaN when there are none."""
-        return _moments(self._rows().get(name))[2]
-
-    def __getitem__(self, name: str) -> float:
-        return self.mean(name)
+        """Mean of the values reported as `name`, NaN when there are none."""
+        return self.as_dict().get(name, {}).get("mean", math.nan)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """name -> {num, mean, std}, as one line of `stats.jsonl` holds them; what was never reported is left out."""
-        table = {name: _moments(row) for name, row in sorted(self._rows().items())}
-        return {name: {"num": num, "mean": mean, "std": std} for name, (num, mean, std) in table.items() if num}
+        """name -> {num, mean, std (over N)}, as one line of `stats.jsonl` holds them, sorted; those of
+        `report_moments` as name/0, name/1, ... with leading zeros. What was never reported is left out."""
+        rows: dict[str, list[float]] = {}
+        for name, total in self._totals.items():
+            if total.ndim == 1:
+                rows[name] = total.tolist()
+            else:
+                digits = len(str(len(total) - 1))
+                rows |= {f"{name}/{kind:0{digits}d}": row for kind, row in enumerate(total.tolist())}
+        return {name: _moments(*row) for name, row in sorted(rows.items()) if row[0]}
 
     def state_dict(self) -> dict[str, list[Any]]:
         """Totals as plain numbers, for a training state."""
@@ -102,11 +79,7 @@ class Collector:
         }
 
 
-def _moments(row: torch.Tensor | None) -> tuple[int, float, float]:
-    """Count, mean and deviation of [count, sum, sum of squares]; 0 and NaN when there is nothing."""
-    count, total, squares = row.tolist() if row is not None else (0.0, 0.0, 0.0)
-    if not count:
-        return 0, float("nan"), float("nan")
+def _moments(count: float, total: float, squares: float) -> dict[str, float]:
     mean = total / count
-    deviation = math.sqrt(max(squares / count - mean * mean, 0.0)) if math.isfinite(mean) else float("nan")
-    return int(count), mean, deviation
+    deviation = math.sqrt(max(squares / count - mean * mean, 0.0)) if math.isfinite(mean) else math.nan
+    return {"num": int(count), "mean": mean, "std": deviation}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .draws import DefaultSource, RandomSource
+from .draws import RandomSource
 
 # Low-pass decomposition filter of the sym6 wavelet (Daubechies 1992, table 6.3), an orthonormal filter with sum
 # sqrt(2). Orthonormal means: filtering up and back down with nothing in between gives the image itself.
@@ -89,7 +89,7 @@ class AugmentPipe:
         """
         if images.ndim != 4 or not images.is_floating_point():
             raise ValueError(f"expected float images [N, C, H, W], not {images.dtype} {list(images.shape)}")
-        draws = DefaultSource(images.device) if draws is None else draws
+        draws = RandomSource(images.device) if draws is None else draws
         columns: list[Tensor] = []
         images = self._move_pixels(images, draws, columns)
         maps = self._geometry(images, draws, columns)

@@ -43,21 +43,14 @@ AUGMENTATION: Kwargs = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, 
 
 
 def differences(old: Kwargs, new: Kwargs) -> list[str]:
-    """Names (with both values) of what differs between two identities, in words a user can act on."""
-    found = [told for name in new for told in _told(name, plain(old.get(name)), plain(new.get(name)))]
-    twice = {told.removeprefix("distillation.") for told in found if told.startswith("distillation.")}
-    return [told for told in found if told.removeprefix("loss.") not in twice or not told.startswith("loss.")]
+    """Names (with both values) of what differs between two identities; of settings within one another, the parts."""
+    return [each for name in new for each in _differences(name, plain(old.get(name)), plain(new.get(name)))]
 
 
-def _told(name: str, old: Any, new: Any) -> list[str]:
-    """`differences` of one entry: of settings and of rows of values, the part alone that is another."""
+def _differences(name: str, old: Any, new: Any) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        names = [*new, *(each for each in old if each not in new)]
-        return [told for each in names for told in _told(f"{name}.{each}", old.get(each), new.get(each))]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 1:
-        differing = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
-        if len(differing) == 1:
-            ((old, new),) = differing
+        inner = dict.fromkeys([*new, *old])
+        return [each for key in inner for each in _differences(f"{name}.{key}", old.get(key), new.get(key))]
     return [f"{printable(name, 80)} (was {_short(old)}, now {_short(new)})"] if old != new else []
 
 
@@ -69,10 +62,8 @@ def plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = "not given" if value is None else str(value)
-    if re.fullmatch("[0-9a-f]{16,}", text):  # a hash, of which the beginning tells enough
-        return f"{text[:8]}..."
-    return printable(text, 80)
+    text = "not given" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{text[:8]}..." if re.fullmatch("[0-9a-f]{16,}", text) else printable(text, 80)  # of a hash the beginning
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,12 +78,6 @@ def next_run_number(outdir: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def describe_run(dataset_name: str, cond: bool, arch: str, precond: str, gpus: int, batch: int, precision: str) -> str:
-    """EDM's description of a run: data, conditioning, architecture, preconditioning, processes, batch, precision."""
-    labels = "cond" if cond else "uncond"
-    return f"{dataset_name}-{labels}-{arch}-{precond}-gpus{gpus}-batch{batch}-{precision}"
-
-
 def check_batch(batch_size: int, batch_gpu: int | str | None, world_size: int) -> tuple[int, int]:
     """(images per process and round, rounds). Raises UsageError for a batch that cannot be divided so."""
     if batch_size < 1 or batch_size % world_size:
@@ -104,11 +89,9 @@ def check_batch(batch_size: int, batch_gpu: int | str | None, world_size: int) -
     if size < 1 or share % size:
         works = [n for n in range(1, share + 1) if share % n == 0]
         near = sorted(sorted(works, key=lambda n: abs(n - size))[:4])
-        more = " for example" if len(near) < len(works) else ""
         raise UsageError(
-            f"--batch-gpu={batch_gpu} does not divide the {share} images of each process "
-            f"(--batch={batch_size}, {world_size} process{'es' * (world_size > 1)}); "
-            f"{', '.join(map(str, near))} would{more}"
+            f"--batch-gpu={batch_gpu} does not divide the {share} images of each process (--batch={batch_size}, "
+            f"processes: {world_size}); {', '.join(map(str, near))} would"
         )
     return size, share // size
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from dnnlib.cli import UsageError
 
 from .augment import augment_batch, call_network
-from .draws import DefaultSource, RandomSource
+from .draws import RandomSource
 from .grids import NoiseGrid, Sampling, Solver, network_grid
 from .intervals import Intervals
 from .solvers import Denoiser, jump_target, segment_landing, teacher_landing
@@ -213,7 +213,7 @@ class EDMDistillationLoss:
         draws: RandomSource | None = None,
     ) -> Tensor:
         """The loss of every pixel, as in `training.loss`; also records each interval's loss for `intervals`."""
-        draws = draws or DefaultSource(images.device)
+        draws = draws or RandomSource(images.device)
         interval, correction = self.intervals.draw(draws, len(images))
         clean, augment_labels = augment_batch(net, images, augment_pipe, draws)
         jump = self.jumps(clean, interval, draws.randn(*clean.shape), labels, augment_labels)

@@ -5,43 +5,44 @@ of one step are drawn for the whole batch, from a generator keyed by (seed, step
 gradient accumulation takes its own slice: world size, accumulation and resumption change nothing. (Dropout masks, which
 networks draw for themselves, are the exception: they are repeatable, but depend on how a batch is divided.)
 
-Losses and augmentation ask a `RandomSource`. Called without one they use `DefaultSource`: torch's default generator.
+Losses and augmentation ask a `RandomSource`: torch's default generator, unless they are given a part of a step's draws.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class RandomSource(Protocol):
-    """Draws tensors of the given shape; axis `batch_dim` counts images."""
-
-    def randn(self, *shape: int, batch_dim: int = 0) -> Tensor: ...
-    def rand(self, *shape: int, batch_dim: int = 0) -> Tensor: ...
-    def randint(self, high: int, *shape: int, batch_dim: int = 0) -> Tensor: ...
-
-
-class DefaultSource:
+class RandomSource:
     """torch's default generator of `device`, one draw after another: EDM's order of consumption."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
 
     def randn(self, *shape: int, batch_dim: int = 0) -> Tensor:
-        """Standard normal, float32."""
-        return torch.randn(shape, device=self.device)
+        """Standard normal, float32. Axis `batch_dim` counts images, here and below."""
+        return self._draw("randn", shape, batch_dim)
 
     def rand(self, *shape: int, batch_dim: int = 0) -> Tensor:
         """Uniform in [0, 1), float32."""
-        return torch.rand(shape, device=self.device)
+        return self._draw("rand", shape, batch_dim)
 
     def randint(self, high: int, *shape: int, batch_dim: int = 0) -> Tensor:
         """Whole numbers in [0, high), int64."""
-        return torch.randint(high, shape, device=self.device)
+        return self._draw("randint", shape, batch_dim, high)
+
+    def _draw(self, kind: str, shape: tuple[int, ...], batch_dim: int, *high: int) -> Tensor:
+        return draw(kind, shape, high, device=self.device)
+
+
+def draw(kind: str, shape: tuple[int, ...], high: tuple[int, ...], **where: Any) -> Tensor:
+    """torch.randn, rand or randint."""
+    values: Tensor = getattr(torch, kind)(*high, shape, **where)
+    return values
 
 
 class StepDraws:
@@ -51,10 +52,9 @@ class StepDraws:
     """
 
     def __init__(self, seed: int, step: int, batch_size: int, device: torch.device | str) -> None:
-        self.batch_size = batch_size
-        self.device = torch.device(device)
+        self.batch_size, self.device = batch_size, torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(key(seed, step, "draws"))
-        self.drawn: list[tuple[str, tuple[int, ...], Tensor]] = []
+        self.drawn: list[tuple[tuple[Any, ...], Tensor]] = []
 
     def part(self, start: int, stop: int) -> BatchPart:
         """The source for images start ... stop - 1 of the batch."""
@@ -62,42 +62,24 @@ class StepDraws:
             raise ValueError(f"images {start} to {stop} of a batch of {self.batch_size}")
         return BatchPart(self, start, stop)
 
-    def get(self, index: int, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
-        """Draw number `index` of the step, of the whole batch's shape."""
+    def get(self, index: int, *wanted: Any) -> Tensor:
+        """Draw number `index` of the step, of the whole batch's shape. wanted: kind, shape, upper ends."""
         if index == len(self.drawn):
-            self.drawn.append((f"{kind}{high}", shape, self._draw(kind, shape, high)))
-        known_kind, known_shape, values = self.drawn[index]
-        if (known_kind, known_shape) != (f"{kind}{high}", shape):
-            raise RuntimeError(f"draw {index} was {known_kind}{known_shape}, now {kind}{high}{shape} is asked for")
+            self.drawn.append((wanted, draw(*wanted, generator=self.generator, device=self.device)))
+        known, values = self.drawn[index]
+        if known != wanted:
+            raise RuntimeError(f"draw {index} was {known}, now {wanted} is asked for")
         return values
 
-    def _draw(self, kind: str, shape: tuple[int, ...], high: int) -> Tensor:
-        if kind == "randn":
-            return torch.randn(shape, generator=self.generator, device=self.device)
-        if kind == "rand":
-            return torch.rand(shape, generator=self.generator, device=self.device)
-        return torch.randint(high, shape, generator=self.generator, device=self.device)
 
-
-class BatchPart:
-    """A RandomSource for consecutive images of a batch, see StepDraws."""
+class BatchPart(RandomSource):
+    """The random numbers of consecutive images of a batch, see StepDraws."""
 
     def __init__(self, draws: StepDraws, start: int, stop: int) -> None:
+        super().__init__(draws.device)
         self.draws, self.start, self.stop, self.count = draws, start, stop, 0
 
-    def randn(self, *shape: int, batch_dim: int = 0) -> Tensor:
-        """Standard normal, float32."""
-        return self._slice("randn", shape, batch_dim)
-
-    def rand(self, *shape: int, batch_dim: int = 0) -> Tensor:
-        """Uniform in [0, 1), float32."""
-        return self._slice("rand", shape, batch_dim)
-
-    def randint(self, high: int, *shape: int, batch_dim: int = 0) -> Tensor:
-        """Whole numbers in [0, high), int64."""
-        return self._slice("randint", shape, batch_dim, high)
-
-    def _slice(self, kind: str, shape: tuple[int, ...], batch_dim: int, high: int = 0) -> Tensor:
+    def _draw(self, kind: str, shape: tuple[int, ...], batch_dim: int, *high: int) -> Tensor:
         if shape[batch_dim] != self.stop - self.start:
             raise ValueError(f"axis {batch_dim} of {shape} does not count the {self.stop - self.start} images")
         whole = (*shape[:batch_dim], self.draws.batch_size, *shape[batch_dim + 1 :])

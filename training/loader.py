@@ -22,7 +22,7 @@ _CHUNK = 32  # images decoded by one task
 
 
 class Batch(NamedTuple):
-    """One process's share of a global batch, on the CPU: uint8 [n, C, H, W] and float32 [n, label_dim]."""
+    """One process's share of a batch, on the CPU: uint8 [n, C, H, W] and float32 [n, label_dim]."""
 
     images: Tensor
     labels: Tensor
@@ -32,8 +32,6 @@ class Order:
     """The endless order of a data set: every epoch is a permutation of its own, keyed by (seed, epoch)."""
 
     def __init__(self, size: int, seed: int) -> None:
-        if size < 1:
-            raise ValueError("a data set without images has no order")
         self.size, self.seed = size, seed
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import weighting
 from .augment import augment_batch, call_network
 from .distillation import EDMDistillationLoss as EDMDistillationLoss  # the place that EDM and its forks have it in
-from .draws import DefaultSource, RandomSource
+from .draws import RandomSource
 
 
 class _DenoisingLoss(ABC):
@@ -44,7 +44,7 @@ class _DenoisingLoss(ABC):
         augment_pipe: Callable[..., tuple[Tensor, Tensor]] | None = None,
         draws: RandomSource | None = None,
     ) -> Tensor:
-        draws = draws or DefaultSource(images.device)
+        draws = draws or RandomSource(images.device)
         sigma = self.noise_level(draws, len(images))
         clean, augment_labels = augment_batch(net, images, augment_pipe, draws)
         noisy = clean + sigma * draws.randn(*clean.shape)

@@ -1,16 +1,13 @@
-"""Parts of an optimisation step, each with its formula: learning rate, moving average, gradients, loss scale."""
+"""Parts of an optimisation step, each with its formula: learning rate, moving average, gradients."""
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from torch_utils import distributed as dist
 
 from .recipe import TrainConfig
 
@@ -26,80 +23,41 @@ def learning_rate(nimg: int, config: TrainConfig) -> float:
 
 
 def ema_factor(nimg: int, config: TrainConfig) -> float:
-    """How much of the old average stays: 0.5^(batch / half-life), the half-life ramped up with the images seen."""
+    """How much of the old average stays: 0.5^(batch / half-life), the half-life ramped up with the images seen; of a
+    power-function average (1 - 1 / step)^(gamma + 1), eq. 2 of EDM2."""
     if config.ema_std is not None:
-        return power_ema_factor(nimg // config.batch + 1, config.ema_std)
+        step = nimg // config.batch + 1
+        return float((1 - 1 / step) ** (ema_exponent(config.ema_std) + 1))
     halflife = config.ema_halflife_kimg * 1000
     if config.ema_rampup_ratio is not None:
         halflife = min(halflife, nimg * config.ema_rampup_ratio)
     return float(0.5 ** (config.batch / max(halflife, 1e-8)))
 
 
-def power_ema_factor(step: int, std: float) -> float:
-    """Of a power-function average at step 1, 2, ...: (1 - 1 / step)^(gamma + 1), eq. 2 of Karras et al. 2024 (EDM2).
-
-    The average's weights grow as a power of training time; `std`, EDM2's sigma_rel, is their deviation as a part of
-    it, and gamma the largest root of (gamma + 1) = std^2 (gamma + 2)^2 (gamma + 3) (eq. 3).
-    """
-    return float((1 - 1 / step) ** (ema_exponent(std) + 1))
-
-
 @lru_cache(maxsize=8)
 def ema_exponent(std: float) -> float:
-    """gamma of `power_ema_factor`, 0 < std < 0.288 or so (the deviation of equal weights)."""
+    """gamma of a power-function average, whose weights grow as a power of training time (Karras et al. 2024, EDM2).
+
+    `std`, EDM2's sigma_rel, is the weights' deviation as a part of that time, below 0.288 or so (equal weights); gamma
+    is the largest root of (gamma + 1) = std^2 (gamma + 2)^2 (gamma + 3) (eq. 3).
+    """
     square = std**-2
     return float(np.roots([1, 7, 16 - square, 12 - square]).real.max())
 
 
-class Gradients:
-    """All gradients in one flat float32 buffer whose layout never changes.
+def flat_gradients(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """Gives the parameters gradients that lie in one flat float32 buffer, which is returned.
 
-    Processes sum it in one exchange, so the order of additions is the same in every step and after every resume.
-    (torch's DistributedDataParallel regroups its buckets after the first step; with three processes or more that alters
-    the last bits of a resumed run.)
+    Its layout never changes and processes sum it in one exchange, so the order of additions is the same in every step
+    and after every resume. (torch's DistributedDataParallel regroups its buckets after the first step; with three
+    processes or more that alters the last bits of a resumed run.)
     """
-
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        offset = 0
-        for parameter in parameters:
-            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-
-    def zero(self) -> None:
-        """Before the first round of a step."""
-        self.flat.zero_()
-
-    def sum_over_processes(self) -> None:
-        """After the last round of a step."""
-        dist.all_reduce_sum([self.flat])
-
-    def clip(self, limit: float) -> None:
-        """Shortens the gradient to Euclidean length `limit` where it is longer, without waiting for the device."""
-        self.flat.mul_((limit / torch.linalg.vector_norm(self.flat).clamp(min=limit)).clamp(max=1))
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
 
 
-class LossScale:
-    """Dynamic loss scale for fp16 gradients (torch.amp's rule), 1 and inert for every other precision."""
-
-    def __init__(self, active: bool, device: torch.device) -> None:
-        self.active = active
-        self.scale = torch.tensor(2.0**16 if active else 1.0, device=device)
-        self.growth = torch.zeros((), dtype=torch.int32, device=device)
-
-    def unscale(self, gradients: Tensor) -> None:
-        """Divides the scale out again."""
-        if self.active:
-            gradients.div_(self.scale)
-
-    def update(self, found_inf: Tensor) -> None:
-        """Halves the scale after an overflow, doubles it after 2000 steps without one."""
-        if self.active:
-            torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, 2000)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale.item(), "growth": int(self.growth.item())}
-
-    def load_state_dict(self, values: dict[str, Any]) -> None:
-        self.scale.fill_(values["scale"])
-        self.growth.fill_(values["growth"])
+def clip_gradient(flat: Tensor, limit: float) -> None:
+    """Shortens the gradient to Euclidean length `limit` where it is longer, without waiting for the device."""
+    flat.mul_((limit / torch.linalg.vector_norm(flat).clamp(min=limit)).clamp(max=1))

@@ -40,7 +40,8 @@ class Entry:
     metavar: str | None = None  # None: by type
     section: str = ""  # of the help
     alters: bool | str = True  # whether the result depends on it: the parts of the identity, True: by `key`
-    key: str | None = None  # of training_options.json, with a dot for a key within another; None: the option's name
+    key: str | None = None  # of training_options.json; None: the option's name
+    within: str = ""  # the key that it lies within
     scale: int = 1  # the file's unit in the option's: 1000 for kimg and Mimg
     title: str | None = None  # in a report; None: the name of what alters the result, "": not there
     only: str | None = None  # the --precond that it belongs to
@@ -54,13 +55,13 @@ class Entry:
 
     @property
     def is_flag(self) -> bool:
-        """Whether it takes no value."""
         return self.type is None and self.default is False
 
     @property
     def place(self) -> str:
-        """The key of training_options.json, empty where there is none."""
-        return self.name if self.key is None else self.key
+        """The key of training_options.json, with a dot for one within another, empty where there is none."""
+        own = self.name if self.key is None else self.key
+        return f"{self.within}.{own}" if self.within else own
 
     @property
     def heading(self) -> str:
@@ -124,10 +125,14 @@ def flag(name: str) -> str:
 
 main, measuring = partial(option, section="Main"), partial(option, section="Measuring")
 method = partial(option, section="Distillation", only=DISTILLATION)
+stage, loss = partial(method, within="distillation"), partial(method, within="loss_kwargs")
 hyper = partial(option, section="Hyperparameters")
-edm = partial(hyper, only="edm", distill=None, title="")
+size = partial(hyper, within="network_kwargs", distill=None)
+mimg = partial(hyper, metavar="MIMG", scale=1000)
+edm = partial(hyper, within="loss_kwargs", only="edm", distill=None, title="")
 speed = partial(option, section="Performance", alters=False)
 output = partial(option, section="Output and resuming", alters=False)
+start = partial(output, distill=None, key="")
 
 
 @dataclass
@@ -175,54 +180,37 @@ class Options:
         title="teacher",
         distill={"required": True},
     )
-    num_steps: int | None = method(
-        None,
-        "Teacher's sampling steps; the student gets N / ratio",
-        cli.Whole(),
-        "N",
-        key="distillation.num_steps",
-        title="teacher's steps",
+    num_steps: int | None = stage(
+        None, "Teacher's sampling steps; the student gets N / ratio", cli.Whole(), "N", title="teacher's steps"
     )
-    ratio: int = method(2, "Teacher steps per student step", cli.Whole(min=2), key="distillation.ratio")
-    teacher_solver: str | None = method(
+    ratio: int = stage(2, "Teacher steps per student step", cli.Whole(min=2))
+    teacher_solver: str | None = stage(
         None,
         (
             "How the teacher steps: default heun for an undistilled teacher, euler for a student",
             "How the first teacher steps: default heun if undistilled",
         ),
         Word(["heun", "euler"]),
-        key="distillation.teacher_solver",
         title="teacher's solver",
     )
-    weighting: str = method(
-        "geomean",
-        "Weight of noise levels in the loss; the default worked best",
-        Word(list(WEIGHTINGS)),
-        key="loss_kwargs.weighting",
+    weighting: str = loss(
+        "geomean", "Weight of noise levels in the loss; the default worked best", Word(list(WEIGHTINGS))
     )
-    intervals: str = method(
-        "loss",
-        "Train all jumps equally often, or by their loss, which worked better",
-        Word(INTERVALS),
-        key="loss_kwargs.intervals",
+    intervals: str = loss(
+        "loss", "Train all jumps equally often, or by their loss, which worked better", Word(INTERVALS)
     )
-    self_teacher: bool = method(
-        False,
-        "The student's own EMA makes all but the first step of a jump (TRACT, consistency)",
-        key="distillation.self_teacher",
-        title="self-teacher",
+    self_teacher: bool = stage(
+        False, "The student's own EMA makes all but the first step of a jump (TRACT, consistency)", title="self-teacher"
     )
     targets: int | None = method(
         None, "How often to save targets-KKKKKK.png", cli.Whole(min=1), "TICKS", alters=False, key="targets_ticks"
     )
-    duration: float = hyper(
+    duration: float = mimg(
         ("200", f"{STAGE_MIMG:g}"),
         "Training duration",
         cli.Number(0, 1_000_000, min_open=True),
-        "MIMG",
         alters="duration",
         key="total_kimg",
-        scale=1000,
         title="length, kimg",
     )
     batch: int = hyper(512, "Total batch size", cli.Whole(1, 1_000_000), key="batch_size")
@@ -234,29 +222,18 @@ class Options:
         alters=False,
         title="batch of a process and round",
     )
-    cbase: int | None = hyper(
-        None,
-        "Channel multiplier  [default: varies]",
-        cli.Whole(1, 65536),
-        key="network_kwargs.model_channels",
-        title="channels",
-        distill=None,
+    cbase: int | None = size(
+        None, "Channel multiplier  [default: varies]", cli.Whole(1, 65536), key="model_channels", title="channels"
     )
-    cres: list[int] | None = hyper(  # noqa: RUF009  # it makes a field
-        None,
-        "Channels per resolution  [default: varies]",
-        cli.IntList(1, 1024),
-        key="network_kwargs.channel_mult",
-        title="",
-        distill=None,
+    cres: list[int] | None = size(  # noqa: RUF009  # it makes a field
+        None, "Channels per resolution  [default: varies]", cli.IntList(1, 1024), key="channel_mult", title=""
     )
-    blocks: int | None = hyper(
+    blocks: int | None = size(
         None,
         "Residual blocks per resolution  [default: varies]",
         cli.Whole(1, 64),
-        key="network_kwargs.num_blocks",
+        key="num_blocks",
         title="residual blocks",
-        distill=None,
     )
     lr: float = hyper(
         ("10e-4", "5e-4"), "Learning rate", POSITIVE, alters="lr.0", key="optimizer_kwargs.lr", title="learning rate"
@@ -267,23 +244,19 @@ class Options:
         Word(["none", "linear", "cosine"]),
         title="learning-rate decay",
     )
-    warmup: float = hyper(
+    warmup: float = mimg(
         ("10", "0"),
         ("Learning-rate ramp", "Learning-rate ramp of a stage"),
         cli.Number(min=0),
-        "MIMG",
         key="lr_rampup_kimg",
-        scale=1000,
         title="warm-up, kimg",
     )
-    ema: float = hyper(
+    ema: float = mimg(
         0.5,
         "EMA half-life, at most 5% of the images seen",
         cli.Number(min=0),
-        "MIMG",
         alters="ema.0",
         key="ema_halflife_kimg",
-        scale=1000,
         title="EMA half-life, kimg",
     )
     ema_std: float | None = hyper(
@@ -305,16 +278,10 @@ class Options:
         None, ("Random seed  [default: random]", "Random seed"), cli.Whole(min=0), distill={"default": 0}
     )
     sigma_data: float | None = edm(
-        None,
-        "Data deviation (edm)  [default: 0.5]",
-        POSITIVE,
-        alters="network.sigma_data loss.sigma_data",
-        key="loss_kwargs.sigma_data",
+        None, "Data deviation (edm)  [default: 0.5]", POSITIVE, alters="network.sigma_data loss.sigma_data"
     )
-    p_mean: float | None = edm(
-        None, "Mean of ln(sigma) (edm)  [default: -1.2]", cli.Number(-20, 20), key="loss_kwargs.P_mean"
-    )
-    p_std: float | None = edm(None, "Deviation of ln(sigma) (edm)  [default: 1.2]", POSITIVE, key="loss_kwargs.P_std")
+    p_mean: float | None = edm(None, "Mean of ln(sigma) (edm)  [default: -1.2]", cli.Number(-20, 20), key="P_mean")
+    p_std: float | None = edm(None, "Deviation of ln(sigma) (edm)  [default: 1.2]", POSITIVE, key="P_std")
     precision: str = speed(
         ("fp32", "fp32"),
         ("Arithmetic of the trained network", "Arithmetic of the student"),
@@ -349,8 +316,8 @@ class Options:
     cache: bool = speed(True, "Cache dataset in CPU memory", Switch(), key="dataset_kwargs.cache")
     workers: int = speed(1, "Threads that read images", cli.Whole(1, 256), key="data_loader_kwargs.num_workers")
     deterministic: bool = speed(False, "CUDA: deterministic kernels, for exact resuming")
-    desc: str | None = output(None, "String to include in result dir name", metavar="STR", key="", distill=None)
-    nosubdir: bool = output(False, "Use --outdir itself; the same command resumes the run", key="", distill=None)
+    desc: str | None = start(None, "String to include in result dir name", metavar="STR")
+    nosubdir: bool = start(False, "Use --outdir itself; the same command resumes the run")
     tick: float = output(50, "How often to print progress", POSITIVE, "KIMG", key="kimg_per_tick")
     snap: int | None = output(50, "How often to save snapshots", cli.Whole(min=1), "TICKS", key="snapshot_ticks")
     dump: int | None = output(
@@ -359,7 +326,7 @@ class Options:
     save_every: float = output(
         10, "Rolling training state (the last 2 are kept)", cli.Number(min=0), "MIN", key="save_every_min"
     )
-    resume: str | None = output(None, "Resume from a training state", metavar="PT|latest", key="", distill=None)
+    resume: str | None = start(None, "Resume from a training state", metavar="PT|latest")
     tensorboard: bool = output(False, "Also write TensorBoard events")
     wandb: str | None = output(
         None,
@@ -517,12 +484,9 @@ class TrainConfig(Options):
         return getattr(self, entry.place if hasattr(type(self), entry.place) else entry.name)
 
     def to_file(self, nimg: int) -> Kwargs:
-        """How a network came about, for its file: `identity` without what the file has elsewhere, and images seen."""
+        """How a network came about, for its file: images seen and `identity`, without what the file has elsewhere."""
         elsewhere = ("network", "loss", "augment", "distillation")
-        return {
-            "kimg": nimg / 1000,
-            **{name: value for name, value in self.identity().items() if name not in elsewhere},
-        }
+        return {"kimg": nimg / 1000} | {name: v for name, v in self.identity().items() if name not in elsewhere}
 
     def identity(self) -> Kwargs:
         """Everything that alters the result. A run resumes from a state with the same identity only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from dnnlib.cli import UsageError
 
@@ -37,32 +38,25 @@ def plan_ladder(num_steps: int, until: int, ratios: Sequence[int]) -> list[int]:
     """
     if until < 1 or num_steps <= until:
         raise UsageError(f"a ladder from {num_steps} to {until} steps has no stages; --until must be below --num_steps")
-    chain: list[int] = []
-    steps = num_steps
-    while steps > until:
-        ratio = ratios[0] if len(ratios) == 1 else ratios[len(chain)] if len(chain) < len(ratios) else 0
-        if ratio < 2 or steps % ratio or steps // ratio < until:
-            raise UsageError(_no_chain(num_steps, until, ratios))
-        chain.append(ratio)
-        steps //= ratio
-    if len(ratios) > 1 and len(chain) != len(ratios):
-        raise UsageError(_no_chain(num_steps, until, ratios))
+    chain = list(ratios)
+    if len(ratios) == 1 and ratios[0] > 1:
+        while until * prod(chain) < num_steps:
+            chain += ratios
+    if until * prod(chain) != num_steps or min(chain) < 2:
+        raise UsageError(
+            f"--ratio={','.join(map(str, ratios))} does not lead from {num_steps} steps to {until}"
+            f"{_remedy(num_steps, until, max(ratios[0], 2))}"
+        )
     return chain
 
 
-def _no_chain(num_steps: int, until: int, ratios: Sequence[int]) -> str:
-    text = f"--ratio={','.join(map(str, ratios))} does not lead from {num_steps} steps to {until}"
+def _remedy(num_steps: int, until: int, ratio: int) -> str:
     if num_steps % until:
-        ratio = max([*ratios[:1], 2])
-        fits = [until * ratio**k for k in range(1, 12)]
-        near = min(fits, key=lambda n: abs(n - num_steps))
-        return f"{text}: {num_steps} is no multiple of {until}; --num_steps={near} with --ratio={ratio} does"
-    factors, rest, prime = [], num_steps // until, 2
-    while prime * prime <= rest:
+        near = min((until * ratio**k for k in range(1, 12)), key=lambda n: abs(n - num_steps))
+        return f": {num_steps} is no multiple of {until}; --num_steps={near} with --ratio={ratio} does"
+    factors, rest = [], num_steps // until
+    for prime in range(2, rest + 1):
         while rest % prime == 0:
             factors.append(prime)
             rest //= prime
-        prime += 1
-    if rest > 1:
-        factors.append(rest)
-    return f"{text}; --ratio={','.join(map(str, factors))} does"
+    return f"; --ratio={','.join(map(str, factors))} does"

@@ -27,7 +27,7 @@ from .dataset import ImageFolderDataset
 from .distillation import Stage
 from .draws import BatchPart, StepDraws, key
 from .loader import Batch, Loader
-from .optimizer import LARGEST_GRADIENT, Gradients, LossScale, ema_factor, learning_rate
+from .optimizer import LARGEST_GRADIENT, clip_gradient, ema_factor, flat_gradients, learning_rate
 from .recipe import TrainConfig
 from .speed import compute_dtype, maybe_compile, recompute_blocks, set_precision
 
@@ -93,8 +93,8 @@ class Trainer:
         self.augment_pipe = AugmentPipe(**config.augment_kwargs) if config.augment_kwargs is not None else None
 
         self.parameters = list(self.net.parameters())
-        self.gradients = Gradients(self.parameters)
-        self.scale = LossScale(config.precision == "fp16" and self.device.type == "cuda", self.device)
+        self.gradients = flat_gradients(self.parameters)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.net.compute_dtype == torch.float16)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         self.stats = Collector()
         self.skipped = torch.zeros((), device=self.device)  # 1 where the last step moved nothing
@@ -123,12 +123,12 @@ class Trainer:
         batch = next(loader)
         draws = StepDraws(self.config.seed, self.step_count, self.config.batch, self.device)
         torch.manual_seed(key(self.config.seed, self.step_count, "dropout", self.rank))
-        self.gradients.zero()
+        self.gradients.zero_()
         for images, labels, source in self.slices(batch, draws):
             loss = self.loss_fn(self.forward, images, labels, self.augment_pipe, source)
             self.stats.report("Loss/loss", loss)
-            (loss.sum() * (self.config.ls / self.config.batch) * self.scale.scale).backward()
-        self.gradients.sum_over_processes()
+            self.scaler.scale(loss.sum() * (self.config.ls / self.config.batch)).backward()
+        dist.all_reduce_sum([self.gradients])
         self.skipped = self.apply_gradients()
         self.update_ema()
         if self.loss_fn.intervals is not None:
@@ -149,19 +149,19 @@ class Trainer:
     def apply_gradients(self) -> Tensor:
         """Adam, unless a gradient is not finite: then nothing moves. Returns 1.0 for such a step, on the device, which
         nothing waits for."""
-        self.scale.unscale(self.gradients.flat)
-        largest = torch.linalg.vector_norm(self.gradients.flat, math.inf)
+        self.scaler.unscale_(self.optimizer)
+        largest = torch.linalg.vector_norm(self.gradients, math.inf)
         found_inf = (~(largest < LARGEST_GRADIENT)).float()  # NaN too
         if self.config.clip is not None:
-            self.gradients.clip(self.config.clip)
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused Adam looks at it on the device
+            clip_gradient(self.gradients, self.config.clip)
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused Adam reads it on the device
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.nimg, self.config)
         self.optimizer.step()
-        skipped = found_inf * (self.scale.scale <= 1)  # lowering the scale of fp16 is no bad step
-        self.scale.update(found_inf)
-        return skipped
+        scale = self.scaler.scale(torch.ones_like(found_inf))  # without a copy to the host, as get_scale makes
+        self.scaler.update()
+        return found_inf * (scale <= 1)  # lowering the scale of fp16 is no bad step
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -173,11 +173,9 @@ class Trainer:
     def check_finite(self) -> None:
         """Raises UserError, on every process, where something that is about to be saved is not a finite number."""
         adam = [self.optimizer.state[p][name] for p in self.parameters for name in ("exp_avg", "exp_avg_sq")]
-        for what, tensors in (
-            ("weights", self.parameters),
-            ("averaged weights", list(self.ema.parameters())),
-            ("optimiser's averages", adam),
-        ):
+        ema = list(self.ema.parameters())
+        saved = {"weights": self.parameters, "averaged weights": ema, "optimiser's averages": adam}
+        for what, tensors in saved.items():
             if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
                 raise UserError(
                     f"the {what} are not finite any more at step {self.step_count}, {self.nimg / 1000:g} kimg; what "
@@ -188,6 +186,7 @@ class Trainer:
         """Everything that the following steps depend on (formats.state has the layout)."""
         names = [name for name, _ in self.net.named_parameters()]
         per_parameter = [self.optimizer.state[p] for p in self.parameters]
+        scaler = self.scaler.state_dict()  # empty where it is off
         return {
             "position": {"nimg": self.nimg, "step": self.step_count},
             "net": self.net.state_dict(),
@@ -196,7 +195,7 @@ class Trainer:
                 field: {name: values[field] for name, values in zip(names, per_parameter, strict=True)}
                 for field in ("exp_avg", "exp_avg_sq", "step")
             },
-            "scaler": self.scale.state_dict(),
+            "scaler": {"scale": self.scaler.get_scale(), "growth": scaler.get("_growth_tracker", 0)},
             "stats": self.stats.state_dict(),
             "intervals": self.loss_fn.intervals.state_dict() if self.loss_fn.intervals is not None else {},
             "batch_gpu": self.batch_gpu,
@@ -218,7 +217,9 @@ class Trainer:
                 self.optimizer.state[parameter] = {
                     field: optimizer[field][name].clone().to(self.device) for field in like
                 }
-            self.scale.load_state_dict(saved["scaler"])
+            if scaler := self.scaler.state_dict():
+                scale, growth = saved["scaler"]["scale"], saved["scaler"]["growth"]
+                self.scaler.load_state_dict({**scaler, "scale": scale, "_growth_tracker": growth})
             self.stats.load_state_dict(saved["stats"])
             if self.loss_fn.intervals is not None:
                 self.loss_fn.intervals.load_state_dict(saved["intervals"])
