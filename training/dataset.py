@@ -228,7 +228,7 @@ class PackedFiles:
 
     Hidden files are left out. Links are followed; a link to a folder that is read already, or that holds one, is not.
     Where everything lies in one folder that is a data set by itself (it has a dataset.json, or no images but in
-    sub-folders), names are those within it. `folders` are all folders, `left_out` is a line on what is not read.
+    sub-folders), names are those within it. `left_out` is a line on what is not read.
 
     Threads may share it. After a fork or unpickling it opens the archive anew, because processes that share one open
     file also share its position. Raises UserError with file and archive for whatever can't be read.
@@ -247,14 +247,11 @@ class PackedFiles:
         self.root = ""  # the folder that all names are within
         self.not_followed: list[str] = []
         hidden = {path: _hidden_part(path) for path in (self._walk() if self.is_folder else self._zip().namelist())}
-        paths = [path for path in hidden if not hidden[path]]
-        self.folders = {path.rpartition("/")[0] for path in paths if "/" in path}
-        self.names = sorted({path for path in paths if not path.endswith("/")})
+        self.names = sorted(path for path in hidden if not hidden[path] and not path.endswith("/"))
         unread = {*self.names} - {*self.image_names()}
         while (top := self._wrapper()) and self.root.count("/") < MAX_WRAPPERS:
             self.root += top
             self.names = [name.removeprefix(top) for name in self.names if name.startswith(top)]
-            self.folders = {folder.removeprefix(top) for folder in self.folders if folder.startswith(top)}
         unread -= {self.root + "dataset.json", self.root + "manifest.json"}
         kinds = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in sorted(unread))
         kinds["hidden (names that begin with a dot, __MACOSX, Thumbs.db)"] = len({*hidden.values()} - {""})
@@ -262,7 +259,7 @@ class PackedFiles:
         self.left_out = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(10) if number)
 
     def _walk(self) -> Iterator[str]:
-        """Files by their paths, folders with a slash at the end."""
+        """Files by their paths, and hidden folders with a slash at the end."""
         known = [Path(self.path).resolve()]  # folders that are read, with all that is in them
         for folder, folders, names in os.walk(self.path, onerror=_raise, followlinks=True):
             start = "" if folder == self.path else os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
@@ -279,12 +276,11 @@ class PackedFiles:
                         folders.remove(name)
                     else:
                         known.append(target)
-            yield from (f"{start}{name}/" for name in folders)
             yield from (start + name for name in names)
 
     def _wrapper(self) -> str:
         """The single folder that all images lie in, with a slash, if it is a data set by itself; otherwise ''."""
-        tops = {folder.partition("/")[0] + "/" for folder in self.folders}
+        tops = {name.partition("/")[0] + "/" for name in self.names if "/" in name}
         depths = {name.count("/") for name in self.image_names()}
         if len(tops) != 1 or not depths or 0 in depths or "dataset.json" in self.names:
             return ""
