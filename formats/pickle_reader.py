@@ -13,10 +13,9 @@ one knows the few dozen instructions that picklers write for plain data (protoco
 
 `read_torch_archive` and `read_arrays` do the same with what torch.save writes, and with numpy arrays.
 
-Any other name or instruction ends the reading with a ContentError. Lengths are checked before anything is taken from
-the buffer, tensors stay windows on it, every byte is copied once at most, and the number of instructions is limited,
-each of which makes one small object at most: reading takes the file's size and some 100 MB, whatever the file says.
-Importing this module imports no torch.
+Any other name or instruction ends the reading with a ContentError. Tensors stay windows on the file, little of it may
+be copied, and the number of instructions is limited, each of which makes one small object at most: reading takes twice
+the file's size and some 100 MB, whatever the file says. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +39,9 @@ from dnnlib.errors import printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_INSTRUCTIONS = 500_000  # the largest published networks take 90 thousand; one can cost 230 bytes (an empty set)
+MAX_INSTRUCTIONS = (
+    500_000  # the largest published networks take about 130 thousand; one can cost 230 bytes (an empty set)
+)
 FREE_COPIES = 1 << 18  # bytes that even a small file may have copied
 ITEM_SIZE = 100  # bytes of a set for each of its members
 MAX_AXES = 16  # of a tensor
@@ -150,12 +151,12 @@ def read_pickle(data: bytes | memoryview) -> Any:
 
     Raises ContentError for anything else, ForeignError for a name that is not on the list.
     """
-    return _Machine(data, GLOBALS, _Limits.of(data)).run()
+    return _Machine(data, GLOBALS).run()
 
 
 def read_arrays(data: bytes) -> Any:
     """The value that `data` holds: plain Python values and `StoredArray`s. Raises ContentError for anything else."""
-    return _Machine(data, _ARRAY_NAMES, _Limits.of(data)).run()
+    return _Machine(data, _ARRAY_NAMES).run()
 
 
 def read_torch_archive(data: bytes) -> Any:
@@ -163,7 +164,7 @@ def read_torch_archive(data: bytes) -> Any:
 
     Raises ContentError for anything else. No part may be compressed, so that all parts are no larger than the file.
     """
-    limits = _Limits.of(data)
+    copies = Budget(len(data), "asks for more memory than its own size")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -172,7 +173,7 @@ def read_torch_archive(data: bytes) -> Any:
             def part(name: str) -> memoryview:
                 if members[name].compress_type != zipfile.ZIP_STORED:
                     raise ContentError(f"has a compressed part {name}")
-                limits.copies.spend(members[name].file_size)
+                copies.spend(members[name].file_size)
                 return memoryview(archive.read(members[name]))  # compares it with its checksum
 
             def storage(value: Any) -> StoredStorage:
@@ -182,7 +183,7 @@ def read_torch_archive(data: bytes) -> Any:
                     raise ContentError("is damaged: a tensor's data contradicts itself")
                 return kept
 
-            return _Machine(part("data.pkl"), _ARCHIVE_NAMES, limits, storage).run()
+            return _Machine(part("data.pkl"), _ARCHIVE_NAMES, storage).run()
     except ContentError:
         raise
     except Exception as exc:  # damage shows in many ways: BadZipFile, KeyError, struct.error, NotImplementedError
@@ -229,34 +230,26 @@ class _Name(NamedTuple):
     name: str
 
 
-class _Limits(NamedTuple):
-    """What the pickles of one file may use up together. `copies`: bytes that may be copied, or read again."""
-
-    instructions: Budget
-    copies: Budget
-
-    @classmethod
-    def of(cls, data: bytes | memoryview) -> _Limits:
-        instructions = Budget(MAX_INSTRUCTIONS, f"takes more than {MAX_INSTRUCTIONS} pickle instructions")
-        return cls(instructions, Budget(FREE_COPIES + len(data), "asks for more memory than its own size"))
-
-
 class _Machine:
     """Runs pickles of a buffer, one after the other.
 
     names: the globals they may mention, and what calls of these build (None: the arguments are unexpected).
-    persistent: makes a value of a persistent id.
+    persistent: makes a value of a persistent id. outer: the machine whose limits are to hold for both together.
     """
 
     def __init__(
         self,
         data: bytes | memoryview,
         names: Mapping[tuple[str, str], Callable[..., Any]],
-        limits: _Limits,
         persistent: Callable[[Any], Any] | None = None,
+        outer: _Machine | None = None,
     ) -> None:
         self.data, self.stream = memoryview(data), io.BytesIO(data)
-        self.names, self.limits, self.persistent = names, limits, persistent or _no_outside
+        self.names, self.persistent = names, persistent or _no_outside
+        self.instructions = Budget(MAX_INSTRUCTIONS, f"takes more than {MAX_INSTRUCTIONS} pickle instructions")
+        self.copies = Budget(FREE_COPIES + len(data), "asks for more memory than its own size")  # bytes
+        if outer is not None:
+            self.instructions, self.copies = outer.instructions, outer.copies
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
@@ -270,7 +263,7 @@ class _Machine:
             if instruction.name != "PROTO" or argument not in range(2, 6):
                 raise ContentError("is not a pickle of protocol 2 to 5")
             for instruction, argument, _ in instructions:
-                self.limits.instructions.spend()
+                self.instructions.spend()
                 if (name := instruction.name) in VALUES:
                     value = VALUES[name](self, argument)  # which may begin another stack
                     self.stack.append(value)
@@ -292,7 +285,7 @@ class _Machine:
         return self.data[end - len(argument) : end]
 
     def text(self, argument: str) -> str:
-        self.limits.copies.spend(max(sys.getsizeof(argument) - len(argument) - 100, 0))  # beyond Latin-1, up to 3 times
+        self.copies.spend(max(sys.getsizeof(argument) - len(argument) - 100, 0))  # beyond Latin-1, up to 3 times
         return argument
 
     def mark(self) -> None:
@@ -438,7 +431,7 @@ def _set(m: _Machine, arguments: tuple[Any, ...]) -> Any:
         case ():
             return set()
         case (list(values),):
-            m.limits.copies.spend(ITEM_SIZE * len(values))
+            m.copies.spend(ITEM_SIZE * len(values))
             return set(map(_key, values))
 
 
@@ -448,7 +441,7 @@ def _bytes(m: _Machine, arguments: tuple[Any, ...]) -> Any:
         case ():
             return memoryview(b"")
         case (str(text), "latin1" | "latin-1"):
-            m.limits.copies.spend(len(text))
+            m.copies.spend(len(text))
             return memoryview(text.encode("latin-1")) if text.isascii() or max(text) <= "\xff" else None
 
 
@@ -506,7 +499,7 @@ def _storage(m: _Machine, arguments: tuple[Any, ...]) -> Any:
     """torch's legacy format: five pickles (magic, version, system, storage, list of keys), a count and the elements."""
     match arguments:
         case (memoryview() as data,):
-            inner = _Machine(data[:MAX_HEAD], _STORAGE_NAMES, m.limits, _storage_id)
+            inner = _Machine(data[:MAX_HEAD], _STORAGE_NAMES, _storage_id, m)
         case _:
             return None
     if inner.run() != STORAGE_MAGIC or inner.run() != STORAGE_VERSION:

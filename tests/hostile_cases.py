@@ -41,18 +41,15 @@ MB = 1 << 20
 
 
 def text(value: str) -> bytes:
-    """Instructions that push a text."""
     raw = value.encode("utf-8", "surrogatepass")
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
 def raw(value: bytes) -> bytes:
-    """Instructions that push a byte string."""
     return b"B" + struct.pack("<I", len(value)) + value
 
 
 def value(obj: Any) -> bytes:
-    """Instructions that push plain data."""
     return pickle.dumps(obj, 2)[2:-1]
 
 
@@ -77,7 +74,6 @@ def under(code: bytes, key: str = "ema") -> bytes:
 
 
 def calls(module: str, attribute: str, *args: Any) -> bytes:
-    """A file that is such a call."""
     return under(call(module, attribute, *args))
 
 
@@ -167,7 +163,6 @@ def spoiled(
 
 
 def with_kwargs(**changes: Any) -> Builder:
-    """The good pickle with other constructor arguments."""
     own = {k: v for k, v in changes.items() if k in ("img_resolution", "img_channels", "label_dim")}
 
     def edit(states: dict[str, State], rest: State) -> None:
@@ -178,17 +173,14 @@ def with_kwargs(**changes: Any) -> Builder:
 
 
 def with_entry(**others: Any) -> Builder:
-    """The good pickle with other entries."""
     return spoiled(lambda states, rest: None, others)
 
 
 def with_attribute(where: str, **changes: Any) -> Builder:
-    """The good pickle with other attributes of one module."""
     return spoiled(lambda states, rest: states[where].update(changes))
 
 
 def with_parameter(where: str, leaf: str, make: Callable[[], torch.Tensor]) -> Builder:
-    """The good pickle with another parameter in one module."""
 
     def edit(states: dict[str, State], rest: State) -> None:
         states[f"model.{where}"]["_parameters"][leaf] = nn.Parameter(make())
@@ -197,7 +189,6 @@ def with_parameter(where: str, leaf: str, make: Callable[[], torch.Tensor]) -> B
 
 
 def as_type(dtype: torch.dtype, **others: Any) -> Builder:
-    """The good pickle with its tensors in another type, and other entries."""
 
     def edit(states: dict[str, State], rest: State) -> None:
         for state in states.values():
@@ -208,14 +199,12 @@ def as_type(dtype: torch.dtype, **others: Any) -> Builder:
 
 
 def nested(depth: int, inner: Any = 1) -> Any:
-    """Lists in lists."""
     for _ in range(depth):
         inner = [inner]
     return inner
 
 
 def laughs(levels: int, inner: Any = "ha") -> Any:
-    """Lists of ten times the same list: 10 ** levels values in a few bytes."""
     for _ in range(levels):
         inner = [inner] * 10
     return inner
@@ -226,12 +215,10 @@ def sampling(**changes: Any) -> State:
 
 
 def bare(state: State, class_name: str = "EDMPrecond") -> Persistent:
-    """A module that is nothing but this."""
     return Persistent(class_name, module_state({"_init_args": (), "_init_kwargs": {}, **state}), "")
 
 
 def tower(levels: int, width: int, tables: State | None = None, key: str = "m") -> Any:
-    """Modules of which each holds the next one `width` times, and all of them these tables."""
     module: Any = bare({"_modules": {}, **(tables or {})}, "UNetBlock")
     for _ in range(levels):
         module = bare({"_modules": {f"{key}{i}": module for i in range(width)}, **(tables or {})}, "UNetBlock")
@@ -239,13 +226,11 @@ def tower(levels: int, width: int, tables: State | None = None, key: str = "m") 
 
 
 def student(num_steps: Any, ratio: Any) -> Persistent:
-    """What students of an earlier fork have for a loss: it says how they are sampled."""
     return Persistent("EDMDistillationLoss", {"num_steps": num_steps, "ratio": ratio}, "")
 
 
 @cache
 def coarse() -> Any:
-    """A network that knows a thousand noise levels only."""
     return small("iDDPMPrecond", img_channels=CHANNELS, model_channels=4, label_dim=0)
 
 
@@ -259,7 +244,6 @@ def header_of(data: bytes) -> State:
 
 
 def safe(header: Any, body: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with this header (bytes, or something for JSON)."""
     start = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(start) if length is None else length) + start + body
 
@@ -280,12 +264,10 @@ FIRST = "model.map_layer0.bias"
 
 
 def lying_tensor(**changes: Any) -> Builder:
-    """The good safetensors file with other facts about one tensor."""
     return lying(lambda header: header[FIRST].update(changes))
 
 
 def lying_network(edit: Callable[[State], Any]) -> Builder:
-    """The good safetensors file after `edit` of its description of the network."""
 
     def apply(header: State) -> None:
         meta = json.loads(header["__metadata__"][METADATA])
@@ -304,7 +286,6 @@ def extra_tensor(dtype: str, shape: list[int]) -> Builder:
 
 
 def lying_length(change: int) -> Builder:
-    """The good safetensors file with another length of its header."""
 
     def build() -> bytes:
         good = good_safetensors()
@@ -314,20 +295,17 @@ def lying_length(change: int) -> Builder:
 
 
 def padded_header(size: int) -> bytes:
-    """The good safetensors file with so many spaces behind its header."""
     good = good_safetensors()
     end = 8 + int.from_bytes(good[:8], "little")
     return safe(good[8:end] + b" " * size, good[end:])
 
 
 def empty_tensors(count: int) -> bytes:
-    """A safetensors file of so many tensors without a number."""
     tensors = (f'"{i:06}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
     return safe(("{" + ",".join(tensors) + "}").encode())
 
 
 def retyped(dtype: str, size: int) -> Builder:
-    """The good network with all its tensors in another type, whose elements have this size in bytes."""
 
     def build() -> bytes:
         header, end = {"__metadata__": header_of(good_safetensors())["__metadata__"]}, 0
@@ -344,7 +322,6 @@ def retyped(dtype: str, size: int) -> Builder:
 
 
 def run_text() -> bytes:
-    """A whole pickle that is a call of eval."""
     return pickle.dumps(Call(eval, SPRING), 2)
 
 
@@ -354,12 +331,10 @@ def calling(function: bytes, *args: bytes) -> bytes:
 
 
 def code_object() -> bytes:
-    """A call that makes a code object."""
     return calling(name("marshal", "loads"), raw(marshal.dumps(compile(SPRING, "trap", "exec"))))
 
 
 def object_array() -> bytes:
-    """An .npy file of objects: a header and a pickle."""
     buffer = io.BytesIO()
     array = np.empty(1, dtype=object)
     array[0] = Call(eval, SPRING)
@@ -514,7 +489,6 @@ def storage(data: bytes, count: int, kind: str = "FloatStorage", key: str = "0")
 
 
 def tensor(inner: bytes, offset: int, shape: Any, stride: Any) -> bytes:
-    """A tensor with such a storage, as the network."""
     stored = calling(name("torch.storage", "_load_from_bytes"), raw(inner))
     ordered = call("collections", "OrderedDict")
     args = [stored, value(offset), value(shape), value(stride), b"\x89", ordered]
@@ -522,7 +496,6 @@ def tensor(inner: bytes, offset: int, shape: Any, stride: Any) -> bytes:
 
 
 def zipped(count: int, size: int) -> bytes:
-    """A zip file of so many files of so many zeros."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for index in range(count):
@@ -543,27 +516,23 @@ def npz() -> bytes:
 
 
 def many_modules(key: str, count: int) -> bytes:
-    """One module under a key of its own, and in it as many as asked for."""
     leaf = bare({}, "GroupNorm")
     inner = bare({"_modules": {f"{i}": leaf for i in range(count)}}, "UNetBlock")
     return pickle.dumps({"ema": bare({"_modules": {key: inner}})}, 4)
 
 
 def many_tensors(parts: int, count: int) -> bytes:
-    """So many modules that share one table of so many parameters."""
     table = {f"{i}": None for i in range(count)} | {"w": nn.Parameter(torch.zeros(1))}
     leaf = bare({"_parameters": {f"{i}": table["w"] for i in range(count)}}, "GroupNorm")
     return pickle.dumps({"ema": bare({"_modules": {f"{i}": leaf for i in range(parts)}})}, 4)
 
 
 def many_attributes(parts: int, count: int) -> bytes:
-    """So many modules that are one, with so many numbers."""
     leaf = bare({f"a{i}": 1 for i in range(count)}, "GroupNorm")
     return pickle.dumps({"ema": bare({"_modules": {f"{i}": leaf for i in range(parts)}})}, 4)
 
 
 def many_entries(count: int, value: Any) -> Builder:
-    """So many entries that are all the same."""
     return with_entry(**{f"e{i}": value for i in range(count)})
 
 
@@ -590,27 +559,23 @@ def many_blocks(num_blocks: int) -> bytes:
 
 
 def endless() -> Any:
-    """A module that is its own part."""
     module = nn.ModuleDict()
     module._modules["x"] = module
     return module
 
 
 def own_part() -> bytes:
-    """A persistent object that its own state refers to."""
     meta = value({**META, "state": None, "class_name": "UNetBlock"}) + text("state") + b"}q\xf5s"
     module = text("ema") + name(*PERSISTENT) + meta + b"\x85Rq\xf6s"
     return HEAD + b"}" + module + text("x") + b"h\xf5" + text("_modules") + b"}" + text("x") + b"h\xf6sss."
 
 
 def itself(kind: str) -> bytes:
-    """Something that contains itself, as the network."""
     begin, add = {"list": (b"]", b"a"), "dict": (b"}" + text("x"), b"s"), "tuple": (b"]", b"\x85a")}[kind]
     return under(begin[:1] + b"q\x00" + begin[1:] + b"h\x00" + add)
 
 
 def calls_dotted(dotted: str) -> bytes:
-    """A call of 'module.name' or 'module:path.of.attributes' with a text."""
     module, _, attribute = dotted.rpartition(":" if ":" in dotted else ".")
     return under(calling(path(module, attribute), text("x")))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,17 +68,17 @@ ARGUMENTS = {
 }
 
 
-@pytest.fixture
-def forget() -> Iterator[Callable[[], None]]:
+def forget() -> None:
     """Forgets all code that files have brought, as a new process would."""
+    persistence._foreign.clear()
+    for name in [name for name in sys.modules if name.startswith("_network_code_")]:
+        del sys.modules[name]
 
-    def forget() -> None:
-        persistence._foreign.clear()
-        for name in [name for name in sys.modules if name.startswith("_network_code_")]:
-            del sys.modules[name]
 
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
     forget()
-    yield forget
+    yield
     forget()
 
 
@@ -99,11 +99,9 @@ def foreign_file(path: Path, source: str, name: str, args: tuple[Any, ...], **kw
 
 def teacher_file(folder: Path, source: str) -> Any:
     name, args = ARGUMENTS[source]
-    small = (
-        {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []} if source is BUFFER else {}
-    )
+    small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
     make_dataset(folder / "data.zip", classes=None)
-    return foreign_file(folder / "teacher.pkl", source, name, args, **small)
+    return foreign_file(folder / "teacher.pkl", source, name, args, **(small if source is BUFFER else {}))
 
 
 def run(folder: Path, *more: str, outdir: str = "run", transfer: str = "teacher.pkl") -> int:
@@ -113,9 +111,7 @@ def run(folder: Path, *more: str, outdir: str = "run", transfer: str = "teacher.
 
 
 @pytest.mark.parametrize("source", ARGUMENTS, ids=["another class", "a known name"])
-def test_a_stage_a_resumed_one_and_the_next(
-    tmp_path: Path, source: str, forget: Callable[[], None], capsys: Capture
-) -> None:
+def test_a_stage_a_resumed_one_and_the_next(tmp_path: Path, source: str, capsys: Capture) -> None:
     teacher = teacher_file(tmp_path, source)
     name = type(teacher).__name__
     with pytest.raises(UserError, match="--trust-network-code"):
@@ -157,18 +153,11 @@ def test_a_stage_a_resumed_one_and_the_next(
     assert (tmp_path / "images" / "000001.png").is_file()
 
 
-def test_a_ladders_dry_run(tmp_path: Path, forget: Callable[[], None], capsys: Capture) -> None:
+def test_a_ladders_dry_run(tmp_path: Path, capsys: Capture) -> None:
     teacher_file(tmp_path, OTHER)
     files = [f"--data={tmp_path / 'data.zip'}", f"--transfer={tmp_path / 'teacher.pkl'}"]
-    settings = [
-        *files,
-        f"--outdir={tmp_path / 'ladder'}",
-        "--num_steps=4",
-        "--duration=0.001",
-        "--batch=16",
-        "--dry-run",
-    ]
-    assert distill.main([*settings, TRUST]) == 0, capsys.readouterr().err
+    settings = [f"--outdir={tmp_path / 'ladder'}", "--num_steps=4", "--duration=0.001", "--batch=16", "--dry-run"]
+    assert distill.main([*files, *settings, TRUST]) == 0, capsys.readouterr().err
     assert "4 -> 2" in capsys.readouterr().out and not (tmp_path / "ladder").exists()
 
 
@@ -183,7 +172,7 @@ def test_a_ladders_dry_run(tmp_path: Path, forget: Callable[[], None], capsys: C
     ],
 )
 def test_what_cannot_be_distilled_is_refused_before_a_folder_is_made(
-    tmp_path: Path, old: str, new: str, words: str, forget: Callable[[], None], capsys: Capture
+    tmp_path: Path, old: str, new: str, words: str, capsys: Capture
 ) -> None:
     make_dataset(tmp_path / "data.zip", classes=None)
     foreign_file(tmp_path / "teacher.pkl", OTHER.replace(old, new), "ECMPrecond", (8, 1))
@@ -195,9 +184,7 @@ def test_what_cannot_be_distilled_is_refused_before_a_folder_is_made(
 
 
 @pytest.mark.parametrize("option", ["--dropout=0.1", "--cbase=8", "--precision=bf16", "--augment=0.1", "--recompute=1"])
-def test_options_that_foreign_code_has_no_ear_for(
-    tmp_path: Path, option: str, forget: Callable[[], None], capsys: Capture
-) -> None:
+def test_options_that_foreign_code_has_no_ear_for(tmp_path: Path, option: str, capsys: Capture) -> None:
     teacher_file(tmp_path, OTHER)
     assert run(tmp_path, "--num_steps=4", option) == 2
     error = capsys.readouterr().err
@@ -214,7 +201,7 @@ def test_options_that_foreign_code_has_no_ear_for(
     ],
 )
 def test_what_cannot_be_sampled_ends_in_one_line(
-    tmp_path: Path, old: str, new: str, words: str, forget: Callable[[], None], capsys: Capture
+    tmp_path: Path, old: str, new: str, words: str, capsys: Capture
 ) -> None:
     network = tmp_path / "teacher.pkl"
     foreign_file(network, OTHER.replace(old, new), "ECMPrecond", (8, 1))
@@ -224,7 +211,7 @@ def test_what_cannot_be_sampled_ends_in_one_line(
         assert "ECMPrecond" in error and words in error and "report" not in error
 
 
-def test_a_network_that_does_not_mention_labels_has_none(tmp_path: Path, forget: Callable[[], None]) -> None:
+def test_a_network_that_does_not_mention_labels_has_none(tmp_path: Path) -> None:
     source = OTHER.replace("self.label_dim, ", "").replace("img_channels, label_dim, True", "img_channels, True")
     foreign_file(tmp_path / "teacher.pkl", source, "ECMPrecond", (8, 1))
     forget()

@@ -449,70 +449,37 @@ BAD_DETECTORS: dict[str, bytes] = {
 
 # -- options -------------------------------------------------------------------------------------------------------------
 
-ABSURD: dict[str, list[tuple[str, list[str]]]] = {
-    "train": [
-        ("--outdir is empty", ["--outdir="]),
-        ("--data is empty", ["--data="]),
-        ("Not a directory", ["--outdir=FILE/run"]),
-        ("--batch", ["--batch=1e9"]),
-        ("--batch", ["--batch="]),
-        ("--batch", ["--batch=½"]),
-        ("--batch", ["--batch=1_0_"]),
-        ("--batch", ["--batch=" + "9" * 10_000]),
-        ("--blocks", ["--blocks=1000000000"]),
-        ("--cbase", ["--cbase=1000000000"]),
-        ("--cres", ["--cres=1,1000000000"]),
-        ("--cres", ["--cres=0-9999999999"]),
-        ("halved", ["--cres=" + ",".join(["1"] * 40)]),
-        ("--cres", ["--cres="]),
-        ("--workers", ["--workers=1000000"]),
-        ("--seed", ["--seed=1.0"]),
-        ("--tick", ["--tick=1e-400"]),
-        ("--lr", ["--lr=1e999"]),
-        ("--desc", ["--desc=../../x"]),
-        ("--desc", ["--desc=a\nb"]),
-        ("--resume", ["--resume="]),
-        ("is empty", ["--precond=edm_distillation", "--num_steps=4", "--transfer="]),
-        ("not a kind of address", ["--transfer=ftp://host/x"]),
-        ("is a folder", ["--transfer=/tmp"]),
-        ("No such option", ["--\x1b[2J=1"]),
-        ("unexpected extra", ["\x1b[2J\nx"]),
-    ],
-    "generate": [
-        ("--seeds", ["--seeds=0-999999999999"]),
-        ("--seeds names 2000001 images", ["--seeds=0-2000000"]),
-        ("rho=1e-300", ["--rho=1e-300"]),
-        ("--seeds", ["--seeds=" + ",".join(["0-9999998"] * 3)]),
-        ("--seeds", ["--seeds=" + "1" * 6000]),
-        ("--steps", ["--steps=1000000000"]),
-        ("--outdir", ["--outdir="]),
-        ("--outdir", ["--outdir=FILE"]),
-        ("--batch", ["--batch=0x10"]),
-        ("--sigma_max", ["--sigma_max=1e400"]),
-        ("--class", ["--class=99999999999999999999"]),
-    ],
-    "dataset_tool": [
-        ("power of two", ["--resolution=99999x99999"]),
-        ("--source", ["--source="]),
-        ("--dest", ["--dest=FILE"]),
-        ("--max-images", ["--max-images=1e3"]),
-    ],
-    "fid": [
-        ("--num", ["--num=1e5"]),
-        ("--num", ["--num=9223372036854775806"]),
-        ("--batch", ["--batch=-1"]),
-        ("empty", ["--ref="]),
-    ],
-    "example": [("--seeds", ["--seeds=0-99999999"]), ("--steps", ["--steps=1000000000"])],
-    "distill": [
-        ("--eval-num", ["--eval-num=1000000000000"]),
-        ("--eval-num", ["--eval-num=10000001"]),
-        ("--eval-sets", ["--eval-sets=1000000000"]),
-        ("--until", ["--until=99999999999999999999"]),
-        ("--ratio", ["--ratio=0-9999999999"]),
-        ("--duration", ["--duration=" + ",".join(["1"] * 100_000)]),
-    ],
+ABSURD = {  # options that are to be named in the answer
+    "train": """--batch=1e9 --batch= --batch=½ --batch=1_0_ --blocks=1000000000 --cbase=1000000000 --cres=1,1000000000
+        --cres=0-9999999999 --cres= --workers=1000000 --seed=1.0 --tick=1e-400 --lr=1e999 --desc=../../x --resume=""",
+    "generate": "--seeds=0-999999999999 --steps=1000000000 --outdir= --outdir=FILE --batch=0x10 --sigma_max=1e400",
+    "dataset_tool": "--source= --dest=FILE --max-images=1e3",
+    "fid": "--num=1e5 --num=9223372036854775806 --batch=-1",
+    "example": "--seeds=0-99999999 --steps=1000000000",
+    "distill": """--eval-num=1000000000000 --eval-num=10000001 --eval-sets=1000000000 --until=99999999999999999999
+        --ratio=0-9999999999""",
 }
+WORDED = [  # others, and words of the answer
+    ("train", "--outdir is empty", ["--outdir="]),
+    ("train", "--data is empty", ["--data="]),
+    ("train", "Not a directory", ["--outdir=FILE/run"]),
+    ("train", "--batch", ["--batch=" + "9" * 10_000]),
+    ("train", "halved", ["--cres=" + ",".join(["1"] * 40)]),
+    ("train", "--desc", ["--desc=a\nb"]),
+    ("train", "is empty", ["--precond=edm_distillation", "--num_steps=4", "--transfer="]),
+    ("train", "not a kind of address", ["--transfer=ftp://host/x"]),
+    ("train", "is a folder", ["--transfer=/tmp"]),
+    ("train", "No such option", ["--\x1b[2J=1"]),
+    ("train", "unexpected extra", ["\x1b[2J\nx"]),
+    ("generate", "--seeds names 2000001 images", ["--seeds=0-2000000"]),
+    ("generate", "rho=1e-300", ["--rho=1e-300"]),
+    ("generate", "--seeds", ["--seeds=" + ",".join(["0-9999998"] * 3)]),
+    ("generate", "--seeds", ["--seeds=" + "1" * 6000]),
+    ("generate", "--class", ["--class=99999999999999999999"]),
+    ("dataset_tool", "power of two", ["--resolution=99999x99999"]),
+    ("fid", "empty", ["--ref="]),
+    ("distill", "--duration", ["--duration=" + ",".join(["1"] * 100_000)]),
+]
 
 
 # -- all of them ---------------------------------------------------------------------------------------------------------
@@ -568,10 +535,10 @@ def collect(folder: Path) -> dict[str, Case]:
         "example": [f"--out={folder / 'never.png'}"],
         "distill": [f"--data={good}", never, f"--transfer={network}", "--num_steps=4"],
     }
-    for script, calls in ABSURD.items():
-        for words, options in calls:
-            filled = [option.replace("FILE", str(folder / "FILE")) for option in options]
-            cases[f"{script} {options[-1][:60]!r}"] = Case(script, [*usual[script], *filled], -1, words)
+    named = [(script, each.split("=")[0], [each]) for script, options in ABSURD.items() for each in options.split()]
+    for script, words, options in named + WORDED:
+        filled = [option.replace("FILE", str(folder / "FILE")) for option in options]
+        cases[f"{script} {options[-1][:60]!r}"] = Case(script, [*usual[script], *filled], -1, words)
     return cases
 
 
