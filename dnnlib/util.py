@@ -318,6 +318,8 @@ def _receive(
     except queue.Empty:
         raise _Interrupted("the server sends less than 1 kB/s", answered) from None
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as exc:
+        if answered and not isinstance(exc, OSError | urllib3.exceptions.HTTPError):
+            raise  # `check` finds the content wrong
         raise _failure(exc, source, answered) from None  # it holds the whole address
     if total not in (None, position):
         raise _Interrupted(f"got {position} of {total} bytes")
