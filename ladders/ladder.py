@@ -344,13 +344,10 @@ def one_per_stage(name: str, values: list[float], chain: Sequence[int]) -> list[
 def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
     """(what for, command) after a ladder: images of its last student, a report, and a detector where there is none."""
     last, data, file = ladder.rungs[-1], str(ladder.config.dataset_kwargs["path"]), ladder.outdir / "detector.pt"
-    images = [f"--network={last.network}", f"--outdir={ladder.outdir / 'images'}", "--seeds=0-63"]
-    images += [f"--labels={data}"] if ladder.measuring.labels is not None else []
+    images = [*launched("generate.py"), f"--network={last.network}", f"--outdir={ladder.outdir / 'images'}"]
+    images += ["--seeds=0-63", *([f"--labels={data}"] if ladder.measuring.labels is not None else [])]
     commands = [
-        (
-            f"images of the student of {count(last.steps, 'step')}",
-            [*launched("generate.py"), *images, *trusting(ladder.base)],
-        ),
+        (f"images of the student of {count(last.steps, 'step')}", [*images, *trusting(ladder.base)]),
         ("all about this ladder on one page", [*launched("report.py", alone=True), str(ladder.outdir)]),
     ]
     if last.fd is None and has_classes(data):

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -424,9 +423,7 @@ def load_set(path: Path) -> MeasuredSet | None:
             and found.images.dtype == torch.float32
         )
         return found if is_whole else None
-    except (UserError, OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError, EOFError):
-        return None
-    except (zipfile.BadZipFile, MemoryError):
+    except Exception:  # damage shows in many ways: OSError, ValueError, BadZipFile, EOFError, TypeError, MemoryError
         return None
 
 
@@ -439,7 +436,7 @@ def load_floor(path: Path) -> Floor | None:
 
 
 def load_stats(path: Path) -> statistics.Stats | None:
-    """Statistics that were computed here, or None where there is no such file or it can't be read."""
+    """The same for statistics of the data set."""
     with suppress(UserError):
         return statistics.Stats.load(path) if path.is_file() else None
     return None

@@ -40,8 +40,8 @@ WIDEST, HEAVIEST = 2000, 1_500_000  # pixels, bytes: a picture beyond is shown s
 KINDS = {"samples": "snapshots, --snap", "targets": "--targets"}  # pictures, and what makes them
 STAGE = re.compile(r"stage-(\d+)-\d+to\d+")
 JUMP = re.compile(r"Loss/interval/(\d{1,3})", re.ASCII)
-SERIES = LOSS, SPEED, TIME, KIMG, RATE, SKIPPED, HOST, GPU = (
-    *("Loss/loss", "Timing/sec_per_kimg", "Timing/total_sec", "Progress/kimg", "Progress/learning_rate"),
+SERIES = LOSS, SPEED, TIME, KIMG, SKIPPED, HOST, GPU = (
+    *("Loss/loss", "Timing/sec_per_kimg", "Timing/total_sec", "Progress/kimg"),
     *("Progress/skipped_steps", "Resources/cpu_mem_gb", "Resources/peak_gpu_mem_gb"),
 )
 

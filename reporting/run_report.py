@@ -82,11 +82,8 @@ def render(subject: Subject) -> str:
 # Words
 
 
-def show_time(seconds: float | None) -> str:
-    try:
-        return "?" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    except (OverflowError, ValueError, OSError):
-        return "?"
+def show_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC") if 0 < seconds < 1e11 else "?"
 
 
 def show(value: float | None, digits: int = 4) -> str:
@@ -114,7 +111,7 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
     last, chain, of = subject.runs[-1], chain_of(subject), f" of {len(subject.plan) - 1}" if subject.plan else ""
     stage = f"stage {len(subject.runs)}{of}: " if subject.is_ladder else ""
     seconds = sum(run.last(run_files.TIME) or 0.0 for run in subject.runs)
-    written = max((run.written or 0 for run in subject.runs), default=0)
+    written = max(run.written or 0.0 for run in subject.runs)
     found = [
         ("steps", " → ".join(map(str, chain)) if subject.is_ladder or last.steps else ""),
         ("networks measured", str(len(subject.rungs)) if subject.is_ladder else ""),
@@ -122,7 +119,7 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
         ("loss, last tick", show(last.last(run_files.LOSS))),
         ("seconds per kimg", show(last.rate)),
         ("training time, to the last tick", show_duration(seconds)),
-        ("last tick", show_time(written or None)),
+        ("last tick", show_time(written)),
     ]
     return [(name, value) for name, value in found if value]
 
@@ -142,9 +139,7 @@ def picture_of(figure: Any, caption: str) -> Picture:
     return Picture(caption, run_files.data_uri(buffer.getvalue(), "svg+xml"), width, height)
 
 
-def chart(
-    run: Run, caption: str, curves: Sequence[tuple[np.ndarray, Any, str]], from_zero: bool = False
-) -> list[Picture]:
+def chart(run: Run, caption: str, curves: Sequence[tuple[np.ndarray, Any, str]]) -> list[Picture]:
     """Curves (values of every tick, colour, label or '') against the images trained; none where there are no values."""
     figure, (axis,) = charts.new_figure(5.2, 2.9)
     for values, colour, label in curves:
@@ -153,10 +148,7 @@ def chart(
         return []
     charts.style(axis, "images trained, kimg")
     axis.xaxis.set_major_formatter("{x:,.6g}")
-    if from_zero:
-        axis.set_ylim(0, max(float(np.nanmax(line.get_ydata())) for line in axis.get_lines()) * 1.1 or 1)
-    else:
-        charts.scale_y(axis)
+    charts.scale_y(axis)
     if any(label for *_, label in curves):
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return [picture_of(figure, f"{caption} of {name_of(run)}")]
@@ -238,7 +230,7 @@ def jump_names(run: Run) -> dict[int, str]:
 
 
 def speed(subject: Subject) -> list[Part]:
-    """A row for every run, and charts of its speed and learning rate."""
+    """A row for every run, and a chart of its speed."""
     columns: dict[str, Callable[[Run], str]] = {
         "run": lambda run: run.name,
         "kimg": lambda run: show_kimg(run.kimg),
@@ -253,7 +245,6 @@ def speed(subject: Subject) -> list[Part]:
     parts = [Part(columns=list(columns), rows=rows)] if rows else []
     for run in runs:
         pictures = chart(run, "Speed, seconds per kimg,", [(run.series(run_files.SPEED), charts.BLUE, "")])
-        pictures += chart(run, "Learning rate", [(run.series(run_files.RATE), charts.BLUE, "")], True)
         parts.append(Part(f"{run.name}, over the course of training", pictures=pictures, folded=subject.is_ladder))
     return parts
 
