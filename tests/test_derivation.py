@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "derivation.md").read_text(encoding="utf-8")
 WORDS = " ".join(TEXT.split())  # so that a sentence may be wrapped anywhere
 NAME = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
-MARK = re.compile(r"^\*\*\((\d+)\)\*\* (.*)$", re.MULTILINE)
 VAR, DEVIATION = 0.25, 0.5  # the Gaussian data of the document
 
 
@@ -102,16 +101,6 @@ def test_every_name_in_the_document_exists():
     assert len(names) > 25
     assert [f"{path}: {name}" for path, name in names if name not in defined(path)] == []
     assert len(re.findall(r"\.py: ", TEXT)) == len(NAME.findall(TEXT)), "a name in another form is not checked"
-
-
-def test_formulas_are_numbered_and_name_their_code():
-    marks = [(int(i), rest) for i, rest in MARK.findall(TEXT)]
-    assert [i for i, _ in marks] == list(range(1, len(marks) + 1)) and len(marks) >= 25
-    assert [i for i, rest in marks if not NAME.search(rest)] == []
-    assert len(re.findall(r"^\*\*\(\d+\)\*\* .*\n\n```math\n", TEXT, re.MULTILINE)) == len(marks)
-    assert TEXT.count("```math") == len(marks), "every displayed formula has a number"
-    cited = {int(i) for i in re.findall(r"\((\d+)\)", NAME.sub("", TEXT))}
-    assert cited <= {i for i, _ in marks}
 
 
 # -- grids and cost ----------------------------------------------------------------------------------------------------

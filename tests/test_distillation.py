@@ -294,8 +294,7 @@ def test_losses_by_interval_are_reported_and_weighed():
     interval, correction = drawn_with.draw(source(), 64)
     each = (value.double() / correction.reshape(-1, 1, 1, 1)).flatten(1).mean(1)
     for i in range(4):
-        assert collector.num(f"Loss/interval/{i}") == int((interval == i).sum()) > 0
-        assert collector.mean(f"Loss/interval/{i}") == pytest.approx(float(each[interval == i].mean()), rel=1e-6)
-        assert collector.std(f"Loss/interval/{i}") == pytest.approx(
-            float(each[interval == i].std(correction=0)), rel=1e-5
-        )
+        found = collector.as_dict()[f"Loss/interval/{i}"]
+        assert found["num"] == int((interval == i).sum()) > 0
+        assert found["mean"] == pytest.approx(float(each[interval == i].mean()), rel=1e-6)
+        assert found["std"] == pytest.approx(float(each[interval == i].std(correction=0)), rel=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+import dataset_tool
 from dnnlib.cli import UserError
 from helpers import GOLDEN, golden, make_dataset
 from metrics import classifier, detectors, frechet
@@ -366,27 +365,12 @@ def test_full_precision_restores_the_callers_choice():
 # The small classifier
 
 
-def write_images(path: Path, images: np.ndarray, labels: list[int] | None) -> Path:
-    """A data set of uint8 images [N, H, W] or [N, H, W, 3]."""
-    names = [f"00000/img{i:08d}.png" for i in range(len(images))]
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, image in zip(names, images, strict=True):
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "PNG")
-            archive.writestr(name, buffer.getvalue())
-        pairs = None if labels is None else [[n, int(label)] for n, label in zip(names, labels, strict=True)]
-        archive.writestr("dataset.json", json.dumps({"labels": pairs}))
-    return path
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     """scikit-learn's 1797 handwritten digits, 8x8."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)
-    return write_images(tmp_path_factory.mktemp("digits") / "digits.zip", images, data.target)
+    path = tmp_path_factory.mktemp("digits") / "digits.zip"
+    assert dataset_tool.main(["--source=digits", f"--dest={path}"]) == 0
+    return path
 
 
 @pytest.fixture(scope="module")
