@@ -22,7 +22,7 @@ from dnnlib.util import format_time, read_file
 from formats import state
 from formats.network_files import save_network
 from torch_utils import distributed as dist
-from torch_utils.progress import print_above_bars, training_bar
+from torch_utils.progress import training_bar
 from training.config import plain
 from training.loader import Loader
 from training.recipe import TrainConfig
@@ -45,7 +45,8 @@ class Log:
         self.path = path
 
     def __call__(self, text: str = "") -> None:
-        print_above_bars(text)
+        with tqdm.external_write_mode():  # which takes bars off the terminal for as long
+            dist.print0(text)
         self.note(text)
 
     def note(self, text: str) -> None:

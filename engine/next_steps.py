@@ -52,9 +52,12 @@ def measure_commands(
 ) -> tuple[str, list[list[str]]]:
     """(what for, commands) of measuring a network: by Inception, or where its features don't fit the images and there
     are classes to learn others from, by a detector of the data's own."""
-    ref, own = folder / "ref.npz", suitable_detector(run.dataset, data, folder)
+    ref, own, num = folder / "ref.npz", suitable_detector(run.dataset, data, folder), images_to_measure()
+    title = "FID: the data's statistics, then the network's distance"
     gen = [*launched("fid.py"), "gen", network, f"--ref={ref}", *drawn]
-    title, gen = by_images("FID: the data's statistics, then the network's distance", gen)
+    if num != FID_IMAGES:
+        title += f" (over {num} images; {FID_IMAGES} is customary)"
+        gen.append(f"--num-images={num}")
     commands = [[*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"], gen]
     if own == "none":
         title += "; Inception was made for photographs, and says little of such images"
@@ -70,14 +73,6 @@ def suitable_detector(dataset: ImageFolderDataset, data: str, folder: Path) -> s
     if inception_fits(dataset):
         return "inception"
     return str(folder / "detector.pt") if has_classes(data) and len(dataset) >= FEWEST_IMAGES else "none"
-
-
-def by_images(title: str, words: list[str]) -> tuple[str, list[str]]:
-    """(what for, command) of a measurement over `images_to_measure`."""
-    num = images_to_measure()
-    if num == FID_IMAGES:
-        return title, words
-    return f"{title} (over {num} images; {FID_IMAGES} is customary)", [*words, f"--num-images={num}"]
 
 
 def inception_fits(dataset: ImageFolderDataset) -> bool:

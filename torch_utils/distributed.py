@@ -102,17 +102,14 @@ def device() -> torch.device:
 
 
 def get_rank() -> int:
-    """This process's number, 0-based."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
-    """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes files."""
     return get_rank() == 0
 
 

@@ -32,12 +32,6 @@ def training_bar(title: str, done: int, total: int) -> Any:
     return tqdm(total=total, initial=done, desc=title, disable=not shown, **settings)
 
 
-def print_above_bars(text: str) -> None:
-    """`print0`, with any bar taken off the terminal for as long as it lasts."""
-    with tqdm.external_write_mode():
-        dist.print0(text)
-
-
 def show_progress(
     batches: Iterable[T], size: Callable[[T], int], total: int, log: Callable[[str], None], title: str | None = None
 ) -> Iterator[T]:

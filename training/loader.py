@@ -93,6 +93,5 @@ class Loader:
         return self.dataset.images(indices), self.dataset.labels(indices)
 
     def close(self) -> None:
-        """Stops reading ahead."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.waiting.clear()

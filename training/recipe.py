@@ -50,7 +50,6 @@ class Entry:
 
     @property
     def flag(self) -> str:
-        """The option as it is typed."""
         return flag(self.name)
 
     @property
@@ -440,24 +439,20 @@ class TrainConfig(Options):
 
     @property
     def total_kimg(self) -> int:
-        """Length of the run in thousands of images."""
         return max(int(self.duration * 1000), 1)
 
     @property
     def total_nimg(self) -> int:
-        """Images after which the run is done."""
         return self.total_kimg * 1000
 
     @property
     def lr_rampup_kimg(self) -> float:
-        """Thousands of images over which the learning rate rises."""
         return self.warmup * 1000
 
     @property
     def ema_halflife_kimg(self) -> float:
-        """Half-life of the weights' average in thousands of images; an int where it is a whole number, as in EDM."""
         kimg = self.ema * 1000
-        return int(kimg) if kimg == int(kimg) else kimg
+        return int(kimg) if kimg == int(kimg) else kimg  # as EDM's files have it
 
     def to_options(self) -> Kwargs:
         """The content of `training_options.json`: EDM's keys and this program's own."""
