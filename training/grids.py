@@ -7,8 +7,10 @@ that command lines can check step counts at once.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +35,7 @@ class NoiseGrid:
             raise ValueError("a noise grid needs at least one positive level and ends in 0")
         if not all(math.isfinite(level) for level in self.levels):
             raise ValueError("noise levels must be finite numbers")
-        if any(high <= low for high, low in zip(self.levels, self.levels[1:], strict=False)):
+        if any(high <= low for high, low in pairwise(self.levels)):
             raise ValueError("noise levels must decrease strictly")
 
     @property
@@ -79,20 +81,16 @@ def network_grid(
     if not 0 < low < high:
         raise ValueError(f"noise levels from {high:g} down to {low:g} leave nothing to sample")
 
-    def build(count: int) -> NoiseGrid | None:
-        levels = rounded(net.round_sigma, karras_levels(count, low, high, rho))
-        return (
-            NoiseGrid((*levels, 0.0)) if all(a > b for a, b in zip(levels, [*levels[1:], 0.0], strict=True)) else None
-        )
+    def levels(count: int) -> tuple[float, ...]:
+        return (*rounded(net.round_sigma, karras_levels(count, low, high, rho)), 0.0)
 
-    grid = build(steps)
-    if grid is not None:
-        return grid
-    works, fails = 0, steps
-    while fails - works > 1:  # one by one would take minutes, and it may be a file that asks
-        middle = (works + fails) // 2
-        works, fails = (middle, fails) if build(middle) else (works, middle)
-    raise ValueError(f"{steps} steps need more noise levels than this network distinguishes; at most {works} work")
+    def falls_together(count: int) -> bool:
+        return not all(a > b for a, b in pairwise(levels(count)))
+
+    if falls_together(steps):  # one by one would take minutes, and it may be a file that asks
+        works = bisect_left(range(1, steps), True, key=falls_together)
+        raise ValueError(f"{steps} steps need more noise levels than this network distinguishes; at most {works} work")
+    return NoiseGrid(levels(steps))
 
 
 def rounded(round_sigma: Callable[[Any], Any], levels: np.ndarray) -> list[float]:
