@@ -45,7 +45,7 @@ def plan_ladder(num_steps: int, until: int, ratios: Sequence[int]) -> list[int]:
     if until * prod(chain) != num_steps or min(chain) < 2:
         raise UsageError(
             f"--ratio={','.join(map(str, ratios))} does not lead from {num_steps} steps to {until}"
-            f"{_remedy(num_steps, until, max(ratios[0], 2))}"
+            f"{_remedy(num_steps, until, max([*ratios[:1], 2]))}"
         )
     return chain
 
