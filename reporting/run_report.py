@@ -70,7 +70,7 @@ def render(subject: Subject) -> str:
     page = environment.get_template("run_report.html").render(
         mark=Markup(MARK),
         subject=subject,
-        kind=f"a ladder of {count(len(chain_of(subject)) - 1, 'stage')}" if subject.is_ladder else "a run",
+        kind=f"a ladder of {count(max(len(chain_of(subject)) - 1, 0), 'stage')}" if subject.is_ladder else "a run",
         facts=facts(subject),
         sections={title: parts for title, parts in sections.items() if parts},
         footer=f"{show_time(datetime.now(UTC).timestamp())} from {printable(subject.folder)}",
