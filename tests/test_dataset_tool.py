@@ -579,14 +579,6 @@ def test_wrong_sources(files, words, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.zip"]
 
 
-def test_missing_and_unknown_sources(tmp_path, capsys):
-    assert tool(tmp_path / "nothing", tmp_path / "out.zip") == 1
-    assert "nothing: no such file or folder" in capsys.readouterr().err
-    (tmp_path / "x.json").write_text("{}")
-    assert tool(tmp_path / "x.json", tmp_path / "out.zip") == 1
-    assert "x.json is neither a folder nor a whole zip archive" in capsys.readouterr().err
-
-
 def test_dest_in_the_way(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert tool("digits", tmp_path / "file", "--max-images=1") == 1 and "is a file" in capsys.readouterr().err

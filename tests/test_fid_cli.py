@@ -232,21 +232,6 @@ def test_gen_measures_what_calc_would(place, student, capsys, tmp_path):
     assert run(capsys, "gen", f"--network={student}", "--seeds=0-39", "--class=2", *options)[1] != out
 
 
-def test_gen_refuses(place, student, capsys, tmp_path):
-    options = (f"--ref={place}/ref.npz", f"--detector={place}/detector.pt", "--num=4")
-    status, out, err = run(capsys, "gen", f"--network={student}", "--steps=5", *options)
-    assert (status, out) == (2, "") and "--steps=3" in err.splitlines()[-1]
-    status, _, err = run(capsys, "gen", f"--network={student}", "--class=4", *options)
-    assert status == 2 and "classes are 0 to 3" in err
-    refused(capsys, 1, "no such file", "gen", "--network=nowhere.pkl", *options)
-    broken = small_network()
-    with torch.no_grad():
-        next(broken.parameters()).fill_(torch.nan)
-    save_network(tmp_path / "nan.pkl", broken)
-    status, out, err = run(capsys, "gen", f"--network={tmp_path}/nan.pkl", "--steps=2", *options)
-    assert (status, out) == (1, "") and "seeds 0 to 3 hold NaN" in err.splitlines()[-1]
-
-
 def test_two_processes_find_the_same(place, student, capsys):
     """Under torchrun the number comes once, and is the one of a single process."""
     options = (f"--ref={place}/ref.npz", f"--detector={place}/detector.pt", "--batch=16")
