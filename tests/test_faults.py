@@ -1,5 +1,6 @@
 """Nothing lost: every call that writes a state or a snapshot fails in turn, bits rot, processes die at any moment."""
 
+import io
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from faults import ERRORS, Faults, die_at, enumerate_calls, failing
 from formats import state
 from formats.network_files import load_network, save_network
 from helpers import make_dataset, small_network
+from torch_utils.misc import load_tensors, save_tensors
 
 # -- every write, flush and rename --------------------------------------------------------------------------------------
 
@@ -172,6 +174,23 @@ def test_a_state_that_cannot_be_read_back_is_no_state(tmp_path, monkeypatch):
         state.save_state(tmp_path / state.rolling_name(300), example_state(300))
     assert [path.name for path in state.list_states(tmp_path)] == [state.rolling_name(200), state.rolling_name(100)]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_control_c_waits_for_a_file_being_saved():
+    """An exception amid torch.save's C++ part would abort the process ('terminate called ...')."""
+
+    class File(io.BytesIO):
+        def write(self, data):
+            if not done:
+                done.append(os.kill(os.getpid(), signal.SIGINT))
+            return super().write(data)
+
+    done = []
+    file = File()
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors({"x": torch.arange(1000.0)}, file)
+    assert done and torch.equal(load_tensors(io.BytesIO(file.getvalue()))["x"], torch.arange(1000.0))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # -- bits that rot -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ DISTILLATION = "edm_distillation"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Switch, Word = cli.Bool, cli.Choice
-POSITIVE, PROBABILITY = cli.Number(min=0, min_open=True), cli.Number(0, 1)
+POSITIVE, NOT_NEGATIVE, PROBABILITY = cli.Number(min=0, min_open=True), cli.Number(min=0), cli.Number(0, 1)
 
 
 @dataclass(frozen=True)
@@ -246,14 +246,14 @@ class Options:
     warmup: float = mimg(
         ("10", "0"),
         ("Learning-rate ramp", "Learning-rate ramp of a stage"),
-        cli.Number(min=0),
+        NOT_NEGATIVE,
         key="lr_rampup_kimg",
         title="warm-up, kimg",
     )
     ema: float = mimg(
         0.5,
         "EMA half-life, at most 5% of the images seen",
-        cli.Number(min=0),
+        NOT_NEGATIVE,
         alters="ema.0",
         key="ema_halflife_kimg",
         title="EMA half-life, kimg",
