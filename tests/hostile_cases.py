@@ -181,7 +181,6 @@ def with_attribute(where: str, **changes: Any) -> Builder:
 
 
 def with_parameter(where: str, leaf: str, make: Callable[[], torch.Tensor]) -> Builder:
-
     def edit(states: dict[str, State], rest: State) -> None:
         states[f"model.{where}"]["_parameters"][leaf] = nn.Parameter(make())
 
@@ -189,7 +188,6 @@ def with_parameter(where: str, leaf: str, make: Callable[[], torch.Tensor]) -> B
 
 
 def as_type(dtype: torch.dtype, **others: Any) -> Builder:
-
     def edit(states: dict[str, State], rest: State) -> None:
         for state in states.values():
             for table in ("_parameters", "_buffers"):
@@ -218,10 +216,10 @@ def bare(state: State, class_name: str = "EDMPrecond") -> Persistent:
     return Persistent(class_name, module_state({"_init_args": (), "_init_kwargs": {}, **state}), "")
 
 
-def tower(levels: int, width: int, tables: State | None = None, key: str = "m") -> Any:
-    module: Any = bare({"_modules": {}, **(tables or {})}, "UNetBlock")
+def tower(levels: int, width: int) -> bytes:
+    module = bare({"_modules": {}}, "UNetBlock")
     for _ in range(levels):
-        module = bare({"_modules": {f"{key}{i}": module for i in range(width)}, **(tables or {})}, "UNetBlock")
+        module = bare({"_modules": {f"m{i}": module for i in range(width)}}, "UNetBlock")
     return pickle.dumps({"ema": module}, 4)
 
 
@@ -268,7 +266,6 @@ def lying_tensor(**changes: Any) -> Builder:
 
 
 def lying_network(edit: Callable[[State], Any]) -> Builder:
-
     def apply(header: State) -> None:
         meta = json.loads(header["__metadata__"][METADATA])
         edit(meta)
@@ -285,13 +282,9 @@ def extra_tensor(dtype: str, shape: list[int]) -> Builder:
     return lying(lambda header: header.update({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}))
 
 
-def lying_length(change: int) -> Builder:
-
-    def build() -> bytes:
-        good = good_safetensors()
-        return struct.pack("<Q", int.from_bytes(good[:8], "little") + change) + good[8:]
-
-    return build
+def lying_length(change: int) -> bytes:
+    good = good_safetensors()
+    return struct.pack("<Q", int.from_bytes(good[:8], "little") + change) + good[8:]
 
 
 def padded_header(size: int) -> bytes:
@@ -305,16 +298,12 @@ def empty_tensors(count: int) -> bytes:
     return safe(("{" + ",".join(tensors) + "}").encode())
 
 
-def retyped(dtype: str, size: int) -> Builder:
-
-    def build() -> bytes:
-        header, end = {"__metadata__": header_of(good_safetensors())["__metadata__"]}, 0
-        for key, tensor in network().state_dict().items():
-            start, end = end, end + size * tensor.numel()
-            header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-        return safe(header, bytes(end))
-
-    return build
+def retyped(dtype: str, size: int) -> bytes:
+    header, end = {"__metadata__": header_of(good_safetensors())["__metadata__"]}, 0
+    for key, tensor in network().state_dict().items():
+        start, end = end, end + size * tensor.numel()
+        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    return safe(header, bytes(end))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,21 +504,11 @@ def npz() -> bytes:
     return buffer.getvalue()
 
 
-def many_modules(key: str, count: int) -> bytes:
-    leaf = bare({}, "GroupNorm")
-    inner = bare({"_modules": {f"{i}": leaf for i in range(count)}}, "UNetBlock")
-    return pickle.dumps({"ema": bare({"_modules": {key: inner}})}, 4)
-
-
-def many_tensors(parts: int, count: int) -> bytes:
-    table = {f"{i}": None for i in range(count)} | {"w": nn.Parameter(torch.zeros(1))}
-    leaf = bare({"_parameters": {f"{i}": table["w"] for i in range(count)}}, "GroupNorm")
-    return pickle.dumps({"ema": bare({"_modules": {f"{i}": leaf for i in range(parts)}})}, 4)
-
-
-def many_attributes(parts: int, count: int) -> bytes:
-    leaf = bare({f"a{i}": 1 for i in range(count)}, "GroupNorm")
-    return pickle.dumps({"ema": bare({"_modules": {f"{i}": leaf for i in range(parts)}})}, 4)
+def crowd(count: int, leaf: State, key: str = "") -> bytes:
+    """A network of so many modules that are one; under a key of their own, where there is one."""
+    module = bare(leaf, "GroupNorm")
+    whole = bare({"_modules": {f"{i}": module for i in range(count)}}, "UNetBlock" if key else "EDMPrecond")
+    return pickle.dumps({"ema": bare({"_modules": {key: whole}}) if key else whole}, 4)
 
 
 def many_entries(count: int, value: Any) -> Builder:
@@ -683,10 +662,12 @@ MEMO: dict[str, bytes | Builder] = {
     "a tower of modules": tower(40, 1),
     "a billion modules": tower(9, 10),
     "a hundred thousand modules": tower(5, 10),
-    "many modules under a long name": many_modules("x" * MB, 3000),
-    "a few under a long name": many_modules("x" * 10_000, 9),
-    "many modules with the same tensors": many_tensors(5000, 5000),
-    "many modules with the same numbers": many_attributes(5000, 5000),
+    "many modules under a long name": crowd(3000, {}, "x" * MB),
+    "a few under a long name": crowd(9, {}, "x" * 10_000),
+    "many modules with the same tensors": crowd(
+        5000, {"_parameters": dict.fromkeys(map(str, range(5000)), nn.Parameter(torch.zeros(1)))}
+    ),
+    "many modules with the same numbers": crowd(5000, {f"a{i}": 1 for i in range(5000)}),
     "laughing lists": pickle.dumps({"ema": laughs(30)}),
     "laughing arguments": with_kwargs(dropout=laughs(30)),
     "laughing multipliers": with_kwargs(channel_mult=laughs(30, 1)),
@@ -872,9 +853,9 @@ LIES: dict[str, bytes | Builder] = {
     "a header of exabytes": safe({}, b"", (1 << 64) - 1),
     "a header of minus one": safe({}, b"", 1 << 63),
     "a header of 90 MB in 10": safe({}, b"", 90_000_000),
-    "a header that is longer than the file": lying_length(+100_000),
-    "a header that is too long": lying_length(+1),
-    "a header that is too short": lying_length(-1),
+    "a header that is longer than the file": lambda: lying_length(+100_000),
+    "a header that is too long": lambda: lying_length(+1),
+    "a header that is too short": lambda: lying_length(-1),
     "a header of spaces": safe(b"{" + b" " * 10_000),
     "a header of 8 MB of spaces": lambda: padded_header(8 * MB),
     "a header of braces": safe(b"{" * 100_000),
@@ -914,12 +895,12 @@ LIES: dict[str, bytes | Builder] = {
     "a hundred thousand axes": extra_tensor("F32", [0] * 100_000),
     "many empty tensors": lambda: empty_tensors(300_000),
     "as many empty tensors as may be": lambda: empty_tensors(MAX_HEADER // 60),
-    "weights that are complex": retyped("C64", 8),
-    "weights of F8_E8M0": retyped("F8_E8M0", 1),
-    "weights of F8_E4M3": retyped("F8_E4M3", 1),
-    "weights that are flags": retyped("BOOL", 1),
-    "weights that are bytes": retyped("U8", 1),
-    "weights that are unsigned": retyped("U64", 8),
+    "weights that are complex": lambda: retyped("C64", 8),
+    "weights of F8_E8M0": lambda: retyped("F8_E8M0", 1),
+    "weights of F8_E4M3": lambda: retyped("F8_E4M3", 1),
+    "weights that are flags": lambda: retyped("BOOL", 1),
+    "weights that are bytes": lambda: retyped("U8", 1),
+    "weights that are unsigned": lambda: retyped("U64", 8),
     "no metadata": lying(lambda header: header.pop("__metadata__")),
     "metadata that is a text": lying(lambda header: header.update(__metadata__="x")),
     "metadata that is null": lying(lambda header: header.update(__metadata__=None)),
