@@ -141,14 +141,11 @@ def test_vectors(place: Path, tmp_path: Path) -> None:
     assert "label vectors of 2 numbers" in network.describe()
 
 
-def test_vectors_for_a_teacher_whose_file_records_none(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vectors_for_a_teacher_whose_file_records_none(place: Path, tmp_path: Path) -> None:
     """EDM's files don't, whatever their labels were."""
     save_network(tmp_path / "edm.pkl", small_network(label_dim=2))
     files = [f"--data={place / 'vectors.zip'}", f"--transfer={tmp_path / 'edm.pkl'}", f"--outdir={tmp_path / 'run'}"]
     assert train.main([*files, "--precond=edm_distillation", "--num_steps=2", "--batch=8", "--dry-run"]) == 0
-    assert "does not record that it was trained with any" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

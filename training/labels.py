@@ -122,16 +122,13 @@ def read_labels(source: str | os.PathLike[str] | np.ndarray) -> Labels:
         except (ValueError, EOFError, OSError, MemoryError) as exc:
             raise UserError(f"--labels={path} is no array of numbers ({exc})") from exc
     source = np.asarray(source)
-    if source.ndim not in (1, 2) or not source.size or source.dtype.kind not in "iuf":
-        raise UserError("--labels: neither classes [K] nor label vectors [K, label_dim]")
-    values = source.astype(np.float64)
-    if not np.isfinite(values).all() or (abs(values) > 3e38).any():
-        raise UserError("--labels: some are NaN or infinite")
-    if values.ndim == 2:
-        return Labels(torch.from_numpy(values.astype(np.float32)))
-    if (values != values.round()).any() or values.min() < 0 or values.max() >= MAX_CLASSES:
-        raise UserError("--labels: classes are whole numbers 0, 1, 2, ...; vectors have two axes, [K, label_dim]")
-    return Labels(torch.from_numpy(values.astype(np.int64)))
+    if source.ndim in (1, 2) and source.size and source.dtype.kind in "iuf":
+        values = source.astype(np.float64)
+        if source.ndim == 2 and (abs(values) < 3e38).all():
+            return Labels(torch.from_numpy(values.astype(np.float32)))
+        if source.ndim == 1 and (values == values.round()).all() and 0 <= values.min() <= values.max() < MAX_CLASSES:
+            return Labels(torch.from_numpy(values.astype(np.int64)))
+    raise UserError("--labels: neither classes 0, 1, 2, ... [K] nor label vectors of finite numbers [K, label_dim]")
 
 
 def vector_labels(dataset: Dataset) -> Labels | None:
