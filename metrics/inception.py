@@ -7,6 +7,8 @@ from later versions of the same network: average pools that don't count their pa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,10 @@ def _average_pool(x: Tensor) -> Tensor:
 
 def _max_pool(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def _halving_pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=2)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -84,102 +90,86 @@ def _column(cin: int, cout: int, size: int) -> Conv:
     return Conv(cin, cout, (size, 1), padding=(size // 2, 0))
 
 
-class BlockA(nn.Module):
-    """35x35: 1x1, 5x5, double 3x3 and pool branches."""
+class Block(nn.Module):
+    """Branches over the same input, their outputs side by side. `branch_pool` begins with the pool.
 
-    def __init__(self, cin: int, pool: int) -> None:
+    The layers of a branch are called after it: branch5x5_1, branch5x5_2; a single one just branch1x1. A branch may end
+    in a fork: branch3x3_2a and branch3x3_2b.
+    """
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], **branches: Sequence[Conv | tuple[Conv, Conv]]) -> None:
         super().__init__()
-        self.branch1x1 = Conv(cin, 64, 1)
-        self.branch5x5_1 = Conv(cin, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = Conv(cin, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
-        self.branch_pool = Conv(cin, pool, 1)
+        self.pool, self.chains = pool, dict[str, list[list[str]]]()
+        for branch, chain in branches.items():
+            self.chains[branch] = []
+            for number, layer in enumerate(chain, 1):
+                name = f"{branch}_{number}" if len(chain) > 1 else branch
+                layers = {name: layer} if isinstance(layer, Conv) else {f"{name}a": layer[0], f"{name}b": layer[1]}
+                self.chains[branch].append([*layers])
+                for each, conv in layers.items():
+                    self.add_module(each, conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, double, self.branch_pool(_average_pool(x))], dim=1)
+        outputs = []
+        for branch, chain in self.chains.items():
+            ends = [self.pool(x) if branch == "branch_pool" else x]
+            for names in chain:
+                ends = [self.get_submodule(name)(ends[0]) for name in names]
+            outputs += ends
+        return torch.cat(outputs, dim=1)
 
 
-class BlockB(nn.Module):
+def block_a(cin: int, pool: int) -> Block:
+    """35x35."""
+    return Block(
+        _average_pool,
+        branch1x1=[Conv(cin, 64, 1)],
+        branch5x5=[Conv(cin, 48, 1), Conv(48, 64, 5, padding=2)],
+        branch3x3dbl=[Conv(cin, 64, 1), Conv(64, 96, 3, padding=1), Conv(96, 96, 3, padding=1)],
+        branch_pool=[Conv(cin, pool, 1)],
+    )
+
+
+def block_b(cin: int) -> Block:
     """35x35 -> 17x17."""
-
-    def __init__(self, cin: int) -> None:
-        super().__init__()
-        self.branch3x3 = Conv(cin, 384, 3, stride=2)
-        self.branch3x3dbl_1 = Conv(cin, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], dim=1)
+    return Block(
+        _halving_pool,
+        branch3x3=[Conv(cin, 384, 3, stride=2)],
+        branch3x3dbl=[Conv(cin, 64, 1), Conv(64, 96, 3, padding=1), Conv(96, 96, 3, stride=2)],
+        branch_pool=[],
+    )
 
 
-class BlockC(nn.Module):
+def block_c(cin: int, mid: int) -> Block:
     """17x17: 7x7 convolutions, each as a row and a column."""
-
-    def __init__(self, cin: int, mid: int) -> None:
-        super().__init__()
-        self.branch1x1 = Conv(cin, 192, 1)
-        self.branch7x7_1 = Conv(cin, mid, 1)
-        self.branch7x7_2 = _row(mid, mid, 7)
-        self.branch7x7_3 = _column(mid, 192, 7)
-        self.branch7x7dbl_1 = Conv(cin, mid, 1)
-        self.branch7x7dbl_2 = _column(mid, mid, 7)
-        self.branch7x7dbl_3 = _row(mid, mid, 7)
-        self.branch7x7dbl_4 = _column(mid, mid, 7)
-        self.branch7x7dbl_5 = _row(mid, 192, 7)
-        self.branch_pool = Conv(cin, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), seven, double, self.branch_pool(_average_pool(x))], dim=1)
+    return Block(
+        _average_pool,
+        branch1x1=[Conv(cin, 192, 1)],
+        branch7x7=[Conv(cin, mid, 1), _row(mid, mid, 7), _column(mid, 192, 7)],
+        branch7x7dbl=[Conv(cin, mid, 1), *(side(mid, mid, 7) for side in (_column, _row, _column)), _row(mid, 192, 7)],
+        branch_pool=[Conv(cin, 192, 1)],
+    )
 
 
-class BlockD(nn.Module):
+def block_d(cin: int) -> Block:
     """17x17 -> 8x8."""
-
-    def __init__(self, cin: int) -> None:
-        super().__init__()
-        self.branch3x3_1 = Conv(cin, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Conv(cin, 192, 1)
-        self.branch7x7x3_2 = _row(192, 192, 7)
-        self.branch7x7x3_3 = _column(192, 192, 7)
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, stride=2)], dim=1)
+    return Block(
+        _halving_pool,
+        branch3x3=[Conv(cin, 192, 1), Conv(192, 320, 3, stride=2)],
+        branch7x7x3=[Conv(cin, 192, 1), _row(192, 192, 7), _column(192, 192, 7), Conv(192, 192, 3, stride=2)],
+        branch_pool=[],
+    )
 
 
-class BlockE(nn.Module):
+def block_e(cin: int, pool: Callable[[Tensor], Tensor]) -> Block:
     """8x8: wide branches that fork at their end. The graph has two, which differ in their pool alone."""
-
-    def __init__(self, cin: int, max_pool: bool) -> None:
-        super().__init__()
-        self.pool = _max_pool if max_pool else _average_pool
-        self.branch1x1 = Conv(cin, 320, 1)
-        self.branch3x3_1 = Conv(cin, 384, 1)
-        self.branch3x3_2a = _row(384, 384, 3)
-        self.branch3x3_2b = _column(384, 384, 3)
-        self.branch3x3dbl_1 = Conv(cin, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = _row(384, 384, 3)
-        self.branch3x3dbl_3b = _column(384, 384, 3)
-        self.branch_pool = Conv(cin, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        forks = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
-        forks += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
-        return torch.cat([self.branch1x1(x), *forks, self.branch_pool(self.pool(x))], dim=1)
+    return Block(
+        pool,
+        branch1x1=[Conv(cin, 320, 1)],
+        branch3x3=[Conv(cin, 384, 1), (_row(384, 384, 3), _column(384, 384, 3))],
+        branch3x3dbl=[Conv(cin, 448, 1), Conv(448, 384, 3, padding=1), (_row(384, 384, 3), _column(384, 384, 3))],
+        branch_pool=[Conv(cin, 192, 1)],
+    )
 
 
 class InceptionV3(nn.Module):
@@ -192,25 +182,25 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = BlockA(192, pool=32)
-        self.Mixed_5c = BlockA(256, pool=64)
-        self.Mixed_5d = BlockA(288, pool=64)
-        self.Mixed_6a = BlockB(288)
-        self.Mixed_6b = BlockC(768, mid=128)
-        self.Mixed_6c = BlockC(768, mid=160)
-        self.Mixed_6d = BlockC(768, mid=160)
-        self.Mixed_6e = BlockC(768, mid=192)
-        self.Mixed_7a = BlockD(768)
-        self.Mixed_7b = BlockE(1280, max_pool=False)
-        self.Mixed_7c = BlockE(2048, max_pool=True)
+        self.Mixed_5b = block_a(192, pool=32)
+        self.Mixed_5c = block_a(256, pool=64)
+        self.Mixed_5d = block_a(288, pool=64)
+        self.Mixed_6a = block_b(288)
+        self.Mixed_6b = block_c(768, mid=128)
+        self.Mixed_6c = block_c(768, mid=160)
+        self.Mixed_6d = block_c(768, mid=160)
+        self.Mixed_6e = block_c(768, mid=192)
+        self.Mixed_7a = block_d(768)
+        self.Mixed_7b = block_e(1280, _average_pool)
+        self.Mixed_7c = block_e(2048, _max_pool)
         self.fc = nn.Linear(FEATURES, 1008)  # class scores: part of the file, of no use for the features
 
     def forward(self, images: Tensor) -> Tensor:
         x = (resize_bilinear_tf1(images, INPUT_SIZE, INPUT_SIZE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = F.max_pool2d(x, 3, stride=2)
+        x = _halving_pool(x)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = F.max_pool2d(x, 3, stride=2)
+        x = _halving_pool(x)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
