@@ -305,8 +305,9 @@ def check_same_weights(*nets: torch.nn.Module) -> None:
     for net in nets:
         for parameter in net.parameters():
             digest.update(parameter.detach().contiguous().cpu().numpy().data)
-    if len(set(dist.gather_objects(digest.hexdigest()))) > 1:
+    digests = dist.gather_objects(digest.hexdigest())
+    if other := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
         raise UserError(
-            "the processes have different weights, a fault of a machine or of this program; the last state on disk is "
-            "from before this was noticed"
+            f"the processes have different weights (rank {other[0]} and rank 0, for one), a fault of a machine or of "
+            "this program; the last state on disk is from before this was noticed"
         )

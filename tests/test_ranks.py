@@ -174,7 +174,7 @@ def test_weights_that_are_swapped_are_noticed(monkeypatch):
     monkeypatch.setattr(dist, "gather_objects", lambda value: seen.append(value) or [seen[0], value])
     check_same_weights(nets[0])
     check_same_weights(nets[0])
-    with pytest.raises(dist.UserError, match="different weights"):
+    with pytest.raises(dist.UserError, match=r"different weights \(rank 1 and rank 0"):
         check_same_weights(nets[1])
 
 

@@ -149,9 +149,11 @@ class Trainer:
     def apply_gradients(self) -> Tensor:
         """Adam, unless a gradient is not finite: then nothing moves. Returns 1.0 for such a step, on the device, which
         nothing waits for."""
-        self.scaler.unscale_(self.optimizer)
+        scale = self.scaler.scale(torch.ones((), device=self.device))  # without a copy to the host, as get_scale makes
         largest = torch.linalg.vector_norm(self.gradients, math.inf)
-        found_inf = (~(largest < LARGEST_GRADIENT)).float()  # NaN too
+        found_inf = (~(largest < LARGEST_GRADIENT * scale)).float()  # NaN too
+        self.gradients[:1].masked_fill_(found_inf.bool(), math.nan)  # for the scaler, which takes any number for good
+        self.scaler.unscale_(self.optimizer)
         if self.config.clip is not None:
             clip_gradient(self.gradients, self.config.clip)
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # fused Adam reads it on the device
@@ -159,7 +161,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.nimg, self.config)
         self.optimizer.step()
-        scale = self.scaler.scale(torch.ones_like(found_inf))  # without a copy to the host, as get_scale makes
         self.scaler.update()
         return found_inf * (scale <= 1)  # lowering the scale of fp16 is no bad step
 
