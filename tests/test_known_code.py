@@ -56,6 +56,12 @@ def test_every_version_that_was_ever_written_is_known() -> None:
     assert not table, f"add to formats/known_code.json: {json.dumps(table)}"
 
 
+def test_edms_and_other_projects_versions_are_in_the_table() -> None:
+    table = known_code.TABLE
+    assert len(table["EDMPrecond"]) >= 3 and {"AttentionOp", "ECMPrecond", "MPConv", "weight_init"} <= table.keys()
+    assert all(len(each) == 64 for found in table.values() for each in found)
+
+
 def test_what_is_hashed() -> None:
     body = 'class A:\n    """Doc # stays."""\n    x = "#1"  # goes\n\n    def f(\n        self,\n    ):\n        return 1\n'
     text = f"# a comment\n@persistence.persistent_class\n{body}\n# the end\nb = 1\n\ndef g(\n    a,\n) -> int:\n    return '''\nclass B:\n'''\n"

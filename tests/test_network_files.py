@@ -455,6 +455,18 @@ class Call:
         return self.call
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("function", [os.system, eval, getattr, __import__, torch.load, np.load, print])
+def test_functions_are_refused_by_name(tmp_path: Path, function: Any, protocol: int) -> None:
+    path, evil = tmp_path / "net.pkl", Call(function, f"touch {tmp_path / 'TRAP'}")
+    words = rf"refers to '({function.__module__}|__builtin__)\.{function.__qualname__}'"
+    for content in ({"ema": evil}, {"ema": None, "loss_fn": [evil]}, evil):
+        path.write_bytes(pickle.dumps(content, protocol))
+        refused(path, words)
+    edm_file(path, protocol=protocol, entries={"extra": {"deep": [evil]}})
+    refused(path, words)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Code that the user trusts
 
@@ -592,6 +604,10 @@ def test_round_trip_is_exact(tmp_path: Path, class_name: str, suffix: str) -> No
     assert list(old) == list(new) and all(torch.equal(old[name], new[name]) for name in old)
     x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0]), torch.eye(3)[:2]
     assert torch.equal(net.eval()(x, sigma, labels), file.net(x, sigma, labels))
+
+    misnamed = path.rename(tmp_path / f"misnamed{'.safetensors' if suffix == '.pkl' else '.pkl'}")
+    assert load_network(misnamed).format == file.format  # by its content
+    misnamed.rename(path)
 
     # The same network is the same file, wherever it comes from, and one format turns into the other and back.
     for target in (path, tmp_path / "other.safetensors", tmp_path / "other.pkl", path):
@@ -755,6 +771,11 @@ def test_half_precision_files(tmp_path: Path, suffix: str) -> None:
     for name, value in load_network(half).net.state_dict().items():
         before = net.state_dict()[name]
         assert torch.equal(value, before.half().float() if name in parameters else before)  # buffers stay exact
+
+
+def test_networks_in_half_precision_are_written_as_float32(tmp_path: Path) -> None:
+    save_network(tmp_path / "net.pkl", small().to(torch.bfloat16))
+    assert pickle.loads((tmp_path / "net.pkl").read_bytes())["ema"].model.map_layer0.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
