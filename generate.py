@@ -167,11 +167,14 @@ def command(
         options["labels"] = drawn_from.digest()
     options |= {"device": where.type}  # each kind of device draws its own random numbers
     made_by = Manifest({"source": str(loaded.source), "sha256": loaded.sha256}, {**plan.options, **options})
-    output = open_output(outdir)
-    dist.from_rank0(partial(_lock, output))
-    processes = dist.get_world_size()
-    batches = partial(prepare, max_batch=max_batch, world_size=processes, skip_existing=skip_existing)
-    work = dist.from_rank0(partial(batches, output, made_by, seeds, labelled=drawn_from is not None))
+    output, processes = open_output(outdir), dist.get_world_size()
+
+    def lock_and_prepare() -> Work:
+        click.get_current_context().with_resource(output.lock())  # for as long as the command runs
+        labelled = drawn_from is not None
+        return prepare(output, made_by, seeds, max_batch, processes, skip_existing=skip_existing, labelled=labelled)
+
+    work = dist.from_rank0(lock_and_prepare)
 
     dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Using {plan.text}")
@@ -213,11 +216,6 @@ def _load(
     return loaded, plan_sampling(loaded, **sampler_options), drawn_from
 
 
-def _lock(output: ImageFolder | ImageZip) -> None:
-    """Keeps others out of the output for as long as the command runs."""
-    click.get_current_context().with_resource(output.lock())
-
-
 def _make_ready(net: Any, where: torch.device, precision: str, use_compile: bool) -> Any:
     """The network on its device, in the arithmetic asked for; fp32 is full fp32, also on CUDA."""
     from torch_utils import distributed as dist
@@ -241,7 +239,7 @@ def _make_images(
     from training.sampling import own_share, sample_batch
 
     total = sum(map(len, work.batches))
-    with writing(output, work.manifest.name, dist.get_rank()) as submit:
+    with writing(output, work.manifest.name) as submit:
         for seeds in show_progress(own_share(work.batches), len, total, dist.print0, title=f"NFE {plan.nfe}"):
             images = sample_batch(net, seeds, plan, where, labels).images
             if not images.isfinite().all():

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+import shutil
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +94,15 @@ class Manifest:
 def format_int_list(values: Sequence[int]) -> str:
     """The inverse of `parse_int_list`: [1, 2, 5, 6, 7] -> '1,2,5-7'."""
     parts: list[str] = []
-    start = 0
-    for end in range(1, len(values) + 1):
-        if end == len(values) or values[end] != values[end - 1] + 1:
-            first, last = values[start], values[end - 1]
-            # parse_int_list reads no ranges of negative numbers
-            parts += map(str, values[start:end]) if last - first < 2 or first < 0 else [f"{first}-{last}"]
-            start = end
+    for _, group in groupby(enumerate(values), key=lambda pair: pair[1] - pair[0]):
+        run = [value for _, value in group]
+        # parse_int_list reads no ranges of negative numbers
+        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 and run[0] >= 0 else map(str, run)
     return ",".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where images go. Several processes write at once, each image is written by one of them; `lock`, `previous`, `begin`
-# and `finish` are rank 0's business, before the others `open` and after they have left it.
+# Where images go. All processes call `write`, each for other images; the rest is rank 0's, before and after that.
 
 
 class ImageFolder:
@@ -140,28 +136,28 @@ class ImageFolder:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
 
+    def images(self) -> set[str]:
+        """The names of all image files that fid.py would measure, whoever made them."""
+        found = (path for path in self.path.rglob("*") if path.suffix.lower() in image_formats()[0])
+        return {path.relative_to(self.path).as_posix() for path in found}
+
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
         """Records who makes the images from here on, and removes what others left in the place of the `fresh` ones."""
-        for folder in {os.path.dirname(name) for name in manifest.names()}:
-            self._check_own(folder)
         for name in (*fresh, LABELS):  # the labels come back when all is done
-            (self.path / name).unlink(missing_ok=True)
+            self._place(name).unlink(missing_ok=True)
         write_text(self.path / MANIFEST, manifest.to_json())
-
-    def open(self, rank: int) -> AbstractContextManager[None]:
-        """To be entered while images are written."""
-        return nullcontext()
 
     def write(self, name: str, data: bytes) -> None:
         """Writes one image; threads may do so at the same time."""
-        self._check_own(os.path.dirname(name))
-        with atomic_write(self.path / name) as file:
+        with atomic_write(self._place(name)) as file:
             file.write(data)
 
-    def _check_own(self, folder: str) -> None:
-        """Raises UserError for a subfolder that is a link: what it leads to is not ours to write."""
-        if folder and (self.path / folder).is_symlink():
-            raise UserError(f"{self.path / folder} is a link, and not followed; remove it, or use another --outdir")
+    def _place(self, name: str) -> Path:
+        """Raises UserError in a subfolder that is a link: what it leads to is not ours to write."""
+        path = self.path / name
+        if path.parent != self.path and path.parent.is_symlink():
+            raise UserError(f"{path.parent} is a link, and not followed; remove it, or use another --outdir")
+        return path
 
     def finish(self, manifest: Manifest, labels: Labels) -> None:
         """Writes the labels, if there are any."""
@@ -172,23 +168,27 @@ class ImageFolder:
 class ImageZip:
     """An uncompressed zip of images, sorted by name, with the labels (if there are any) and the manifest last.
 
-    It appears, or replaces what was there, when all is written; until then each process writes a part of its own beside
-    it (`.NAME….part…`), which the next run removes if this one is killed. The zip's bytes depend on the images alone,
-    not on the number of processes or the time of day.
+    It appears, or replaces what was there, when all is written; until then the images are in a hidden folder beside it,
+    which the next run removes if this one is killed. The zip's bytes depend on the images alone, not on the number of
+    processes or the time of day.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        # How the names of parts begin: like the zip's, and short enough where that one is not.
-        self.stem = f".{self.path.name[:40]}.{zlib.crc32(os.fsencode(self.path.name)):08x}.part"
-        self._writing = threading.Lock()
+        # A name like the zip's, and short enough where that one is not.
+        self.work = self.path.with_name(f".{self.path.name[:40]}.{zlib.crc32(os.fsencode(self.path.name)):08x}.images")
 
-    def lock(self) -> AbstractContextManager[None]:
-        """As that of a folder."""
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """As that of a folder; removes what is unfinished at its end."""
         if self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a folder; name a new .zip, or a folder without .zip")
         check_folder(self.path.parent)
-        return locked_file(self.path, PATIENCE)
+        with locked_file(self.path, PATIENCE):
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.work, ignore_errors=True)
 
     def previous(self) -> Manifest | None:
         """Who made the zip that is there. Raises UserError for a file that is not ours to replace."""
@@ -207,50 +207,24 @@ class ImageZip:
         return Manifest.from_json(text, self.path / MANIFEST)
 
     def begin(self, manifest: Manifest, fresh: Iterable[str]) -> None:
-        """Removes the parts of a run that was killed; and links of such names, which `open` refuses."""
-        for path in self._parts():
-            path.unlink()
-
-    @contextmanager
-    def open(self, rank: int) -> Iterator[None]:
-        """To be entered while images are written: into this process's part, which is removed where that fails."""
-        path = self.path.with_name(f"{self.stem}{rank}")
-        with open(path, "xb") as file:  # never somebody else's, or what a link of that name leads to
-            try:
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as self._part:
-                    yield
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
+        """Makes the folder for the images, instead of one that a killed run has left."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(mode=0o700, parents=True)  # nobody else can put links into it
+        for folder in {os.path.dirname(name) for name in manifest.names()} - {""}:
+            (self.work / folder).mkdir()
 
     def write(self, name: str, data: bytes) -> None:
         """Writes one image; threads may do so at the same time."""
-        with self._writing:
-            self._part.writestr(name, data)
+        (self.work / name).write_bytes(data)
 
     def finish(self, manifest: Manifest, labels: Labels) -> None:
-        """Puts the parts together. Raises UserError where an image is missing."""
-        paths, names = self._parts(), sorted(manifest.names())
-        try:
-            with ExitStack() as stack, atomic_write(self.path) as file:
-                parts = [stack.enter_context(zipfile.ZipFile(path)) for path in paths]
-                found = {name: part for part in parts for name in part.namelist()}
-                missing = sum(name not in found for name in names)
-                if missing:
-                    raise UserError(f"{self.path}: {count(missing, 'image')} missing in its parts; make it again")
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:  # ZipInfo: always the same date
-                    for name in names:
-                        target.writestr(zipfile.ZipInfo(name), found[name].read(name))
-                    if labels:
-                        target.writestr(zipfile.ZipInfo(LABELS), labels_json(labels))
-                    target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
-        finally:
-            for path in paths:
-                path.unlink(missing_ok=True)
-
-    def _parts(self) -> list[Path]:
-        folder = self.path.parent
-        return [path for path in folder.iterdir() if path.name.startswith(self.stem)] if folder.is_dir() else []
+        """Makes the zip. Raises OSError where an image is missing."""
+        with atomic_write(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
+            for name in sorted(manifest.names()):  # ZipInfo: always the same date
+                target.writestr(zipfile.ZipInfo(name), (self.work / name).read_bytes())
+            if labels:
+                target.writestr(zipfile.ZipInfo(LABELS), labels_json(labels))
+            target.writestr(zipfile.ZipInfo(MANIFEST), manifest.to_json())
 
 
 def labels_json(labels: Labels) -> str:
@@ -284,104 +258,88 @@ def prepare(
     output: ImageFolder | ImageZip,
     mine: Manifest,
     seeds: Sequence[int],
-    *,
     max_batch: int,
     world_size: int = 1,
+    *,
     skip_existing: bool = False,
     labelled: bool = False,
 ) -> Work:
     """Finds out which batches must be made, and readies `output` for them. `mine` says who is about to do so.
 
-    Without `skip_existing` everything is made afresh. With it, seeds of a folder's earlier runs keep the batches they
-    had, and those whose images are all there are left out; a zip that lacks some is made anew. labelled: the images are
+    Without `skip_existing` everything is made afresh. With it, images of a folder that are there are left out; a zip
+    that lacks some is made anew. Seeds of a folder's earlier runs keep the batches they had. labelled: the images are
     to have labels. Raises UserError where images of somebody else would get mixed in, or be lost.
     """
     theirs = output.previous()
     difference = None if theirs is None else mine.difference(theirs)
-    names = {seed: mine.name(seed) for seed in seeds}
-    wanted, before = {*names.values()}, set() if theirs is None else {*theirs.names()}
-    others = before - wanted
     if skip_existing and difference is not None:
-        anew = isinstance(output, ImageZip) or not others
-        more = ", or leave --skip-existing out to make all of them anew" if anew else ""
-        raise UserError(f"{output.path} holds images that {difference}; use another --outdir{more}")
+        raise UserError(f"{output.path} holds images that {difference}; use another --outdir")
+    names = {mine.name(seed): seed for seed in seeds}
+    before = {} if theirs is None else theirs.names()
 
     runs: list[Run] = []  # earlier ones whose images stay
     present: set[int] = set()
     note = ""
     if isinstance(output, ImageZip):
-        if skip_existing and theirs is not None and before >= wanted:
+        if skip_existing and theirs is not None and before.keys() >= names.keys():
             return Work(theirs, [], is_done=True)
-        if others:
-            note = f"{output.path} is made anew, without its {count(len(others), 'image')} of other seeds"
-        elif skip_existing:
-            note = f"{output.path} is made in one go: --skip-existing continues folders, not zips"
+        if lost := before.keys() - names.keys():
+            note = f"{output.path} is made anew, without its {count(len(lost), 'image')} of other seeds"
     else:
-        known = before if theirs is None else {*before, LABELS}
-        for name in (*names.values(), LABELS):
-            if name not in known and output.exists(name):
+        for name in (*names, LABELS):
+            if name not in before and (name != LABELS or theirs is None) and output.exists(name):
                 raise UserError(
                     f"{output.path} holds {name}, but no {MANIFEST} that says who made them; use another --outdir, or "
                     "remove such files"
                 )
-        strays = sum(map(output.has, others))
-        if strays and difference is not None:
+        strays = output.images() - names.keys()
+        if difference is not None and (others := strays & before.keys()):
             raise UserError(
-                f"{output.path} holds {count(strays, 'more image')}, that {difference}: fid.py would measure them "
+                f"{output.path} holds {count(len(others), 'more image')}, that {difference}: fid.py would measure them "
                 "together with these; use another --outdir, or remove them"
             )
-        if theirs is None and output.path.is_dir():
-            found = {*os.listdir(output.path)} - wanted
-            strays = sum(Path(name).suffix.lower() in image_formats()[0] for name in found)
         if strays:
-            note = f"{output.path} also holds {count(strays, 'other image')}, which fid.py would measure too"
-        if theirs is not None and difference is None and skip_existing:
-            present = {seed for name, seed in theirs.names().items() if name in wanted and output.has(name)}
+            note = f"{output.path} also holds {count(len(strays), 'other image')}, which fid.py would measure too"
+        if theirs is not None and difference is None:
+            if skip_existing:
+                present = {seed for name, seed in names.items() if name in before and output.has(name)}
             # Of a run that left nothing (out of memory at once?) there are no batches to keep.
-            runs = [r for r in theirs.runs if not names.keys() >= {*r.seeds} or not present.isdisjoint(r.seeds)]
-        elif theirs is not None and difference is None:  # the images of other seeds stay where they are
-            rest = (replace(run, seeds=tuple(seed for seed in run.seeds if seed not in names)) for run in theirs.runs)
-            runs = [run for run in rest if run.seeds]
+            runs = [run for run in theirs.runs if not present.isdisjoint(run.seeds) or {*run.seeds} - {*seeds}]
 
     planned = {seed for run in runs for seed in run.seeds}
-    fresh = tuple(seed for seed in names if seed not in planned)
-    if fresh:
-        runs.append(Run(fresh, count_batches(len(fresh), max_batch, world_size)))
-    missing = names.keys() - present
-    batches = [batch for run in runs for batch in split_seeds(run.seeds, run.batches) if not missing.isdisjoint(batch)]
+    fresh = tuple(seed for seed in seeds if seed not in planned)
     if len(planned) + len(fresh) > MAX_IMAGES:
         raise UserError(f"--outdir={output.path} would hold more than {MAX_IMAGES} images; use several")
+    if fresh:
+        runs.append(Run(fresh, count_batches(len(fresh), max_batch, world_size)))
+    missing = {*seeds} - present
+    batches = [batch for run in runs for batch in split_seeds(run.seeds, run.batches) if not missing.isdisjoint(batch)]
     manifest = replace(mine, runs=tuple(runs))
     is_done = not batches and isinstance(output, ImageFolder) and (output.exists(LABELS) or not labelled)
     if not is_done:
-        output.begin(manifest, [names[seed] for seed in fresh])
+        output.begin(manifest, map(mine.name, fresh))
     return Work(manifest, batches, is_done, note)
 
 
 @contextmanager
 def writing(
-    output: ImageFolder | ImageZip, name: Callable[[int], str], rank: int = 0
-) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
-    """Yields submit(seeds, images uint8 [N, H, W, C]): they are encoded and written by threads, while the network makes
-    the next ones.
+    output: ImageFolder | ImageZip, name: Callable[[int], str]
+) -> Iterator[Callable[[Sequence[int], Sequence[np.ndarray]], None]]:
+    """Yields submit(seeds, images uint8 [N, H, W, C]): threads encode and write them, while the network makes the next.
 
-    `submit` waits while more than two batches are under way, so that memory stays bounded, and raises an error that a
-    thread has met; the end of the block waits for the last image.
+    `submit` waits for the batch before, so that memory stays bounded, and raises an error that a thread has met; the
+    end of the block waits for the last image.
     """
-    waiting: deque[list[Future[None]]] = deque()
+    waiting: list[Future[None]] = []
 
     def write(seed: int, image: np.ndarray) -> None:
         output.write(name(seed), encode_png(image))
 
-    def submit(seeds: Sequence[int], images: np.ndarray) -> None:
-        waiting.append([pool.submit(write, *pair) for pair in zip(seeds, images, strict=True)])
-        wait(2)
+    def submit(seeds: Sequence[int], images: Sequence[np.ndarray]) -> None:
+        for future in waiting:
+            future.result()
+        waiting[:] = map(pool.submit, [write] * len(seeds), seeds, images)
 
-    def wait(batches: int) -> None:
-        while len(waiting) > batches:
-            for future in waiting.popleft():
-                future.result()
-
-    with output.open(rank), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         yield submit
-        wait(0)
+        submit([], [])

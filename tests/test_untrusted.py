@@ -27,8 +27,6 @@ import pytest
 import torch
 from PIL import Image
 
-import generate
-from formats.image_files import ImageZip, Manifest
 from formats.network_files import save_network
 from helpers import make_dataset, small_network
 from metrics.classifier import FORMAT, Classifier
@@ -598,25 +596,3 @@ def test_none_takes_long(results: Any) -> None:
 def test_there_are_enough(results: Any) -> None:
     refused = [case for case, _ in results[1].values() if case.status]
     assert len(refused) >= 150 and len(results[1]) - len(refused) >= 10
-
-
-# -- links in a folder that others may write to --------------------------------------------------------------------------
-
-
-def test_parts_of_a_zip_are_not_written_through_links(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("x")
-    output = ImageZip(tmp_path / "out.zip")
-    output.begin(Manifest({}, {}), [])
-    (tmp_path / f"{output.stem}0").symlink_to(precious)
-    with pytest.raises(FileExistsError), output.open(0):
-        pass
-    network = tmp_path / "network.pkl"
-    save_network(network, small_network())
-    args = [f"--network={network}", f"--outdir={tmp_path / 'out.zip'}", "--seeds=0", "--steps=1", "--device=cpu"]
-    assert generate.main(args) == 0, "it is removed before the work"
-    assert precious.read_text() == "x" and sorted(p.name for p in tmp_path.iterdir()) == [
-        "network.pkl",
-        "out.zip",
-        "precious",
-    ]
