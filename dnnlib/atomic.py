@@ -9,9 +9,9 @@ import io
 import os
 import platform
 import re
+import secrets
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,6 @@ except ImportError:  # not on Windows
 # Ends the names of unfinished files: this program's, on this machine; locks may not reach from machine to machine.
 SUFFIX = f".edm-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}.tmp"
 _UNFINISHED = re.compile(r"\..+\.edm-[0-9a-f]{8}\.tmp", re.DOTALL)
-NO_FILE = "not a file but a pipe or a device; remove it, or use another path"
 DAY = 24 * 3600.0
 _cleaned: set[str] = set()  # folders that this process has looked through
 
@@ -47,27 +46,27 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         fd, temporary = _make_temporary(target)
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, str(target)) from exc
-    held = contextlib.ExitStack()
-    try:
-        with os.fdopen(fd, "w+b") as file:
-            if fcntl is not None:  # a second descriptor keeps the lock until the file has its name
-                held.callback(os.close, os.dup(fd))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; these are ordinary ones
-        os.replace(temporary, target)
-        sync_folder(target.parent)
-    except BaseException as exc:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-            for folder in made:
-                folder.rmdir()  # if nobody else has put something there
-        if isinstance(exc, OSError) and exc.errno is not None and exc.filename in (None, temporary):
-            raise OSError(exc.errno, exc.strerror, str(target)) from exc
-        raise
-    finally:
-        held.close()
+    with contextlib.ExitStack() as stack:
+        try:
+            with os.fdopen(fd, "w+b") as file:
+                if fcntl is not None:  # a second descriptor keeps the lock until the file has its name
+                    stack.callback(os.close, os.dup(fd))
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException as exc:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+                for folder in made:
+                    folder.rmdir()  # if nobody else has put something there
+            if isinstance(exc, OSError) and exc.errno is not None and exc.filename in (None, temporary):
+                raise OSError(exc.errno, exc.strerror, str(target)) from exc
+            raise
+    # Flushes the folder's list of names, so that the rename survives a power cut. Some systems can't.
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        stack.callback(os.close, names := os.open(target.parent, os.O_RDONLY))
+        os.fsync(names)
 
 
 def _make_temporary(target: Path) -> tuple[int, str]:
@@ -76,16 +75,13 @@ def _make_temporary(target: Path) -> tuple[int, str]:
     if folder not in _cleaned:
         _cleaned.add(folder)
         remove_unfinished(folder)
+    beginning = os.fsencode(target.name)[:100].decode("utf-8", "ignore")  # names of 255 bytes are the longest
     while True:
-        fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{_short(target.name)}.", suffix=SUFFIX)
+        temporary = str(target.with_name(f".{beginning}.{secrets.token_hex(8)}{SUFFIX}"))
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         if _try_lock(fd) is not False and os.fstat(fd).st_nlink:
             return fd, temporary
         os.close(fd)  # between its making and its locking another process took it for one left behind
-
-
-def _short(name: str) -> str:
-    """As much of a file's name as leaves room for a prefix and a suffix: 255 bytes are what file systems take."""
-    return os.fsencode(name)[:100].decode("utf-8", "ignore")
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:
@@ -103,41 +99,25 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str], patience: float = 5.0) -> Iterator[None]:
-    """Keeps other programs that ask for it from the folder (made if need be), by a lock of the kernel on a file in it,
-    which ends with the process.
+def locked(
+    path: str | os.PathLike[str], patience: float = 5.0, place: str | os.PathLike[str] | None = None
+) -> Iterator[None]:
+    """Keeps other programs that ask for it from a folder, by a lock of the kernel, which ends with the process.
 
     patience: seconds to wait for the process that has it, which may be a killed one on its way out. Raises UserError
     where it stays. File systems that know no locks are not guarded, which a warning names.
+    place: the file that is locked, made if need be and gone afterwards: `.lock` in the folder, or another, for a `path`
+    that is none.
     """
-    busy = f"{os.fspath(folder)}: another process is at work there; wait for it, or stop it"
-    with _lock(os.path.join(folder, ".lock"), patience, busy):
-        yield
-
-
-@contextlib.contextmanager
-def locked_file(path: str | os.PathLike[str], patience: float) -> Iterator[None]:
-    """The same for a file that is to be written, by a lock beside it that is gone afterwards."""
-    name = Path(path).name
-    place = Path(path).with_name(f".{name if len(os.fsencode(name)) < 250 else _short(name)}.lock")
-    with _lock(place, patience, f"{os.fspath(path)}: another process is at work on it; wait for it, or stop it"):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                place.unlink()  # before it is released: whoever gets it then sees that it has no name
-
-
-@contextlib.contextmanager
-def _lock(file: str | os.PathLike[str], patience: float, busy: str) -> Iterator[None]:
     from filelock import FileLock, Timeout  # takes 0.2 s
 
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    file = Path(path, ".lock") if place is None else Path(place)
+    file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file, timeout=patience, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(busy) from None
+        raise UserError(f"{os.fspath(path)}: another process is at work there; wait for it, or stop it") from None
     except OSError as exc:
         if exc.filename is not None:  # it can't be opened
             raise
@@ -145,6 +125,8 @@ def _lock(file: str | os.PathLike[str], patience: float, busy: str) -> Iterator[
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            file.unlink()  # before it is released: whoever gets it then finds that it has no name
         lock.release()
 
 
@@ -211,37 +193,23 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 def open_for_append(path: str | os.PathLike[str]) -> io.FileIO:
     """`open(path, "ab", buffering=0)` of a file proper. A link of that name is replaced by a file, never followed, and
     what it led to stays as it is. Raises UserError for pipes, devices and sockets."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    flags |= sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
     if os.path.islink(path):
         print(f"{printable(path)} was a link; it is a file of its own from here on", file=sys.stderr)
         os.unlink(path)
+    return io.FileIO(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)), "ab")
+
+
+def open_regular(path: str | os.PathLike[str], flags: int) -> int:
+    """`os.open` of a file proper. Raises UserError for pipes, devices and sockets, which may never end."""
+    problem = UserError(f"{os.fspath(path)}: not a file but a pipe or a device; put a file there, or use another path")
     try:
-        fd = os.open(path, flags, 0o666)
+        fd = os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as exc:
-        if exc.errno != errno.ENXIO:  # a pipe that nobody reads, a socket
-            raise
-        raise UserError(f"{os.fspath(path)}: {NO_FILE}") from exc
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise UserError(f"{os.fspath(path)}: {NO_FILE}")
-    return io.FileIO(fd, "ab")
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Flushes a folder's list of names, so that a rename survives a power cut. Nothing to do where that can't be."""
-    if os.name != "posix":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass  # some network file systems refuse to flush a folder; the rename itself has been done
-    finally:
-        os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        if exc.errno == errno.ENXIO:  # a pipe that nobody reads, a socket
+            raise problem from exc
+        raise
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) if stat.S_ISDIR(mode) else problem

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import itertools
@@ -12,7 +11,6 @@ import logging
 import os
 import queue
 import re
-import stat
 import sys
 import threading
 import time
@@ -23,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from .atomic import atomic_write
+from .atomic import atomic_write, open_regular
 from .errors import UserError, printable, public_url
 
 MINUTE = 60.0  # seconds that a server has for each
@@ -182,30 +180,17 @@ def open_file(
     kind: of `LIMITS`, whose size the file may not exceed; None for no limit.
     within: the folder that the file must lie in, wherever links on the way lead.
 
-    Raises UserError for pipes, devices and sockets, which may never end, for what is too large, and for what lies
-    outside; OSError as `open` does.
+    Raises UserError for pipes, devices and sockets, for what is too large, and for what lies outside; OSError as `open`
+    does.
     """
     name = os.fspath(path)
     if within is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(within)):
         raise UserError(f"{name}: is a link to something outside of {os.fspath(within)}; put the file itself there")
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-    except OSError as exc:
-        if exc.errno != errno.ENXIO:  # a socket
-            raise
-        raise UserError(f"{name}: {_NO_FILE}") from exc
-    try:
-        found = os.fstat(fd)
-        if stat.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{name}: {_NO_FILE}")
-        if kind is not None and found.st_size > LIMITS[kind]:
-            raise UserError(f"{name}: {_too_large(kind)}")
-        return os.fdopen(fd, "rb")
-    except BaseException:
-        os.close(fd)
-        raise
+    file = os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+    if kind is not None and os.fstat(file.fileno()).st_size > LIMITS[kind]:
+        file.close()
+        raise UserError(f"{name}: {_too_large(kind)}")
+    return file
 
 
 def read_file(path: str | os.PathLike[str], kind: str, within: str | os.PathLike[str] | None = None) -> bytes:
@@ -231,9 +216,6 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def parse_json(text: str | bytes) -> Any:
     """`json.loads`; whole numbers that are no floats are infinite: arithmetic with them raises no errors."""
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
-
-
-_NO_FILE = "not a file but a pipe or a device; copy its content into a file"
 
 
 def _too_large(kind: str) -> str:

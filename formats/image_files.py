@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.atomic import atomic_write, check_folder, locked_file, write_text
+from dnnlib.atomic import atomic_write, check_folder, locked, write_text
 from dnnlib.cli import UserError, parse_int_list
 from dnnlib.util import LIMITS, count, open_file, read_file
 from training.decoding import encode_png, image_formats
@@ -116,7 +116,7 @@ class ImageFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a file; name a folder, or a .zip")
         check_folder(self.path)
-        return locked_file(self.path / MANIFEST, PATIENCE)
+        return locked(self.path, PATIENCE)
 
     def previous(self) -> Manifest | None:
         """What an earlier run left here."""
@@ -184,7 +184,7 @@ class ImageZip:
         if self.path.is_dir():
             raise UserError(f"--outdir={self.path} is a folder; name a new .zip, or a folder without .zip")
         check_folder(self.path.parent)
-        with locked_file(self.path, PATIENCE):
+        with locked(self.path, PATIENCE, self.work.with_suffix(".lock")):
             try:
                 yield
             finally:

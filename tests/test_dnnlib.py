@@ -17,8 +17,6 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 
 import click
@@ -27,7 +25,7 @@ import pytest
 
 import dnnlib
 from dnnlib import EasyDict, cli
-from dnnlib.atomic import append_text, atomic_write, locked, locked_file, write_text
+from dnnlib.atomic import append_text, atomic_write, locked, write_text
 from dnnlib.errors import UserError, printable, public_url, without_secrets
 from dnnlib.util import LIMITS, forget, format_time, is_url, make_cache_dir_path, open_file, open_url, read_file
 
@@ -184,7 +182,7 @@ def test_links_are_replaced_not_written_through(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["人" * 80 + ".zip", "é" * 126 + ".a", "x" * 255, "\udcff" * 200])
 def test_every_legal_name_can_be_written(tmp_path, name):
     path = tmp_path / name
-    with locked_file(path, 1), atomic_write(path) as file:
+    with atomic_write(path) as file:
         file.write(b"content")
     assert path.read_bytes() == b"content" and len(list(tmp_path.iterdir())) == 1
 
@@ -597,43 +595,38 @@ def test_progress_goes_to_standard_error_of_rank_0(server, capsys, monkeypatch):
 # Locks
 
 
-@pytest.fixture(params=["folder", "file"])
-def lock(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], AbstractContextManager[None]]:
-    """`locked` and `locked_file`, of one place, given the patience."""
-    return partial(locked if request.param == "folder" else locked_file, tmp_path / "place")
-
-
-Lock = Callable[[float], AbstractContextManager[None]]
-
-
-def is_free(lock: Lock, patience: float = 0) -> bool:
+def is_free(place: Path, patience: float = 0) -> bool:
     try:
-        with lock(patience):
+        with locked(place, patience):
             return True
     except UserError as exc:
-        assert re.fullmatch(r".*/place: another process is at work (there|on it); wait for it, or stop it", str(exc))
+        assert re.fullmatch(r".*/place: another process is at work there; wait for it, or stop it", str(exc))
         return False
 
 
-def test_a_lock_is_for_one_thread_of_one_process_at_a_time(lock, tmp_path):
-    with lock(0):
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "place"
+
+
+def test_a_lock_is_for_one_thread_of_one_process_at_a_time(place):
+    with locked(place, 0):
         results: list[bool] = []
-        thread = threading.Thread(target=lambda: results.append(is_free(lock)))
+        thread = threading.Thread(target=lambda: results.append(is_free(place)))
         thread.start()
         thread.join()
-        assert results == [False] and not is_free(lock, 0.1)
-        with locked(tmp_path / "elsewhere", patience=0):
+        assert results == [False] and not is_free(place, 0.1)
+        with locked(place.with_name("elsewhere"), 0), locked(place, 0, place / "another.lock"):
             pass
-    assert is_free(lock)
+    assert is_free(place) and not list(place.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["locked", "locked_file"])
-def test_a_lock_ends_with_its_process(tmp_path, kind):
+def test_a_lock_ends_with_its_process(place):
     """However it ends, and whatever children it leaves; a file of another lock that is left over is no obstacle."""
     code = """if True:
         import os, sys, time
-        from dnnlib.atomic import locked, locked_file
-        with LOCK(sys.argv[1], 0):
+        from dnnlib.atomic import locked
+        with locked(sys.argv[1], 0):
             if os.fork() == 0:
                 os.close(1)
                 time.sleep(60)
@@ -642,28 +635,27 @@ def test_a_lock_ends_with_its_process(tmp_path, kind):
                 os._exit(0)
             os.wait()
             print("in", flush=True)
-            sys.stdin.read()""".replace("LOCK", kind)
-    words = [sys.executable, "-c", code, str(tmp_path / "place")]
+            sys.stdin.read()"""
+    words = [sys.executable, "-c", code, str(place)]
     root = Path(__file__).parent.parent
-    lock = partial(locked if kind == "locked" else locked_file, tmp_path / "place")
     with subprocess.Popen(words, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
         children = psutil.Process(other.pid).children()
         try:
-            assert not is_free(lock)
+            assert not is_free(place)
             other.kill()
             other.wait()
-            assert is_free(lock, 5) and len(children) == 1 and children[0].is_running()
+            assert is_free(place, 5) and len(children) == 1 and children[0].is_running()
         finally:
             for child in children:
                 child.kill()
 
 
-def test_the_lock_of_a_file_is_gone_afterwards_and_a_waiting_process_gets_a_new_one(tmp_path):
+def test_a_lock_is_gone_afterwards_and_a_waiting_process_gets_a_new_one(place):
     inside: list[str] = []
 
     def work(name: str) -> None:
-        with locked_file(tmp_path / "x.zip", 30):
+        with locked(place, 30):
             inside.append(name)
             assert len(inside) == 1
             time.sleep(0.02)
@@ -676,28 +668,25 @@ def test_the_lock_of_a_file_is_gone_afterwards_and_a_waiting_process_gets_a_new_
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(done) == list("abcde") and list(tmp_path.iterdir()) == []
+    assert sorted(done) == list("abcde") and list(place.iterdir()) == []
 
 
-def test_no_link_is_followed_to_a_lock(tmp_path):
-    (tmp_path / "place").mkdir()
-    (tmp_path / "place/.lock").symlink_to(tmp_path / "other")
-    command = cli.command(name="x")(lambda: locked(tmp_path / "place", 0).__enter__())
+def test_no_link_is_followed_to_a_lock_and_no_pipe_stops_anybody(place, tmp_path):
+    place.mkdir()
+    (place / ".lock").symlink_to(tmp_path / "other")
+    command = cli.command(name="x")(lambda: locked(place, 0).__enter__())
     assert cli.run(command, []) == 1 and not (tmp_path / "other").exists()
+    (place / ".lock").unlink()
+    os.mkfifo(place / ".lock")
+    assert is_free(place)
 
 
-def test_a_pipe_in_the_place_of_a_lock_stops_nobody(lock, tmp_path):
-    (tmp_path / "place").mkdir()
-    os.mkfifo(tmp_path / "place/.lock")
-    assert is_free(lock)
-
-
-def test_a_file_system_without_locks_is_named(lock, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_named(place, monkeypatch, capsys):
     def flock(*args: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr("fcntl.flock", flock)
-    assert is_free(lock)
+    assert is_free(place)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("Warning: ") and "place" in line and "no locks here (Function not implemented)" in line
 

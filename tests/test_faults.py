@@ -343,15 +343,15 @@ def test_sigterm_outside_training_spoils_nothing(tmp_path):
 
 def test_a_file_that_is_taken_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
     """Another process cleans up just between the making of a file and its locking."""
-    original, made = atomic.tempfile.mkstemp, []
+    original, made = atomic._try_lock, []
 
-    def mkstemp(**kwargs):
-        made.append(original(**kwargs))
+    def try_lock(fd):
+        made.append(fd)
         if len(made) == 1:
-            os.unlink(made[0][1])
-        return made[-1]
+            next(tmp_path.iterdir()).unlink()
+        return original(fd)
 
-    monkeypatch.setattr(atomic.tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(atomic, "_try_lock", try_lock)
     atomic.write_text(tmp_path / "a.txt", "text")
     assert (tmp_path / "a.txt").read_text() == "text" and len(made) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -417,7 +417,7 @@ def test_two_at_once(files, tmp_path, monkeypatch, capsys, to):
 
     monkeypatch.setattr("training.sampling.sample_batch", twice)
     assert run(files.plain, out, *SOME) == 0 and seen == [1]
-    assert "another process is at work on it" in capsys.readouterr().err
+    assert "another process is at work there" in capsys.readouterr().err
     names = zipfile.ZipFile(out).namelist() if out.is_file() else os.listdir(out)
     assert len(names) == 9 and not list(tmp_path.glob(".*"))
 
