@@ -27,9 +27,8 @@ from .errors import UserError, printable, public_url
 MINUTE = 60.0  # seconds that a server has for each
 CHUNK = 60_000  # bytes: 1 kB/s
 MAX_REDIRECTS = 10
-MAX_SILENT = 3  # a host that does not answer at all is given up after so many attempts
-CONNECT_TIMEOUT = 5.0  # seconds until a host that does not even take the connection counts as silent
-MAX_PAUSE = 8.0  # seconds, the longest wait between two attempts
+CONNECT_TIMEOUT = 5.0  # seconds until a host that does not even take the connection counts as out of reach
+PAUSE, MAX_PAUSE = 0.5, 8.0  # seconds between two attempts: doubled after each
 LIMITS = {  # bytes that a file of a kind may have: many times what this program or EDM's writes
     "a network": 8 << 30,
     "a training state": 32 << 30,
@@ -92,17 +91,13 @@ def is_url(obj: Any, allow_file_urls: bool = False) -> bool:
     return (scheme in ("http", "https") and bool(parts.netloc)) or (allow_file_urls and scheme == "file")
 
 
-def make_cache_dir_path(*paths: str) -> str:
-    """A folder below $DNNLIB_CACHE_DIR, or below ~/.cache/dnnlib. It is not made here."""
-    root = os.environ.get("DNNLIB_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "dnnlib")
-    return os.path.join(root, *paths)
-
-
 def cache_path(url: str, folder: str | None = None) -> str:
-    """The file that keeps the content of a URL: in `folder`, or in `downloads` below `make_cache_dir_path()`."""
+    """The file that keeps the content of a URL: in `folder`, or in $DNNLIB_CACHE_DIR/downloads, or in
+    ~/.cache/dnnlib/downloads."""
+    root = os.environ.get("DNNLIB_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "dnnlib")
     key = hashlib.md5(url.encode("utf-8", "backslashreplace"), usedforsecurity=False).hexdigest()
     name = re.sub(r"[^0-9a-zA-Z._-]", "_", _base(url))[-128:]
-    return os.path.join(folder or make_cache_dir_path("downloads"), f"{key}_{name}")
+    return os.path.join(folder or os.path.join(root, "downloads"), f"{key}_{name}")
 
 
 def forget(source: str | os.PathLike[str]) -> None:
@@ -125,20 +120,19 @@ def forgotten_if_bad(source: str | os.PathLike[str]) -> Iterator[None]:
 def open_url(
     url: str | os.PathLike[str],
     cache_dir: str | None = None,
-    num_attempts: int = 10,
+    num_attempts: int = 5,
     verbose: bool = True,
     return_filename: bool = False,
     cache: bool = True,
     *,
-    pause: float = 0.5,
     timeout: float = 60.0,
     kind: str = "a network",
     check: Callable[[bytes], None] | None = None,
 ) -> Any:
-    """Opens a local path, a file:// URL or an http(s) URL for reading in binary. EDM's signature and four more options.
+    """Opens a local path, a file:// URL or an http(s) URL for reading in binary. EDM's signature, and more.
 
     cache_dir: folder for downloads. cache: keep the download; otherwise it stays in memory.
-    num_attempts: how often a download is tried, after a pause that doubles. Each attempt begins at the first byte.
+    num_attempts: how often a download is tried. Each attempt begins at the first byte.
     verbose: show a progress bar on standard error (rank 0 only).
     return_filename: return the name of the local file instead of an open file.
     timeout: seconds of silence after which a connection counts as lost.
@@ -154,15 +148,15 @@ def open_url(
     if is_url(name):
         path = cache_path(name, cache_dir)
         verbose = verbose and os.environ.get("RANK", "0") == "0"
-        fetch = partial(_receive, name, verbose=verbose, timeout=timeout, kind=kind, check=check)
+        how = {"verbose": verbose, "timeout": timeout, "kind": kind, "check": check}
         if not cache:
             buffer = io.BytesIO()
-            _download(fetch, buffer, public_url(name), num_attempts, pause)
+            _download(name, buffer, num_attempts, **how)
             buffer.seek(0)
             return buffer
         if not os.path.exists(path):
             with atomic_write(path) as file:
-                _download(fetch, file, public_url(name), num_attempts, pause)
+                _download(name, file, num_attempts, **how)
     else:
         path = local_path(name)
         if not os.path.exists(path):
@@ -239,34 +233,33 @@ def local_path(name: str) -> str:
 
 
 class _Interrupted(Exception):
-    """An attempt failed in a way that may pass. `answered`: the server did send something."""
-
-    def __init__(self, reason: str, answered: bool = True) -> None:
-        super().__init__(reason)
-        self.answered = answered
+    """An attempt failed in a way that may pass."""
 
 
-def _download(
-    fetch: Callable[[IO[bytes]], None], file: IO[bytes], source: str, num_attempts: int, pause: float
-) -> None:
-    """Lets `fetch` leave the complete content in `file`. Raises UserError when it can't be had."""
-    silent = 0
+def _download(url: str, file: IO[bytes], num_attempts: int, **how: Any) -> None:
+    """Leaves the complete content in `file`. Raises UserError when it can't be had."""
     for attempt in range(1, num_attempts + 1):
         file.seek(0)
         file.truncate()
         try:
-            return fetch(file)
+            return _receive(url, public_url(url), file, **how)
         except _Interrupted as exc:
-            silent = 0 if exc.answered else silent + 1
-            if attempt == num_attempts or silent == MAX_SILENT:
-                raise UserError(f"{source}: download failed after {count(attempt, 'attempt')}: {exc}") from None
-        time.sleep(min(pause * 2 ** (attempt - 1), MAX_PAUSE))
+            if attempt == num_attempts:
+                tried = count(attempt, "attempt")
+                raise UserError(f"{public_url(url)}: download failed after {tried}: {exc}") from None
+        time.sleep(min(PAUSE * 2 ** (attempt - 1), MAX_PAUSE))
 
 
 def _receive(
-    url: str, file: IO[bytes], verbose: bool, timeout: float, kind: str, check: Callable[[bytes], None] | None
+    url: str,
+    source: str,
+    file: IO[bytes],
+    verbose: bool,
+    timeout: float,
+    kind: str,
+    check: Callable[[bytes], None] | None,
 ) -> None:
-    """One attempt. Raises _Interrupted for what may pass, UserError for the rest."""
+    """One attempt; `source` is the address as it is shown. Raises _Interrupted for what may pass, else UserError."""
     import requests
     import urllib3
     from tqdm import tqdm
@@ -274,17 +267,18 @@ def _receive(
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show whole addresses
     session = requests.Session()
     session.max_redirects = MAX_REDIRECTS
-    session.hooks["response"].append(_drop_redirects_body)
+    # requests would read the body of a redirect into memory, to its end
+    session.hooks["response"].append(lambda answer, **_: answer.raw.close() if answer.is_redirect else None)
     waits = (min(CONNECT_TIMEOUT, timeout), timeout)
     # Content-Length counts the bytes of the file itself only if the server doesn't compress it on the way.
     get = partial(session.get, url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=waits)
-    source, answered, position = public_url(url), False, 0
-    hide = None if verbose else True  # None: where standard error is no terminal
+    response, position = None, 0
     try:
         response = _in_a_minute(get)
-        answered, total = True, _check_answer(response, source)
+        total = _check_answer(response, source)
         if verbose and not sys.stderr.isatty():
             print(f"Downloading {source} ...", file=sys.stderr, flush=True)
+        hide = None if verbose else True  # None: where standard error is no terminal
         with tqdm(total=total, unit="B", unit_scale=True, desc=_base(source), disable=hide, leave=False) as bar:
             # iter_content would yield each of a server's chunks, which may be of one byte
             while chunk := _in_a_minute(partial(response.raw.read, CHUNK, decode_content=True)):
@@ -298,11 +292,13 @@ def _receive(
                 file.write(chunk)
                 bar.update(len(chunk))
     except queue.Empty:
-        raise _Interrupted("the server sends less than 1 kB/s", answered) from None
-    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as exc:
-        if answered and not isinstance(exc, OSError | urllib3.exceptions.HTTPError):
+        raise _Interrupted("the server sends less than 1 kB/s") from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as exc:
+        raise _failure(exc, source, response is not None) from None  # it holds the whole address
+    except ValueError as exc:
+        if response is not None:
             raise  # `check` finds the content wrong
-        raise _failure(exc, source, answered) from None  # it holds the whole address
+        raise _failure(exc, source, False) from None
     if total not in (None, position):
         raise _Interrupted(f"got {position} of {total} bytes")
 
@@ -327,11 +323,11 @@ def _in_a_minute(call: Callable[[], Any]) -> Any:
 
 def _check_answer(response: Any, source: str) -> int | None:
     """The length of the body, if the server gives it. Raises UserError or _Interrupted for what is no file."""
-    status, reason = response.status_code, response.reason
-    if status in (408, 429) or status >= 500:
-        raise _Interrupted(f"the server answered HTTP {status} {reason}")
-    if status != 200:
-        raise UserError(f"{source}: the server answered HTTP {status} {reason}{_HINTS.get(status, '')}")
+    answer = f"the server answered HTTP {response.status_code} {response.reason}"
+    if response.status_code in (408, 429) or response.status_code >= 500:
+        raise _Interrupted(answer)
+    if response.status_code != 200:
+        raise UserError(f"{source}: {answer}{_HINTS.get(response.status_code, '')}")
     length = response.headers.get("Content-Length", "") if "Content-Encoding" not in response.headers else ""
     return int(length[:20]) if length.isascii() and length.isdigit() else None  # or thousands of digits
 
@@ -345,27 +341,21 @@ def _check_start(chunk: bytes, source: str, kind: str, content_type: str) -> Non
         raise UserError(f"{source}: does not begin as {kind} does; check the address")
 
 
-def _drop_redirects_body(response: Any, **_: Any) -> None:
-    """requests would read it into memory, to its end."""
-    if response.is_redirect:
-        response.raw.close()
-
-
 def _failure(exc: BaseException, source: str, answered: bool) -> UserError | _Interrupted:
     """What a failed request means."""
     import requests
 
+    if isinstance(exc, requests.TooManyRedirects):
+        return UserError(f"{source}: redirected more than {MAX_REDIRECTS} times")
     cause: Any = exc
     while isinstance(inner := getattr(cause, "reason", None) or next(reversed(cause.args), None), BaseException):
         cause = inner  # 'Connection refused', not what the connection pool makes of it, with the whole address
     reason = printable(str(getattr(cause, "strerror", None) or cause).split(": ", 1)[-1].rstrip("."), 200)
-    if isinstance(exc, requests.TooManyRedirects):
-        return UserError(f"{source}: redirected more than {MAX_REDIRECTS} times")
     if isinstance(exc, ValueError):
         return UserError(f"{source}: leads to an address that is not http(s), or malformed: {reason}")
     if answered:
         return _Interrupted(f"the connection broke off ({reason})")
-    return _Interrupted(f"the host can't be reached ({reason}); check the address and the network", answered=False)
+    return _Interrupted(f"the host can't be reached ({reason}); check the address and the network")
 
 
 def _base(url: str) -> str:

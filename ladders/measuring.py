@@ -374,7 +374,7 @@ def try_inception() -> str | None:
     Gives up within seconds where there is no network: a ladder can do without.
     """
     try:
-        open_url(detectors.INCEPTION_URL, return_filename=True, timeout=PATIENCE, kind="a detector")
+        open_url(detectors.INCEPTION_URL, num_attempts=3, return_filename=True, timeout=PATIENCE, kind="a detector")
     except UserError as exc:
         return f"the Inception weights can't be had ({exc})"
     return None

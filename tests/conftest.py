@@ -31,6 +31,7 @@ def server(monkeypatch, tmp_path):
 
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("dnnlib.util.PAUSE", 0.001)
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
