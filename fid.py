@@ -73,7 +73,7 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
         from metrics.statistics import statistics_of_dataset
 
         reference, network = _reference(ref, spec)
-        stats = statistics_of_dataset(images, network, num=num, seed=seed, batch=batch, progress=True)
+        stats = statistics_of_dataset(images, network, num=num, seed=seed, batch=batch)
         _print_distance(stats, reference, images)
 
 
@@ -146,7 +146,7 @@ def ref(data: str, dest: str, batch: int, spec: str, device: str) -> None:
 
         path = dest if dest.endswith(".npz") else f"{dest}.npz"
         check_target(path)
-        stats = statistics_of_dataset(data, load_detector(spec, dist.device()), batch=batch, progress=True)
+        stats = statistics_of_dataset(data, load_detector(spec, dist.device()), batch=batch)
         if dist.is_main():
             stats.save(path)
             _log(f"wrote {path}: statistics of {stats.num} images by {stats.detector_id}")

@@ -152,7 +152,6 @@ class Measuring:
             draws=DRAWS if self.detector.dim <= WIDE else FEW_DRAWS,
             images=size,
             batch=self.options.eval_batch,
-            progress=True,
         )
         self.floor = Floor(size, distances)
         is_new, self.reference = self.reference is None, self.reference or stats  # what is measured stands on the old

@@ -30,10 +30,6 @@ INCEPTION_URL = (
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-class DetectorUnavailable(UserError):
-    """The default detector's weights are neither here nor to be downloaded."""
-
-
 @dataclass(frozen=True, eq=False)
 class Detector:
     """A feature extractor on its device.
@@ -77,14 +73,15 @@ def load_detector(spec: str | os.PathLike[str] = "inception", device: torch.devi
 
     spec: 'inception' (downloads the published weights at first use), or the path or URL of the weights file of
     Inception, or of a file that `metrics.classifier.train_detector` wrote. Under several processes, call it on all.
-    Raises DetectorUnavailable where Inception can't be downloaded, UserError for a file that is no detector.
+    Raises UserError for a file that can't be had, or is no detector.
     """
     spec, device = os.fspath(spec), torch.device(device)
     content = dist.rank0_first(lambda: _read(spec))
     digest = hashlib.sha256(content).hexdigest()
     with forgotten_if_bad(INCEPTION_URL if spec == "inception" else spec):
         if digest == INCEPTION_SHA256:
-            net: nn.Module = _inception_from_state(load_tensors(io.BytesIO(content)), spec)
+            net: nn.Module = InceptionV3()
+            net.load_state_dict(load_tensors(io.BytesIO(content)))
             detector = Detector(INCEPTION, net, FEATURES, channels=3, resolution=None, device=device)
         elif spec == "inception" or "inception" in os.path.basename(spec).lower():
             raise UserError(
@@ -119,18 +116,8 @@ def _read(spec: str) -> bytes:
     except UserError as exc:
         if spec != "inception":
             raise
-        raise DetectorUnavailable(
+        raise UserError(
             f"the Inception weights can't be downloaded ({exc}); name a local copy of "
             f"{os.path.basename(INCEPTION_URL)} with --detector=PATH, or measure with a small detector of your own: "
             "fid.py detector --data=ZIP --dest=FILE, then --detector=FILE for the reference (fid.py ref) and the images"
         ) from exc
-
-
-def _inception_from_state(state: Any, source: object) -> InceptionV3:
-    """Inception with the tensors of a published file, less batch norm's step counters, which some copies hold."""
-    net = InceptionV3()
-    try:
-        net.load_state_dict({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")})
-    except (AttributeError, RuntimeError) as exc:
-        raise UserError(f"{source}: these are not the weights of Inception-v3 of 2015-12-05") from exc
-    return net

@@ -8,6 +8,7 @@ from later versions of the same network: average pools that don't count their pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,54 +19,24 @@ FEATURES = 2048
 
 
 def resize_bilinear_tf1(images: Tensor, height: int, width: int) -> Tensor:
-    """TensorFlow 1's bilinear resizing of images [N, C, H, W]: output pixel i looks at i * (old size / new size).
+    """TensorFlow 1's bilinear resizing of images [N, C, H, W]: output pixel i lies at i * (old size / new size).
 
     No half-pixel shift and no antialiasing, so the last rows repeat the edge. float32 [N, C, height, width].
     """
-    images = _lerp(images.float(), 3, width)
-    return _lerp(images, 2, height)
+    x = images.float()
+    for axis, size in ((3, width), (2, height)):
+        old = x.shape[axis]
+        source = torch.arange(size, dtype=torch.float32, device=x.device) * (old / size)
+        lower = source.long().clamp(max=old - 1)
+        fraction = (source - lower).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+        low, high = x.index_select(axis, lower), x.index_select(axis, (lower + 1).clamp(max=old - 1))
+        x = low + (high - low) * fraction
+    return x
 
 
-def _lerp(x: Tensor, axis: int, size: int) -> Tensor:
-    old = x.shape[axis]
-    source = torch.arange(size, dtype=torch.float32, device=x.device) * (old / size)
-    lower = source.long().clamp(max=old - 1)
-    upper = (lower + 1).clamp(max=old - 1)
-    fraction = (source - lower).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
-    low, high = x.index_select(axis, lower), x.index_select(axis, upper)
-    return low + (high - low) * fraction
-
-
-def _average_pool(x: Tensor) -> Tensor:
-    """3x3 averages at every pixel; at the edge, of those pixels alone that exist."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _max_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def _halving_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=2)
-
-
-class FrozenBatchNorm(nn.Module):
-    """Batch norm with the statistics of its training: a fixed scale and shift per channel."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(
-                name, torch.ones(channels) if name in ("weight", "running_var") else torch.zeros(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.001)
+_average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+_halving_pool = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 class Conv(nn.Module):
@@ -76,7 +47,7 @@ class Conv(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
-        self.bn = FrozenBatchNorm(cout)
+        self.bn = nn.BatchNorm2d(cout, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)

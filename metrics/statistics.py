@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -68,11 +68,9 @@ class Stats:
             is_pickle = file.read(1) == b"\x80"
             file.seek(0)
             try:
-                arrays = _from_pickle(file, source) if is_pickle else _from_npz(file, source)
+                arrays = _from_pickle(file, source) if is_pickle else _from_npz(file)
                 num = int(arrays["num"].item()) if "num" in arrays else None
                 detector = str(arrays["detector"].item()) if "detector" in arrays else INCEPTION
-            except UserError:
-                raise
             except Exception as exc:  # damage shows in many ways: ValueError, BadZipFile, zlib.error, MemoryError
                 kind = "pickle of plain arrays, as edm2 writes them" if is_pickle else "npz file of plain arrays"
                 reason = f" ({exc})" if "pickle" not in str(exc) else ""  # numpy would advise to run what is in there
@@ -86,10 +84,10 @@ class Stats:
         return Stats(mu, sigma, num, detector)
 
 
-def _from_npz(file: IO[bytes], source: object) -> dict[str, Array]:
+def _from_npz(file: IO[bytes]) -> dict[str, Array]:
     content = np.load(file, allow_pickle=False)
     if not isinstance(content, np.lib.npyio.NpzFile):
-        raise UserError(f"{source}: a single array; statistics are an npz file with mu and sigma")
+        raise ValueError("a single array; statistics are mu and sigma")
     archive: Any = content.zip
     for entry in archive.infolist():
         if entry.filename.removesuffix(".npy") in ARRAYS and entry.file_size > MAX_ARRAY_BYTES:
@@ -140,23 +138,8 @@ def check_reference(reference: Stats, detector: Detector) -> None:
 def note_if_collapsed(images: Stats, reference: Stats, source: object) -> None:
     """One line on standard error where the images are all alike; their distance is a number all the same."""
     if np.trace(images.sigma) < COLLAPSED * np.trace(reference.sigma):
-        _warn(
-            f"{source} has collapsed: its images are all alike, with less than {COLLAPSED:.0%} of the reference's "
-            "variance"
-        )
-
-
-def warn_of_few(num: int, detector: Detector) -> None:
-    """One line on standard error where there are too few images for the number of features."""
-    if num <= detector.dim:
-        _warn(
-            f"{num} images are few for {detector.dim} features: the covariance has not its full rank, and the distance "
-            "comes out too large; compare it only with distances of equally many images"
-        )
-
-
-def _warn(text: str) -> None:
-    dist.print0(f"warning: {text}", file=sys.stderr)
+        little = f"less than {COLLAPSED:.0%} of the reference's variance"
+        dist.print0(f"warning: {source} has collapsed: its images are all alike, with {little}", file=sys.stderr)
 
 
 class FeatureStatistics:
@@ -194,30 +177,32 @@ class FeatureStatistics:
 def statistics_of_images(batches: Iterable[Tensor], detector: Detector, *, warn: bool = True) -> Stats:
     """Statistics of images given in batches uint8 [n, C, H, W]; each process brings its own share, all get the result.
 
-    warn: as `warn_of_few` does.
+    warn: one line on standard error where there are too few images for the number of features.
     """
     sums = FeatureStatistics(detector.dim, detector.device)
     for images in batches:
         sums.append(detector(images))
+    return _result(sums, detector, warn)
+
+
+def _result(sums: FeatureStatistics, detector: Detector, warn: bool = True) -> Stats:
     sums.reduce()
     mu, sigma, num = sums.mean_cov()
-    if warn:
-        warn_of_few(num, detector)
+    if warn and num <= detector.dim:
+        dist.print0(
+            f"warning: {num} images are few for {detector.dim} features: the covariance has not its full rank, and the "
+            "distance comes out too large; compare it only with distances of equally many images",
+            file=sys.stderr,
+        )
     return Stats(mu, sigma, num, detector.id)
 
 
 def statistics_of_dataset(
-    path: str | os.PathLike[str],
-    detector: Detector,
-    *,
-    num: int | None = None,
-    seed: int = 0,
-    batch: int = 64,
-    progress: bool = False,
+    path: str | os.PathLike[str], detector: Detector, *, num: int | None = None, seed: int = 0, batch: int = 64
 ) -> Stats:
     """Statistics of the images in a folder, a zip or an npz of samples, the work being shared among the processes.
 
-    num: use so many images, drawn with `seed` as EDM draws them; fewer is an error. None: all. progress: show a bar.
+    num: use so many images, drawn with `seed` as EDM draws them; fewer is an error. None: all.
     """
     with closing(open_images(path, max_size=num, random_seed=seed)) as dataset:
         if num is not None and len(dataset) < num:
@@ -227,18 +212,11 @@ def statistics_of_dataset(
             )
         for note in dataset.notes:
             dist.print0(f"note: {printable(note)}", file=sys.stderr)
-        return _statistics_and_distances(dataset, path, detector, batch, progress)[0]
+        return statistics_of_images((images for _, images in _own_images(dataset, path, batch)), detector)
 
 
 def dataset_against_itself(
-    path: str | os.PathLike[str],
-    detector: Detector,
-    *,
-    draws: int,
-    images: int,
-    seed: int = 0,
-    batch: int = 64,
-    progress: bool = False,
+    path: str | os.PathLike[str], detector: Detector, *, draws: int, images: int, seed: int = 0, batch: int = 64
 ) -> tuple[Stats, list[float]]:
     """What `statistics_of_dataset` finds, and how far images drawn from the data set are from all of it, in one pass.
 
@@ -247,47 +225,34 @@ def dataset_against_itself(
     measured by as many images. A Fréchet distance of samples is too large by about c (1/n + 1/m), for n images
     against m; here by c/n, which nothing that is measured by n images can be expected to go below.
     """
+    everything, *drawn = (FeatureStatistics(detector.dim, detector.device) for _ in range(1 + draws))
     with closing(ImageFolderDataset(path)) as dataset:
-        times = draw_anew(len(dataset), images, draws, seed)
-        return _statistics_and_distances(dataset, path, detector, batch, progress, times)
+        num = len(dataset)
+        generators = [np.random.default_rng([seed, index]) for index in range(draws)]
+        times = [np.bincount(rng.integers(num, size=images), minlength=num) for rng in generators]  # has each image
+        for indices, pixels in _own_images(dataset, path, batch):
+            features = detector(pixels)
+            everything.append(features)
+            for part, counts in zip(drawn, times, strict=True):
+                chosen = np.repeat(np.arange(len(features)), counts[indices])
+                if len(chosen):
+                    part.append(features[torch.from_numpy(chosen).to(features.device)])
+    stats = _result(everything, detector)
+    for part in drawn:
+        part.reduce()
+    distances = dist.from_rank0(  # minutes for Inception
+        lambda: [frechet_distance(*part.mean_cov()[:2], stats.mu, stats.sigma) for part in drawn]
+    )
+    return stats, distances
 
 
-def _statistics_and_distances(
-    dataset: Dataset,
-    path: object,
-    detector: Detector,
-    batch: int,
-    progress: bool,
-    times: Sequence[np.ndarray] | np.ndarray = (),
-) -> tuple[Stats, list[float]]:
-    """Statistics of all images, and the distance from them of each draw, given as how often it has each image."""
+def _own_images(dataset: Dataset, path: object, batch: int) -> Iterator[tuple[list[int], Tensor]]:
+    """This process's share of a data set: indices, and their images uint8 [n, C, H, W]. Shows progress."""
     num = len(dataset)
     if num < 2:
         raise UserError(f"{path}: found {num} image; statistics need at least 2")
-    everything, *drawn = (FeatureStatistics(detector.dim, detector.device) for _ in range(1 + len(times)))
     share = own_batches(range(num), batch)
-    batches = read_images(dataset, share)
-    for indices, images in zip(share, with_progress(batches, num) if progress else batches, strict=True):
-        features = detector(images)
-        everything.append(features)
-        for part, counts in zip(drawn, times, strict=True):
-            chosen = np.repeat(np.arange(len(features)), counts[indices])
-            if len(chosen):
-                part.append(features[torch.from_numpy(chosen).to(features.device)])
-    for part in (everything, *drawn):
-        part.reduce()
-    mu, sigma, _ = everything.mean_cov()
-    distances = dist.from_rank0(  # minutes for Inception
-        lambda: [frechet_distance(*part.mean_cov()[:2], mu, sigma) for part in drawn]
-    )
-    warn_of_few(num, detector)
-    return Stats(mu, sigma, num, detector.id), distances
-
-
-def draw_anew(num: int, images: int, draws: int, seed: int) -> np.ndarray:
-    """For each draw, how often each of `num` images is among `images` drawn with replacement: int64 [draws, num]."""
-    generators = [np.random.default_rng([seed, index]) for index in range(draws)]
-    return np.stack([np.bincount(each.integers(num, size=images), minlength=num) for each in generators])
+    return zip(share, with_progress(read_images(dataset, share), num), strict=True)
 
 
 def load_reference(source: str | os.PathLike[str]) -> Stats:
@@ -295,6 +260,6 @@ def load_reference(source: str | os.PathLike[str]) -> Stats:
     return dist.rank0_first(lambda: Stats.load(source))
 
 
-def with_progress(batches: Iterable[Tensor], total: int, title: str | None = None) -> Iterator[Tensor]:
+def with_progress(batches: Iterable[Tensor], total: int) -> Iterator[Tensor]:
     """Passes the batches on; rank 0's standard error shows how far all processes are, of `total` images."""
-    return show_progress(batches, len, total, partial(dist.print0, file=sys.stderr), title)
+    return show_progress(batches, len, total, partial(dist.print0, file=sys.stderr))

@@ -10,7 +10,6 @@ for a and c, every 23rd pixel of the first resized image.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import zlib
 
@@ -51,12 +50,17 @@ def inputs() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def net() -> InceptionV3:
     net = InceptionV3().eval().requires_grad_(False)
-    net.load_state_dict({name: recipe(name, tensor.shape) for name, tensor in net.state_dict().items()})
+    net.load_state_dict({name: recipe(name, tensor.shape) for name, tensor in published(net).items()})
     return net
 
 
+def published(net: InceptionV3) -> dict[str, Tensor]:
+    """The weights, without batch norm's counters, as the published file has them."""
+    return {name: tensor for name, tensor in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
 def test_weights_are_those_of_the_published_file(net):
-    state = net.state_dict()
+    state = published(net)
     assert [[name, list(tensor.shape)] for name, tensor in state.items()] == json.loads(
         str(golden("inception.npz")["names_json"])
     )
@@ -142,10 +146,8 @@ def test_average_pool_by_hand():
 
 def test_weights_file_is_found_checked_and_loaded(net, tmp_path, monkeypatch):
     """In either of torch.save's formats, with or without batch norm's counters, by path and as the default."""
-    state = net.state_dict()
-    counters = {name.replace("running_var", "num_batches_tracked"): torch.tensor(0) for name in state if "_var" in name}
     images, expected = inputs()["d"], torch.from_numpy(golden("inception.npz")["d/features"])
-    for number, (content, zipped) in enumerate([(state, True), ({**state, **counters}, False)]):
+    for number, (content, zipped) in enumerate([(published(net), True), (net.state_dict(), False)]):
         path = tmp_path / f"weights{number}.pth"
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
         monkeypatch.setattr(detectors, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
@@ -155,14 +157,8 @@ def test_weights_file_is_found_checked_and_loaded(net, tmp_path, monkeypatch):
         assert torch.allclose(detector(images), expected, rtol=0, atol=5e-6)
 
 
-def test_a_wrong_weights_file_is_refused(net, tmp_path, monkeypatch):
+def test_a_wrong_weights_file_is_refused(tmp_path):
     path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     path.write_bytes(b"half a download")
     with pytest.raises(UserError, match=r"SHA-256 begins with .* instead of 6726825d"):
-        detectors.load_detector(path)
-    buffer = io.BytesIO()
-    torch.save({"fc.weight": torch.zeros(3)}, buffer)
-    path.write_bytes(buffer.getvalue())
-    monkeypatch.setattr(detectors, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(UserError, match="not the weights of Inception-v3"):
         detectors.load_detector(path)

@@ -477,5 +477,5 @@ def test_bad_detector_files(tmp_path, trained):
 def test_missing_inception_says_what_to_do(monkeypatch):
     monkeypatch.setattr(detectors, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(detectors.DetectorUnavailable, match=r"--detector=PATH.*fid\.py detector"):
+    with pytest.raises(UserError, match=r"--detector=PATH.*fid\.py detector"):
         load_detector()
