@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-import stat
 import unicodedata
 import zipfile
 from collections import Counter
@@ -24,15 +23,13 @@ import numpy as np
 
 from dnnlib import EasyDict
 from dnnlib.errors import UserError
-from dnnlib.util import count, open_file
+from dnnlib.util import LIMITS, count, read_file
 
 from .decoding import decode_image, image_formats
 
-MAX_FILE_BYTES = 1 << 28  # a larger file is no image and no list of labels
+MAX_FILE_BYTES = LIMITS["a picture"]  # a larger file is no image and no list of labels
 MAX_CLASSES = 1_000_000  # more than that are identifiers, not classes, and one-hot labels would fill the memory
-MAX_JSON_PARTS = (
-    1 << 23
-)  # lists and tables in dataset.json, each 20 times its three bytes in memory; ImageNet's has 1.3 M
+MAX_JSON_PARTS = 1 << 23  # lists and tables in dataset.json, each of 60 bytes in memory; ImageNet's has 1.3 M
 MAX_WRAPPERS = 16  # folders in folders that a data set is sought in
 
 
@@ -65,8 +62,7 @@ class Dataset:
     ) -> None:
         if max_size is not None and max_size < 1:
             raise UserError(f"data set {name}: max_size is {max_size}, but at least one image must remain")
-        self.name, self.raw_shape = name, list(raw_shape)
-        self.image_shape = self.raw_shape[1:]
+        self.name, self.raw_shape, self.image_shape = name, raw_shape, raw_shape[1:]
         self.num_channels, self.resolution = self.image_shape[:2]
         self.notes: list[str] = []
         self._cache = cache
@@ -154,6 +150,7 @@ class ImageFolderDataset(Dataset):
 
     resolution   None, or what the images must have
     use_pyspng   of EDM's signature; has no effect, Pillow reads every format here
+    options      max_size, xflip, random_seed, cache of Dataset
 
     Raises UserError for whatever is wrong with the files, with their names: at once for the archive, the first image
     and the labels, on reading for the other images. A set without labels is none, even under `use_labels`: ask
@@ -167,10 +164,7 @@ class ImageFolderDataset(Dataset):
         use_pyspng: bool = True,
         *,
         use_labels: bool = False,
-        xflip: bool = False,
-        cache: bool = False,
-        max_size: int | None = None,
-        random_seed: int = 0,
+        **options: Any,
     ) -> None:
         self.path = os.fspath(path)
         self._files = PackedFiles(self.path)
@@ -186,30 +180,22 @@ class ImageFolderDataset(Dataset):
             )
         if resolution is not None and resolution != height:
             raise UserError(f"{self.path} holds {width}x{height} images, but resolution {resolution} is asked for")
-        super().__init__(
-            name=os.path.splitext(os.path.basename(os.path.abspath(self.path)))[0],
-            raw_shape=[len(self._image_fnames), channels, height, width],
-            raw_labels=self._read_labels() if use_labels else None,
-            max_size=max_size,
-            xflip=xflip,
-            random_seed=random_seed,
-            cache=cache,
-        )
+        name = os.path.splitext(os.path.basename(os.path.abspath(self.path)))[0]
+        shape = [len(self._image_fnames), channels, height, width]
+        super().__init__(name, shape, self._read_labels() if use_labels else None, **options)
         self.notes = self._files.notes()
 
     def _load_raw_images(self, raw_indices: list[int]) -> np.ndarray:
-        return np.stack([self._load_raw_image(index) for index in raw_indices])
-
-    def _load_raw_image(self, raw_idx: int) -> np.ndarray:
-        name = self._image_fnames[raw_idx]
-        image = decode_image(self._files.read(name), self._files.where(name)).transpose(2, 0, 1)
-        if list(image.shape) != self.image_shape:
-            here, first = _describe(image.shape), _describe(tuple(self.image_shape))
-            raise UserError(
-                f"{self._files.where(name)} is {here}, but the first image of the data set is "
-                f"{first}; all must be alike, which dataset_tool.py sees to"
-            )
-        return np.ascontiguousarray(image)
+        images = np.empty([len(raw_indices), *self.image_shape], np.uint8)
+        for image, name in zip(images, (self._image_fnames[index] for index in raw_indices), strict=True):
+            pixels = decode_image(self._files.read(name), self._files.where(name)).transpose(2, 0, 1)
+            if pixels.shape != image.shape:
+                raise UserError(
+                    f"{self._files.where(name)} is {_describe(pixels)}, but the first image of the data set is "
+                    f"{_describe(image)}; all must be alike, which dataset_tool.py sees to"
+                )
+            image[:] = pixels
+        return images
 
     def _read_labels(self) -> np.ndarray | None:
         labels = self._files.labels()
@@ -236,13 +222,11 @@ class PackedFiles:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._opened: tuple[int, zipfile.ZipFile] | None = None  # process id and archive, replaced in one piece
-        try:
-            mode = os.stat(self.path).st_mode
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: no such file or folder; dataset_tool.py makes data sets") from None
-        self.is_folder = stat.S_ISDIR(mode)
-        if not self.is_folder and not stat.S_ISREG(mode):
+        self._opened: tuple[int, Any] = (0, None)  # process id and archive, replaced in one piece
+        if not os.path.exists(self.path):
+            raise UserError(f"{self.path}: no such file or folder; dataset_tool.py makes data sets")
+        self.is_folder = os.path.isdir(self.path)
+        if not self.is_folder and not os.path.isfile(self.path):
             raise UserError(f"{self.path}: neither a folder nor a zip archive, but a pipe or a device")
         self.root = ""  # the folder that all names are within
         self.not_followed: list[str] = []
@@ -301,20 +285,18 @@ class PackedFiles:
         return f"{self.root}{name} in {self.path}"
 
     def _zip(self) -> zipfile.ZipFile:
-        opened = self._opened
-        if opened is None or opened[0] != os.getpid():
-            opened = self._opened = (os.getpid(), self._open())
-        return opened[1]
-
-    def _open(self) -> zipfile.ZipFile:
-        try:
-            return zipfile.ZipFile(self.path)
-        except Exception as exc:  # damage shows in many ways: BadZipFile, struct.error, OSError, ValueError
-            if isinstance(exc, OSError) and exc.filename is not None:
-                raise  # can't be opened at all
-            raise UserError(
-                f"{self.path} is neither a folder nor a whole zip archive ({exc}); was it copied to the end?"
-            ) from exc
+        process, archive = self._opened
+        if process != os.getpid():
+            try:
+                archive = zipfile.ZipFile(self.path)
+            except Exception as exc:  # damage shows in many ways: BadZipFile, struct.error, OSError, ValueError
+                if isinstance(exc, OSError) and exc.filename is not None:
+                    raise  # can't be opened at all
+                raise UserError(
+                    f"{self.path} is neither a folder nor a whole zip archive ({exc}); was it copied to the end?"
+                ) from exc
+            self._opened = (os.getpid(), archive)
+        return archive
 
     def image_names(self) -> list[str]:
         """Files with the ending of a format that is read, in plain string order."""
@@ -324,11 +306,7 @@ class PackedFiles:
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
         if self.is_folder:
-            with open_file(os.path.join(self.path, self.root + name)) as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                raise UserError(f"{self.where(name)} is larger than {MAX_FILE_BYTES} bytes")
-            return data
+            return read_file(os.path.join(self.path, self.root + name), "a picture")
         try:
             info = self._zip().getinfo(self.root + name)
             if info.file_size > MAX_FILE_BYTES:
@@ -382,12 +360,12 @@ class PackedFiles:
             )
 
     def close(self) -> None:
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            opened[1].close()
+        (_, archive), self._opened = self._opened, (0, None)
+        if archive is not None:
+            archive.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": (0, None)}
 
 
 def _spelling(name: str) -> str:
@@ -431,8 +409,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
 
 
-def _describe(shape: tuple[int, ...]) -> str:
-    channels, height, width = shape
+def _describe(image: np.ndarray) -> str:
+    channels, height, width = image.shape
     return f"{width}x{height} {'grey' if channels == 1 else 'RGB'}"
 
 
