@@ -35,7 +35,6 @@ from .labels import Condition, Labels, LabelSource, choose_labels
 from .pictures import to_uint8
 from .sampler_table import SOLVERS
 from .samplers import RandnLike, StackedRandomGenerator, grid_sampler, nfe, noise_levels
-from .steps import ratios_that_work
 
 if TYPE_CHECKING:
     from formats.network_files import NetworkFile
@@ -102,14 +101,18 @@ def plan_sampling(
         if value != value:
             raise UsageError(f"{option_name(name)}={value} is not a number")
     sampling = network.sampling
-    if grid is not None and sampling is None:
+    if sampling is None:
+        if grid is None:
+            return _undistilled_plan(network.net, DEFAULT_STEPS if steps is None else steps, given)
+        levels, ratio = grid
         shape: dict[str, Any] = {name: given.pop(name) for name in ("sigma_min", "sigma_max", "rho") if name in given}
-        sampling = _named_grid(network.net, grid, shape)
-    elif grid is not None and sampling is not None and grid != (sampling.teacher_steps, sampling.ratio):
+        try:
+            sampling = Sampling(network_grid(network.net, levels, **shape).every(ratio), "euler", ratio)
+        except ValueError as exc:
+            raise UsageError(f"--grid={levels}/{ratio}: {exc}") from exc
+    elif grid not in (None, (sampling.teacher_steps, sampling.ratio)):
         own = f"{sampling.teacher_steps}/{sampling.ratio}"
         raise UsageError(f"--grid={grid[0]}/{grid[1]}: this network's file has {own}; use that, or leave it out")
-    if sampling is None:
-        return _undistilled_plan(network.net, DEFAULT_STEPS if steps is None else steps, given)
     _check_agrees(sampling, steps, given)
     return _student_plan(sampling, steps, is_own=network.sampling is not None)
 
@@ -118,15 +121,15 @@ def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
     solver = given.get("solver")
     if solver is not None and solver not in SOLVERS:
         raise UsageError(f"--solver={solver} is not one of {', '.join(SOLVERS)}")
-    name = "ablation_sampler" if given.keys() & ABLATION_OPTIONS else "edm_sampler"
-    name = SOLVERS[solver].sampler if solver else name
+    method = "ablation_sampler" if given.keys() & ABLATION_OPTIONS else "edm_sampler"
+    name = SOLVERS[solver].sampler if solver else method
     defaults = _settings(name)
     changes = {name: value for name, value in given.items() if name != "solver" or name in defaults}
     for other in changes.keys() - defaults.keys():
         raise UsageError(f"{option_name(other)}={given[other]}: --solver={solver} has no such setting; leave it out")
     settings = {**defaults, **changes}
+    shape = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho")}
     try:
-        shape = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho")}
         levels = noise_levels(net, settings.get("discretization", "edm"), steps, **shape)
     except ValueError as exc:
         raise UsageError(f"{exc} (--steps, --sigma_min, --sigma_max)") from exc
@@ -162,18 +165,6 @@ def _student_plan(sampling: Sampling, steps: int | None, is_own: bool) -> Plan:
         ),
         options={"sampler": "grid", "num_steps": grid.steps, "solver": solver, "levels": list(grid.levels)},
     )
-
-
-def _named_grid(net: Any, grid: tuple[int, int], shape: Mapping[str, Any]) -> Sampling:
-    """The grid of a student whose file has none: every ratio-th level, of the range given or EDM's."""
-    steps, ratio = grid
-    if steps < 1 or ratio < 1 or steps % ratio:
-        works = ", ".join(f"{steps}/{value}" for value in ratios_that_work(steps)[:8]) or "32/2"
-        raise UsageError(f"--grid={steps}/{ratio}: {steps} steps cannot be taken {ratio} at a time; use {works}")
-    try:
-        return Sampling(network_grid(net, steps, **shape).every(ratio), "euler", ratio)
-    except ValueError as exc:
-        raise UsageError(f"--grid={steps}/{ratio}: {exc}") from exc
 
 
 def _check_agrees(sampling: Sampling, steps: int | None, given: Mapping[str, Any]) -> None:
