@@ -87,15 +87,13 @@ def drop_labels(labels: Tensor, probability: float) -> Tensor:
 
 
 def check_resolution(img_resolution: int, channel_mult: Sequence[int]) -> None:
-    """Raises ValueError, naming resolutions that work, if the levels of a U-Net cannot halve the image."""
+    """Raises ValueError if the levels of a U-Net cannot halve the image."""
     halvings = len(channel_mult) - 1
-    unit = 2**halvings
-    if img_resolution < unit or img_resolution % unit:
-        below = max(img_resolution // unit, 1) * unit
+    if img_resolution < 1 or img_resolution % 2**halvings:
+        levels = f"channel_mult=[{','.join(map(str, channel_mult))}]"
         raise ValueError(
-            f"image resolution {img_resolution} cannot be halved {halvings} times by "
-            f"channel_mult=[{','.join(map(str, channel_mult))}]; use a multiple of {unit}, such as {below} or "
-            f"{below + unit}, or fewer levels"
+            f"image resolution {img_resolution} cannot be halved {halvings} times by {levels}; use a multiple of "
+            f"{2**halvings}, or fewer levels"
         )
 
 
@@ -413,6 +411,7 @@ class SongUNet(nn.Module):
         # Encoder. 'aux' layers carry a small copy of the input down beside it.
         self.enc = nn.ModuleDict()
         cout, caux = in_channels, in_channels
+        down: dict[str, Any] = {"down": True, "resample_filter": resample_filter}
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
             name = f"{res}x{res}"
@@ -421,7 +420,6 @@ class SongUNet(nn.Module):
                 self.enc[f"{name}_conv"] = Conv2d(in_channels=cin, out_channels=cout, kernel=3, **init)
             else:
                 self.enc[f"{name}_down"] = UNetBlock(in_channels=cout, out_channels=cout, down=True, **block)
-                down: dict[str, Any] = {"down": True, "resample_filter": resample_filter}
                 if encoder_type == "skip":
                     self.enc[f"{name}_aux_down"] = Conv2d(in_channels=caux, out_channels=caux, kernel=0, **down)
                     self.enc[f"{name}_aux_skip"] = Conv2d(in_channels=caux, out_channels=cout, kernel=1, **init)
@@ -432,14 +430,13 @@ class SongUNet(nn.Module):
                     caux = cout
             for idx in range(num_blocks):
                 cin, cout = cout, model_channels * mult
-                attention = res in attn_resolutions
-                self.enc[f"{name}_block{idx}"] = UNetBlock(
-                    in_channels=cin, out_channels=cout, attention=attention, **block
-                )
+                attn = res in attn_resolutions
+                self.enc[f"{name}_block{idx}"] = UNetBlock(in_channels=cin, out_channels=cout, attention=attn, **block)
         skips: list[Any] = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
 
         # Decoder. Its 'aux' layers make the output: once at full resolution, or ('skip') as a sum over all of them.
         self.dec = nn.ModuleDict()
+        up: dict[str, Any] = {"up": True, "resample_filter": resample_filter}
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
             name = f"{res}x{res}"
@@ -450,23 +447,15 @@ class SongUNet(nn.Module):
                 self.dec[f"{name}_up"] = UNetBlock(in_channels=cout, out_channels=cout, up=True, **block)
             for idx in range(num_blocks + 1):
                 cin, cout = cout + skips.pop(), model_channels * mult
-                attention = idx == num_blocks and res in attn_resolutions
-                self.dec[f"{name}_block{idx}"] = UNetBlock(
-                    in_channels=cin, out_channels=cout, attention=attention, **block
-                )
+                attn = idx == num_blocks and res in attn_resolutions
+                self.dec[f"{name}_block{idx}"] = UNetBlock(in_channels=cin, out_channels=cout, attention=attn, **block)
             if decoder_type == "skip" or level == 0:
                 if decoder_type == "skip" and level < len(channel_mult) - 1:
-                    self.dec[f"{name}_aux_up"] = Conv2d(
-                        in_channels=out_channels,
-                        out_channels=out_channels,
-                        kernel=0,
-                        up=True,
-                        resample_filter=resample_filter,
-                    )
+                    channels: dict[str, Any] = {"in_channels": out_channels, "out_channels": out_channels}
+                    self.dec[f"{name}_aux_up"] = Conv2d(**channels, kernel=0, **up)
                 self.dec[f"{name}_aux_norm"] = GroupNorm(num_channels=cout, eps=1e-6)
-                self.dec[f"{name}_aux_conv"] = Conv2d(
-                    in_channels=cout, out_channels=out_channels, kernel=3, **init_zero
-                )
+                last = Conv2d(in_channels=cout, out_channels=out_channels, kernel=3, **init_zero)
+                self.dec[f"{name}_aux_conv"] = last
 
     def forward(
         self, x: Tensor, noise_labels: Tensor, class_labels: Any, augment_labels: Tensor | None = None
@@ -571,9 +560,8 @@ class DhariwalUNet(nn.Module):
                 self.enc[f"{name}_down"] = UNetBlock(in_channels=cout, out_channels=cout, down=True, **block)
             for idx in range(num_blocks):
                 cin, cout = cout, model_channels * mult
-                self.enc[f"{name}_block{idx}"] = UNetBlock(
-                    in_channels=cin, out_channels=cout, attention=res in attn_resolutions, **block
-                )
+                attn = res in attn_resolutions
+                self.enc[f"{name}_block{idx}"] = UNetBlock(in_channels=cin, out_channels=cout, attention=attn, **block)
         skips: list[Any] = [layer.out_channels for layer in self.enc.values()]
 
         self.dec = nn.ModuleDict()
@@ -587,9 +575,8 @@ class DhariwalUNet(nn.Module):
                 self.dec[f"{name}_up"] = UNetBlock(in_channels=cout, out_channels=cout, up=True, **block)
             for idx in range(num_blocks + 1):
                 cin, cout = cout + skips.pop(), model_channels * mult
-                self.dec[f"{name}_block{idx}"] = UNetBlock(
-                    in_channels=cin, out_channels=cout, attention=res in attn_resolutions, **block
-                )
+                attn = res in attn_resolutions
+                self.dec[f"{name}_block{idx}"] = UNetBlock(in_channels=cin, out_channels=cout, attention=attn, **block)
         self.out_norm = GroupNorm(num_channels=cout)
         self.out_conv = Conv2d(in_channels=cout, out_channels=out_channels, kernel=3, **init_zero)
 
@@ -637,33 +624,29 @@ class Precond(nn.Module):
     compute_dtype: torch.dtype | None = None
     transient = ("compute_dtype",)  # a setting of the moment, not part of a file
 
-    img_resolution: int
-    img_channels: int
-    label_dim: int
-    use_fp16: bool
     sigma_min: float
     sigma_max: float
-    model: nn.Module
     init_kwargs: dict[str, Any]
 
-    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, use_fp16: bool) -> None:
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        use_fp16: bool,
+        model_type: str,
+        model_kwargs: dict[str, Any],
+        out_channels: int,
+    ) -> None:
         super().__init__()
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.label_dim = label_dim
         self.use_fp16 = use_fp16
-
-    def _make_model(self, model_type: str, out_channels: int, model_kwargs: dict[str, Any]) -> nn.Module:
         if model_type not in UNETS:
             raise ValueError(f"unknown model_type '{model_type}'; there are {', '.join(UNETS)}")
-        model: nn.Module = UNETS[model_type](
-            img_resolution=self.img_resolution,
-            in_channels=self.img_channels,
-            out_channels=out_channels,
-            label_dim=self.label_dim,
-            **model_kwargs,
-        )
-        return model
+        of_data = {"img_resolution": img_resolution, "in_channels": img_channels, "label_dim": label_dim}
+        self.model: nn.Module = UNETS[model_type](**of_data, out_channels=out_channels, **model_kwargs)
 
     def scalings(self, sigma: Tensor) -> tuple[Any, Tensor, Any, Tensor]:
         """(c_skip, c_out, c_in, c_noise) at noise levels sigma, each of its shape or a number."""
@@ -725,14 +708,13 @@ class VPPrecond(Precond):
         model_type: str = "SongUNet",
         **model_kwargs: Any,
     ) -> None:
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, img_channels)
         self.beta_d = beta_d
         self.beta_min = beta_min
         self.M = M
         self.epsilon_t = epsilon_t
         self.sigma_min = float(self.sigma(epsilon_t))
         self.sigma_max = float(self.sigma(1))
-        self.model = self._make_model(model_type, img_channels, model_kwargs)
 
     def scalings(self, sigma: Tensor) -> tuple[Any, Tensor, Any, Tensor]:
         return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
@@ -763,10 +745,9 @@ class VEPrecond(Precond):
         model_type: str = "SongUNet",
         **model_kwargs: Any,
     ) -> None:
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, img_channels)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
-        self.model = self._make_model(model_type, img_channels, model_kwargs)
 
     def scalings(self, sigma: Tensor) -> tuple[Any, Tensor, Any, Tensor]:
         return 1, sigma, 1, (0.5 * sigma).log()
@@ -794,11 +775,10 @@ class iDDPMPrecond(Precond):
         model_type: str = "DhariwalUNet",
         **model_kwargs: Any,
     ) -> None:
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, img_channels * 2)
         self.C_1 = C_1
         self.C_2 = C_2
         self.M = M
-        self.model = self._make_model(model_type, img_channels * 2, model_kwargs)
 
         u = torch.zeros(M + 1)  # float32 throughout: the levels that EDM's networks were made with, rounding included
         for j in range(M, 0, -1):
@@ -842,11 +822,10 @@ class EDMPrecond(Precond):
         model_type: str = "DhariwalUNet",
         **model_kwargs: Any,
     ) -> None:
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, img_channels)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.sigma_data = sigma_data
-        self.model = self._make_model(model_type, img_channels, model_kwargs)
 
     def scalings(self, sigma: Tensor) -> tuple[Any, Tensor, Any, Tensor]:
         variance = sigma**2 + self.sigma_data**2
