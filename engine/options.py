@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -19,19 +20,6 @@ PARTS = ("network_kwargs", "loss_kwargs", "optimizer_kwargs", "dataset_kwargs", 
 FILES = ("--data", "--transfer")  # compared by their content
 
 
-def _no_state(path: Path) -> str:
-    """What is wrong with a --resume that is no file, or no state."""
-    if path.is_dir():
-        what, folder = "is a folder", path
-    elif path.is_file():
-        what, folder = "is a network snapshot", path.parent
-    else:
-        return "there is no such training state (training-state-*.pt, or latest)"
-    found = [*folder.glob("training-state-*.pt"), *folder.glob("*/training-state-*.pt")]
-    newest = max(found, key=lambda state: state.stat().st_mtime, default=None)
-    return f"{what}, not a training state; {f'the newest one there is {newest}' if newest else 'there is none there'}"
-
-
 def check_options(options: Options, world_size: int) -> None:
     """Refuses options that contradict each other or lack something, before anything else is looked at.
 
@@ -40,7 +28,7 @@ def check_options(options: Options, world_size: int) -> None:
     check_batch(options.batch, options.batch_gpu, world_size)
     state = Path(options.resume or "latest")
     if options.resume not in (None, "latest") and (state.suffix in (".pkl", ".safetensors") or not state.is_file()):
-        raise UserError(f"--resume={options.resume}: {_no_state(state)}")
+        raise UserError(f"--resume={options.resume} is not a training state (training-state-*.pt, or latest)")
     for name in ("outdir", "data"):
         if not getattr(options, name):
             raise UsageError(f"--{name} is empty")
@@ -163,26 +151,19 @@ def _options_of_edm(content: Kwargs) -> Kwargs:
     content = {**content, "augment_kwargs": content.get("augment_kwargs") or {"p": 0}}
     parts = {name: _object(content, name) for name in PARTS}
     known = content | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
-    network, loss, optimizer = (parts[name] for name in PARTS[:3])
-    classes = [str(part.get("class_name")).rpartition(".")[2] for part in (network, loss)]
-    own = {each.place.removeprefix("network_kwargs.") for each in entries(Options)} | {"class_name", "augment_dim"}
-    rest = {name: value for name, value in network.items() if name not in own}
-    adam = {"class_name": "torch.optim.Adam", "betas": [0.9, 0.999], "eps": 1e-8, "lr": optimizer.get("lr")}
-    archs = {name: {k: v for k, v in usual.items() if k not in own} for name, usual in ARCHITECTURES.items()}
-    found = {
-        "arch": next((name for name, usual in archs.items() if usual == rest), None),
-        "precond": next((name for name, each in PRECONDS.items() if classes == list(each) and len(loss) == 1), None),
-    }
-    fits = {"network_kwargs": found["arch"], "loss_kwargs": found["precond"], "optimizer_kwargs": optimizer == adam}
-    if wrong := [name for name, fit in fits.items() if not fit]:
-        raise ValueError(f"no options set its {' and '.join(wrong)} so")
+    found = {each.name: known[each.place] for each in entries(Options) if each.place in known}
     for each in entries(Options):
-        value = known.get(each.place)
-        if each.scale != 1 and value is not None and not isinstance(value, (int, float)):
-            raise ValueError(f"its '{each.place}' is no number")
-        if each.place in known:
-            found[each.name] = value / each.scale if each.scale != 1 and value is not None else value
-    return found
+        if each.scale != 1 and each.name in found:
+            if not isinstance(found[each.name], (int, float)):
+                raise ValueError(f"its '{each.place}' is no number")
+            found[each.name] /= each.scale
+    adam = {"class_name": "torch.optim.Adam", "betas": [0.9, 0.999], "eps": 1e-8}
+    for arch, precond in itertools.product(ARCHITECTURES, PRECONDS):
+        options = Options(**{"outdir": "", "data": "", **found, "arch": arch, "precond": precond})
+        usual = dict(zip(PARTS, (*options.filled().fresh_kwargs(), adam | {"lr": found.get("lr")}), strict=False))
+        if all(usual[name] | parts[name] == usual[name] for name in usual):
+            return {**found, "arch": arch, "precond": precond}
+    raise ValueError(f"no options set its {', '.join(PARTS[:3])} so")
 
 
 def _object(content: Kwargs, key: str) -> Kwargs:

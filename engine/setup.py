@@ -28,7 +28,7 @@ from dnnlib.version import git_revision
 from formats import state
 from formats.network_files import NetworkFile, check_storable, load_network
 from torch_utils import distributed as dist
-from training.config import ARCHITECTURES, AUGMENTATION, AUTO, PRECONDS, Kwargs, check_run_dir, next_run_number
+from training.config import AUGMENTATION, AUTO, Kwargs, check_run_dir, next_run_number
 from training.dataset import ImageFolderDataset, PackedFiles
 from training.distillation import EDMDistillationLoss, Stage, plan_stage
 from training.networks import UNETS
@@ -273,7 +273,7 @@ def _config(
     options: Options, dataset: ImageFolderDataset, stage: Stage | None, transfer: NetworkFile | None
 ) -> TrainConfig:
     filled = options.filled()
-    network_kwargs, loss_kwargs = _fresh_kwargs(filled) if stage is None else _student_kwargs(stage, filled)
+    network_kwargs, loss_kwargs = filled.fresh_kwargs() if stage is None else _student_kwargs(stage, filled)
     if stage is not None and filled.augment and not network_kwargs.get("augment_dim"):
         raise UsageError("--augment: this teacher takes no augmentation labels, so neither does its student")
     return TrainConfig(
@@ -308,18 +308,6 @@ def describe_distillation(stage: Stage) -> Kwargs:
         "teacher_levels": list(stage.grid.levels),
         "lineage": [dict(entry) for entry in stage.sampling.lineage],
     }
-
-
-def _fresh_kwargs(options: Options) -> tuple[Kwargs, Kwargs]:
-    """Settings of network and loss for training from scratch."""
-    precond, loss = PRECONDS[options.precond]
-    network = {**ARCHITECTURES[options.arch or "ddpmpp"], "class_name": f"training.networks.{precond}"}
-    network |= options.within("network_kwargs") | {"use_fp16": options.precision == "fp16"}
-    if options.augment:
-        network["augment_dim"] = 9
-    if options.sigma_data is not None:
-        network["sigma_data"] = options.sigma_data
-    return network, {"class_name": f"training.loss.{loss}", **options.within("loss_kwargs")}
 
 
 def _student_kwargs(stage: Stage, options: Options) -> tuple[Kwargs, Kwargs]:

@@ -426,29 +426,10 @@ def test_what_is_no_training_state(files, fails, tmp_path):
     run = [f"--data={files / 'good.zip'}", *SHORT, f"--outdir={tmp_path / 'run'}"]
     for name in ("text", "empty", "teacher.pkl", "good.zip", "hostile.pkl"):
         fails(1, [name, "not a training state"], train, *run, f"--resume={files / name}")
-    state = files / "run/training-state-000000.pt"
-    (tmp_path / "network-snapshot-000002.pkl").touch()
-    snapshot = f"--resume={tmp_path / 'network-snapshot-000002.pkl'}"
-    fails(1, "is a network snapshot, not a training state; there is none there", train, *run, snapshot)
     (tmp_path / "weights.safetensors").touch()
-    (tmp_path / "weights.pt").touch()
-    fails(1, "there is none there", train, *run, f"--resume={tmp_path / 'weights.safetensors'}")
-    (tmp_path / "training-state-000001.pt").touch()
-    fails(1, f"; the newest one there is {tmp_path / 'training-state-000001.pt'}", train, *run, snapshot)
-    (tmp_path / "training-state-000002.pt").touch()
-    fails(1, f"; the newest one there is {tmp_path / 'training-state-000002.pt'}", train, *run, snapshot)
-    for path in tmp_path.glob("*-00000?.*"):
-        path.unlink()
-    fails(
-        1,
-        f"is a folder, not a training state; the newest one there is {state}",
-        train,
-        *run,
-        f"--resume={files / 'run'}",
-    )
-    fails(1, "; there is none there", train, *run, f"--resume={tmp_path}")
-    fails(1, "no such training state (training-state-*.pt, or latest)", train, *run, "--resume=lastest")
-    fails(1, "no such", train, *run, "--resume=nowhere.pt", "-n")
+    for name in (str(files / "run"), str(tmp_path / "weights.safetensors"), "lastest"):
+        words = f"--resume={name} is not a training state (training-state-*.pt, or latest)"
+        fails(1, words, train, *run, f"--resume={name}")
 
     whole = (files / "run/state.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
@@ -497,7 +478,7 @@ def test_what_is_no_training_state(files, fails, tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     os.mkfifo(tmp_path / "pipe.pkl")
     fails(1, ["pipe.pkl", "not a file but a pipe"], train, *run, f"--transfer={tmp_path / 'pipe.pkl'}")
-    fails(1, ["pipe.pt", "there is no such training state"], train, *run, f"--resume={tmp_path / 'pipe.pt'}")
+    fails(1, ["pipe.pt", "is not a training state"], train, *run, f"--resume={tmp_path / 'pipe.pt'}")
 
 
 def test_a_state_reaches_the_terminal_as_text(files, tmp_path, capsys):

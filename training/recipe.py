@@ -357,6 +357,15 @@ class Options:
         }
         return {name: value for name, value in found.items() if value is not None}
 
+    def fresh_kwargs(self) -> tuple[Kwargs, Kwargs]:
+        """Settings of network and loss for training from scratch. The options must be `filled`."""
+        precond, loss = PRECONDS[self.precond]
+        network = {**ARCHITECTURES[self.arch or "ddpmpp"], "class_name": f"training.networks.{precond}"}
+        network |= self.within("network_kwargs") | {"use_fp16": self.precision == "fp16"}
+        network |= {"augment_dim": 9} if self.augment else {}
+        network |= {} if self.sigma_data is None else {"sigma_data": self.sigma_data}
+        return network, {"class_name": f"training.loss.{loss}", **self.within("loss_kwargs")}
+
 
 @dataclass(kw_only=True)
 class LadderOptions:
