@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -17,10 +17,7 @@ from dnnlib.util import count
 from formats import state
 from torch_utils import distributed as dist
 from training.config import AUTO, check_batch
-from training.dataset import ImageFolderDataset
-from training.distillation import Stage
 from training.networks import UNetBlock
-from training.recipe import TrainConfig
 from training.speed import compute_dtype, recompute_blocks
 from training.training_loop import build_network, run_network
 
@@ -47,14 +44,13 @@ class Cost:
     recompute_bytes: int
 
 
-def network_cost(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None) -> Cost:
+def network_cost(run: Run) -> Cost:
     """Counted on torch's meta device: nothing is computed or allocated. Foreign code runs on the CPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
     kept: list[int] = []  # bytes of every tensor
     entered: list[int] = []  # of every block: its input's bytes
     inner: list[int] = []  # of every block: bytes kept within
-    begun: list[int] = []
 
     def size(tensor: torch.Tensor) -> int:
         return 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
@@ -65,17 +61,20 @@ def network_cost(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage 
 
     def enter(block: Any, inputs: Any) -> None:
         entered.append(size(inputs[0]))
-        begun.append(len(kept))
+        inner.append(-sum(kept))
 
-    foreign = stage is not None and stage.teacher.own_code
+    def leave(*_: Any) -> None:
+        inner[-1] += sum(kept)
+
+    foreign = run.stage is not None and run.stage.teacher.own_code
     with torch.device("cpu" if foreign else "meta"):
-        net = run_network(config, dataset, stage) if foreign else meta_network(config, dataset)
+        net = run_network(run.config, run.dataset, run.stage) if foreign else meta_network(run)
         for block in net.modules():
             if isinstance(block, UNetBlock):
                 block.register_forward_pre_hook(enter)
-                block.register_forward_hook(lambda *_: inner.append(sum(kept[begun.pop() :])))
-        images = torch.zeros(1, *dataset.image_shape)
-        labels = torch.zeros(1, dataset.label_dim) if dataset.label_dim else None
+                block.register_forward_hook(leave)
+        images = torch.zeros(1, *run.dataset.image_shape)
+        labels = torch.zeros(1, run.dataset.label_dim) if run.dataset.label_dim else None
         counter = FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             net(images, torch.ones(1), labels)
@@ -83,8 +82,9 @@ def network_cost(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage 
     return Cost(sum(p.numel() for p in net.parameters()), counter.get_total_flops(), sum(kept), recompute)
 
 
-def meta_network(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None) -> Any:
+def meta_network(run: Run) -> Any:
     """The network of a run without its weights. Raises UserError for one that can't be made."""
+    config, dataset, stage = run.config, run.dataset, run.stage
     if stage is not None and stage.teacher.own_code:
         return run_network(config, dataset, stage).to("meta")
     own = ("sigma_data", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2")
@@ -165,13 +165,11 @@ def bytes_per_image(run: Run) -> int:
 def largest_batch(run: Run) -> int:
     """How many images a process can take at once: the largest divisor of its share of the batch that fits, on every
     process. On a GPU by trying; elsewhere, where too much would end the process, by counting."""
-    if dist.device().type != "cuda":
-        return int(min(dist.gather_objects(largest_counted(run))))
-    for size in divisors(run):  # down to 1
-        fits = _fits(run, size)
+    if dist.device().type == "cuda":
+        size = next(size for size in divisors(run) if _fits(run, size) or size == 1)
         torch.cuda.empty_cache()
-        if fits:
-            break
+    else:
+        size = largest_counted(run)
     return int(min(dist.gather_objects(size)))
 
 
@@ -193,6 +191,7 @@ def _fits(run: Run, images: int) -> bool:
     config, dataset, device = run.config, run.dataset, dist.device()
     own = 2 * 4 * run.cost.parameters  # the weights and gradients of the trial itself
     spare = SPARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    torch.cuda.empty_cache()
     try:
         everything_else = torch.empty(int(fixed_memory(run) - own + spare), dtype=torch.uint8, device=device)
         net = run_network(config, dataset, run.stage)
@@ -213,26 +212,19 @@ def _fits(run: Run, images: int) -> bool:
 # Disk
 
 
-@dataclass(frozen=True)
-class DiskNeed:
-    """What a run writes at most. Sizes in bytes; `pictures` are all of them together."""
+class DiskNeed(NamedTuple):
+    """What a run writes at most. Sizes in bytes."""
 
     snapshots: int
     dumps: int
-    snapshot_bytes: int
-    state_bytes: int
-    picture_bytes: int
-
-    @property
-    def total(self) -> int:
-        """While the last state is written: the new one is whole before an old one goes."""
-        states = self.dumps + state.KEPT_ROLLING + 1
-        return self.snapshots * self.snapshot_bytes + states * self.state_bytes + self.picture_bytes
+    snapshot: int  # the size of one
+    state: int
+    total: int
 
 
-def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None = None) -> DiskNeed:
+def disk_need(run: Run) -> DiskNeed:
     """Counts what the rules of `engine.loop` write in a run from its beginning."""
-    parameters = list(meta_network(config, dataset, stage).parameters())
+    config, parameters = run.config, list(run.meta.parameters())
     weights = 4 * sum(p.numel() for p in parameters)
     steps = math.ceil(config.total_nimg / config.batch)
     last_tick = math.ceil((steps - 1) / math.ceil(config.tick * 1000 / config.batch))  # the first is 0
@@ -244,32 +236,30 @@ def disk_need(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | N
         number = last_tick // ticks + 1 - first + (last_tick % ticks > 0 or last_tick < first)
         return min(number, config.total_kimg + 1)
 
-    snapshots, sheets = times(config.snap, 0), times(config.targets, 0)
-    image = math.prod(dataset.image_shape)  # of one byte a value, as a PNG has at most
-    return DiskNeed(
-        snapshots=snapshots,
-        dumps=min(times(config.dump, 1), state.KEPT_DUMPS),
-        snapshot_bytes=weights + OVERHEAD + 1024 * len(parameters),  # the classes' source, names and shapes
-        state_bytes=4 * weights + OVERHEAD + 2048 * len(parameters),  # weights, EMA, two averages of Adam's
-        picture_bytes=image * (snapshots * MAX_SAMPLES + sheets * MAX_ROWS * TARGET_COLUMNS),
-    )
+    snapshots, dumps = times(config.snap, 0), min(times(config.dump, 1), state.KEPT_DUMPS)
+    snapshot = weights + OVERHEAD + 1024 * len(parameters)  # the classes' source, names and shapes
+    full = 4 * weights + OVERHEAD + 2048 * len(parameters)  # weights, EMA, two averages of Adam's
+    states = dumps + state.KEPT_ROLLING + 1  # a new one is whole before an old one goes
+    pictures = snapshots * MAX_SAMPLES + times(config.targets, 0) * MAX_ROWS * TARGET_COLUMNS
+    image = math.prod(run.dataset.image_shape)  # of one byte a value, as a PNG has at most
+    return DiskNeed(snapshots, dumps, snapshot, full, snapshots * snapshot + states * full + pictures * image)
 
 
 def describe_disk(run: Run) -> str:
     """What a run needs beside what is free, in words, and a warning where it can't end."""
-    need, free = disk_need(run.config, run.dataset, run.stage), free_disk(run.config.run_dir)
+    need, free = disk_need(run), free_disk(run.config.run_dir)
     fills = need.total - written_before(run.config.run_dir) > free
     return (
-        f"at most {gib(need.total)} ({count(need.snapshots, 'snapshot')} of {gib(need.snapshot_bytes)}; "
+        f"at most {gib(need.total)} ({count(need.snapshots, 'snapshot')} of {gib(need.snapshot)}; "
         f"{count(need.dumps, 'dump')}, {state.KEPT_ROLLING} rolling states and one being written, of "
-        f"{gib(need.state_bytes)}), {gib(free)} free"
+        f"{gib(need.state)}), {gib(free)} free"
     ) + ". The disk may fill before the run ends: free some, or use a larger --snap or --dump" * fills
 
 
 def check_disk(run: Run) -> None:
     """Raises UserError where a run that has nothing there yet can't even save a state and then a second one."""
-    need, run_dir = disk_need(run.config, run.dataset, run.stage), run.config.run_dir
-    least, free = need.snapshot_bytes + 2 * need.state_bytes, free_disk(run_dir)
+    need, run_dir = disk_need(run), run.config.run_dir
+    least, free = need.snapshot + 2 * need.state, free_disk(run_dir)
     if least > free + written_before(run_dir):
         raise UserError(
             f"{run_dir}: the disk has {gib(free)} free, but a snapshot and two training states take {gib(least)}; "

@@ -57,12 +57,12 @@ class Run:
     @cached_property
     def cost(self) -> costs.Cost:
         """Of one network call."""
-        return costs.network_cost(self.config, self.dataset, self.stage)
+        return costs.network_cost(self)
 
     @cached_property
     def meta(self) -> torch.nn.Module:
         """The network, without memory for its weights."""
-        return costs.meta_network(self.config, self.dataset, self.stage)
+        return costs.meta_network(self)
 
     @property
     def calls(self) -> float:

@@ -103,8 +103,8 @@ class Ladder:
             self.log(
                 "Note: Inception, made for photographs, says little of such images: see --detector, fid.py detector"
             )
-        configs = [replace(self.config, duration=each) for each in self.durations]
-        need = sum(disk_need(each, first.dataset, first.stage).total for each in configs)
+        runs = [replace(first, config=replace(self.config, duration=each)) for each in self.durations]
+        need = sum(disk_need(each).total for each in runs)
         self.log(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
 
     def print_costs(self) -> None:

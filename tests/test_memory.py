@@ -84,7 +84,7 @@ def test_recomputing_is_counted_as_it_is(data, arch):
     cost = found.cost
     assert cost.recompute_bytes < 0.5 * cost.activation_bytes
     with torch.device("meta"):
-        net = costs.meta_network(found.config, found.dataset)
+        net = costs.meta_network(found)
         kept = []
         inputs = []
         recompute_blocks(net)
