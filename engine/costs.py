@@ -140,17 +140,16 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def describe_absurdity(run: Run) -> str | None:
-    """A remark on a run that takes a CPU a month or more even at CPU_FLOPS a core; None for any other."""
+def describe_absurdity(run: Run) -> list[str]:
+    """A remark on a run that takes a CPU a month or more even at CPU_FLOPS a core; none for any other."""
     cores = os.cpu_count() or 1
     seconds = run.flops_per_image / (CPU_FLOPS * cores)
     days = seconds * run.config.total_nimg / 86400
-    if dist.device().type != "cpu" or days < ABSURD_DAYS:
-        return None
-    return (
+    remark = (
         f"this takes {days:.0f} days or more on {count(cores, 'CPU core')}; a day is enough for "
         f"--duration={86400 / seconds / 1e6:.2g}, or for a smaller network (docs/your-own-data.md)"
     )
+    return [remark] if dist.device().type == "cpu" and days >= ABSURD_DAYS else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,9 +68,7 @@ class Run:
     def calls(self) -> float:
         """What training on an image costs, in network calls forward."""
         stage = self.stage
-        return (
-            costs.training_calls(stage.solver, stage.ratio, stage.self_teacher) if stage else costs.training_calls(None)
-        )
+        return costs.training_calls(*((stage.solver, stage.ratio, stage.self_teacher) if stage else (None,)))
 
     @property
     def flops_per_image(self) -> float:
@@ -78,61 +76,56 @@ class Run:
         return self.calls * self.cost.flops
 
     def announce(self, log: Callable[[str], None] = dist.print0) -> None:
-        """What will happen, in a few lines."""
-        for heading, text in self.rows():
-            log(f"{heading + ':' if heading else '':<24} {text}")
+        """What will happen, in a few lines; one without a heading belongs to the one above."""
+        config, dataset, stage, transfer = self.config, self.dataset, self.stage, self.transfer
+        rows: dict[str, object] = {
+            "Output directory:": config.run_dir,
+            "Dataset:": f"{config.dataset_kwargs['path']}, {count(len(dataset), 'image')} {dataset.image_shape}",
+            "Class-conditional:": dataset.has_labels,
+            "Network architecture:": f"{self.arch}, preconditioning {config.network_kwargs['class_name']}",
+        }
+        if transfer is not None:
+            heading = "Teacher:" if stage else "Weights from:"
+            rows |= {heading: f"{transfer.source} (sha256 {transfer.sha256[:16]})", "": transfer.describe()}
+        if stage is not None:
+            dropout = "as in the teacher" if stage.teacher.own_code else f"{config.dropout:g}"
+            rows["Distillation:"] = stage.describe()
+            rows["Distillation's settings:"] = (
+                f"weighting {config.weighting}, intervals {config.intervals}, lr {config.lr:g}, decay "
+                f"{config.lr_decay}, dropout {dropout}, augmentation {config.augment:g}"
+            )
+        elif transfer is not None:
+            fit = len(matching(transfer.net, self.meta))
+            rows["Fit:"] = f"{fit} of its tensors fit this network, which has {len(self.meta.state_dict())}"
+        flops = f"{self.flops_per_image * config.total_nimg:.3g} FLOP, {self.flops_per_image / 1e9:.4g} GFLOP an image"
+        rows |= {
+            "Processes:": f"{dist.get_world_size()} on {dist.device().type}",
+            "Batch size:": f"{config.batch}, for {config.total_nimg / 1000:g} kimg",
+            "Work:": f"{flops} ({self.calls:g} network calls' worth)",
+            "Precision:": f"{config.precision}{f', teacher {config.teacher_precision}' if stage else ''}",
+            "Memory per process:": costs.describe_memory(self),
+            "Disk:": costs.describe_disk(self),
+        }
+        for heading, text in rows.items():
+            log(f"{heading:<24} {text}")
         for note in self.notes():
             log(f"Note: {note}")
         log("")
 
-    def rows(self) -> list[tuple[str, object]]:
-        """(heading, text) of what the run is and takes; a line without a heading belongs to the one above."""
-        config, dataset, stage, transfer = self.config, self.dataset, self.stage, self.transfer
-        rows: list[tuple[str, object]] = [
-            ("Output directory", config.run_dir),
-            ("Dataset", f"{config.dataset_kwargs['path']}, {count(len(dataset), 'image')} {dataset.image_shape}"),
-            ("Class-conditional", dataset.has_labels),
-            ("Network architecture", f"{self.arch}, preconditioning {config.network_kwargs['class_name']}"),
-        ]
-        if transfer is not None:
-            heading = "Teacher" if stage else "Weights from"
-            rows += [(heading, f"{transfer.source} (sha256 {transfer.sha256[:16]})"), ("", transfer.describe())]
-        if stage is not None:
-            dropout = "as in the teacher" if stage.teacher.own_code else f"{config.dropout:g}"
-            settings = f"weighting {config.weighting}, intervals {config.intervals}, lr {config.lr:g}, decay "
-            settings += f"{config.lr_decay}, dropout {dropout}, augmentation {config.augment:g}"
-            rows += [("Distillation", stage.describe()), ("Distillation's settings", settings)]
-        elif transfer is not None:
-            fit = len(matching(transfer.net, self.meta))
-            rows.append(("", f"{fit} of its tensors fit this network, which has {len(self.meta.state_dict())}"))
-        flops = f"{self.flops_per_image * config.total_nimg:.3g} FLOP, {self.flops_per_image / 1e9:.4g} GFLOP an image"
-        return [
-            *rows,
-            ("Processes", f"{dist.get_world_size()} on {dist.device().type}"),
-            ("Batch size", f"{config.batch}, for {config.total_nimg / 1000:g} kimg"),
-            ("Work", f"{flops} ({self.calls:g} network calls' worth)"),
-            ("Precision", f"{config.precision}{f', teacher {config.teacher_precision}' if stage else ''}"),
-            ("Memory per process", costs.describe_memory(self)),
-            ("Disk", costs.describe_disk(self)),
-        ]
-
     def notes(self) -> list[str]:
         """Remarks on what a user may not expect."""
-        config, images, absurdity = self.config, len(self.dataset), costs.describe_absurdity(self)
-        notes = {
-            "the student is a copy of this teacher and carries its source text on, so all that load it need "
-            "--trust-network-code": self.stage is not None and self.stage.teacher.own_code,
-            **{printable(note): True for note in self.dataset.notes},
-            f"{count(images, 'image')} are few, and easily memorised (docs/your-own-data.md)": images < FEW_IMAGES,
-            str(absurdity): absurdity is not None,
-            f"fp16 is for CUDA; on {dist.device().type} the network computes in fp32": (
-                config.precision == "fp16" and dist.device().type != "cuda"
-            ),
-            f"the run ends within its --warmup ({config.warmup:g} Mimg), far below --lr": (
-                config.lr_rampup_kimg >= config.total_kimg
-            ),
-        }
-        return [text for text, applies in notes.items() if applies]
+        config, images, device = self.config, len(self.dataset), dist.device().type
+        notes = [printable(note) for note in self.dataset.notes]
+        if self.stage is not None and self.stage.teacher.own_code:
+            carries = "the student is a copy of this teacher and carries its source text on, so all that load it need "
+            notes.append(f"{carries}--trust-network-code")
+        if images < FEW_IMAGES:
+            notes.append(f"{count(images, 'image')} are few, and easily memorised (docs/your-own-data.md)")
+        if config.precision == "fp16" and device != "cuda":
+            notes.append(f"fp16 is for CUDA; on {device} the network computes in fp32")
+        if config.lr_rampup_kimg >= config.total_kimg:
+            notes.append(f"the run ends within its --warmup ({config.warmup:g} Mimg), far below --lr")
+        return notes + costs.describe_absurdity(self)
 
 
 def prepare(options: Options) -> Run:
@@ -141,17 +134,14 @@ def prepare(options: Options) -> Run:
     Raises UsageError or UserError with one helpful line; nothing has been written by then.
     """
     check_options(options, dist.get_world_size())
+    stage = None
     transfer = load_everywhere(options.transfer, options.trust_network_code) if options.transfer is not None else None
     if transfer is not None and not all(p.isfinite().all() for p in transfer.net.parameters()):
         raise UserError(f"{transfer.source}: some of its weights are NaN or infinite; take an earlier snapshot")
-    stage = None
-    if options.distils:
-        assert transfer is not None
+    if transfer is not None and options.distils:
         stage = plan_stage(transfer, options.num_steps, options.ratio, options.teacher_solver, options.self_teacher)
-        if transfer.own_code:
-            _check_foreign(options, stage)
-        else:
-            _check_architecture(options, transfer.net)
+        check = _check_foreign if transfer.own_code else _check_architecture
+        check(options, stage)
     elif transfer is not None and transfer.sampling is not None:
         raise UsageError(
             f"--transfer={transfer.source} is a distilled network; only --precond=edm_distillation takes those"
@@ -159,14 +149,11 @@ def prepare(options: Options) -> Run:
     dataset = _open_data(options, stage)
     config = _config(options, dataset, stage, transfer)
     arch = "foreign" if stage is not None and stage.teacher.own_code else _arch_name(config.network_kwargs)
-    config.run_dir = options.outdir
     if not options.nosubdir:  # EDM's description of a run
-        name = f"{dataset.name}-{'cond' if dataset.has_labels else 'uncond'}-{arch}-{options.precond}"
-        name += f"-gpus{dist.get_world_size()}-batch{config.batch}-{config.precision}"
-        name += f"-{options.desc}" if options.desc else ""
-        config.run_dir = str(
-            Path(options.outdir, f"{dist.broadcast_object(next_run_number(options.outdir)):05d}-{name}")
-        )
+        name = f"{dist.broadcast_object(next_run_number(options.outdir)):05d}-{dataset.name}-"
+        name += f"{'cond' if dataset.has_labels else 'uncond'}-{arch}-{options.precond}-gpus{dist.get_world_size()}-"
+        name += f"batch{config.batch}-{config.precision}{f'-{options.desc}' if options.desc else ''}"
+        config.run_dir = str(Path(options.outdir, name))
     check_run_dir(config.run_dir, make=False)
     run = Run(config, dataset, stage, transfer, arch)
     net = run.meta  # refuses what can't be made
@@ -193,9 +180,8 @@ def _open_data(options: Options, stage: Stage | None) -> ImageFolderDataset:
             "data; use a folder elsewhere, or make a zip of the images (dataset_tool.py)"
         )
     classes = stage.teacher.net.label_dim if stage is not None else 0
-    cond = bool(options.cond) if options.cond is not None else classes > 0
-    if classes and not cond:
-        assert stage is not None
+    cond = classes > 0 if options.cond is None else options.cond
+    if stage is not None and classes and not cond:
         has = count(classes, "class")
         raise UserError(f"--cond=0, but {stage.teacher.source} has {has}, and so has its student; leave it out")
     dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
@@ -222,9 +208,9 @@ def check_compatible(net: Any, resolution: int, channels: int, label_dim: int, s
             f"{count(net.img_channels, 'channel')}, the data set has {resolution}x{resolution} with {channels}; "
             "use the teacher's own data set"
         )
+    if net.label_dim == 0 < label_dim:
+        raise UserError(f"{source} knows no classes; use --cond=0")
     if net.label_dim != label_dim:
-        if net.label_dim == 0:
-            raise UserError(f"{source} knows no classes; use --cond=0")
         has = f"{label_dim}; use the teacher's own" if label_dim else "no labels"
         raise UserError(f"{source} has {count(net.label_dim, 'class')}, the data set has {has}")
 
@@ -250,8 +236,9 @@ def _check_foreign(options: Options, stage: Stage) -> None:
         raise UserError(f"{stage.teacher.source}: its network of class {name} can't be distilled: {reason}") from exc
 
 
-def _check_architecture(options: Options, net: Any) -> None:
+def _check_architecture(options: Options, stage: Stage) -> None:
     """The student has its teacher's architecture. Raises UsageError for options that ask for another."""
+    net = stage.teacher.net
     model = UNETS[net.init_kwargs.get("model_type", "SongUNet")]
     kwargs = {name: each.default for name, each in inspect.signature(model).parameters.items()} | net.init_kwargs
     names = {"arch": "arch", "cbase": "model_channels", "cres": "channel_mult", "blocks": "num_blocks"}
@@ -339,13 +326,11 @@ def fingerprint(path: str) -> str:
 
 def _seed(options: Options, run_dir: str) -> int:
     """The seed asked for, or that of the run to resume, or a random one (the same on every process)."""
-    if options.seed is not None:
-        return options.seed
-    seed = int(torch.seed() % 2**31)
-    if options.nosubdir:
+    seed = options.seed
+    if seed is None and options.nosubdir:
         earlier = read_json(Path(run_dir, "training_options.json")).get("seed")
-        seed = earlier if isinstance(earlier, int) and earlier >= 0 else seed
-    return int(dist.broadcast_object(seed))
+        seed = earlier if isinstance(earlier, int) and earlier >= 0 else None
+    return int(dist.broadcast_object(torch.seed() % 2**31 if seed is None else seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,10 +349,9 @@ def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
         found = path, state.load_state(path)
         if options.seed is None:
             config.seed = found[1]["options"]["seed"]
-    elif options.nosubdir:
-        found = state.load_newest(config.run_dir, dist.print0)
-    elif options.resume is not None:
-        _take_newest_run(options, config)
+    elif options.nosubdir or options.resume is not None:
+        if not options.nosubdir:
+            _take_newest_run(options, config)
         found = state.load_newest(config.run_dir, dist.print0)
     position = found and {name: value for name, value in found[1]["position"].items() if name != "elapsed_sec"}
     dist.check_agreement({f"the state to resume from in {config.run_dir}": position})
@@ -394,22 +378,27 @@ def _check_unused(config: TrainConfig) -> None:
 def _take_newest_run(options: Options, config: TrainConfig) -> None:
     """Gives `config` the directory (and the seed, unless one was given) of the newest numbered run of its options that
     has a state. Raises UserError, naming what the newest run of all has else, where there is none."""
-    folder, nearest = Path(options.outdir), ""
-    runs = [path for path in folder.iterdir() if re.match(r"\d+-", path.name)] if folder.is_dir() else []
+
+    def title(name: str) -> str:  # without number and processes: a run may resume with more or fewer of them
+        return re.sub(r"-gpus\d+-", "-", Path(name).name.partition("-")[2])
+
+    remedy = ". Name a state"
+    runs = [path for path in Path(options.outdir).glob("*-*") if re.match(r"\d+-", path.name)]
     for path in sorted(runs, key=lambda path: int(path.name.partition("-")[0]), reverse=True):
         identity = _identity_of(path)
         seed = identity.get("seed") if options.seed is None else config.seed
         if not identity or not isinstance(seed, int) or not state.list_states(path):
             continue
         wrong = named_differences(identity, replace(config, seed=seed).identity())
-        if not wrong and _title(path.name) == _title(Path(config.run_dir).name):
+        if not wrong and title(path.name) == title(config.run_dir):
             config.run_dir, config.seed = str(path), seed
             return
-        wrong = wrong or ["--desc or the like"]
-        nearest = nearest or f"; the newest with one, {path.name}, has other options: {'; '.join(wrong)}"
+        if remedy == ". Name a state":
+            others = "; ".join(wrong or ["--desc or the like"])
+            remedy = f"; the newest with one, {path.name}, has other options: {others}. Use those"
     raise UserError(
-        f"--resume=latest: {options.outdir} has no run of these options with a state{nearest}. "
-        f"{'Use those' if nearest else 'Name a state'}, or leave --resume out, which begins another run"
+        f"--resume=latest: {options.outdir} has no run of these options with a state{remedy}, or leave --resume out, "
+        "which begins another run"
     )
 
 
@@ -419,19 +408,17 @@ def _identity_of(run_dir: Path) -> Kwargs:
     return identity if isinstance(identity, dict) else {}
 
 
-def _title(name: str) -> str:
-    """A numbered run directory's name, but for number and processes: a run may resume with more or fewer of them."""
-    return re.sub(r"-gpus\d+-", "-", name.partition("-")[2])
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
 
 
-def train(options: Options, run: Run, announce: Callable[[], None] | None = None) -> Path:
+def train(options: Options, run: Run, announce: Callable[[], None] = lambda: None) -> Path:
     """Runs what `prepare` returned, resuming where there is a state, and returns the path of the final snapshot.
 
     announce: called once the state is found, and so the run's own directory; nothing has been written by then.
     """
     found = find_state(options, run)
-    if announce is not None:
-        announce()
+    announce()
     dist.from_rank0(lambda: costs.check_disk(run))
     with contextlib.ExitStack() as stack:
         dist.from_rank0(lambda: stack.enter_context(locked(run.config.run_dir)))
@@ -444,7 +431,7 @@ def _loop(run: Run, found: tuple[Path, Kwargs] | None) -> Loop:
     """The loop of a run, at the state to resume from, with its directory made and its options written."""
     config = run.config
     if config.batch_gpu == AUTO:
-        config.batch_gpu = _batch_gpu(run, found and found[1])
+        config.batch_gpu = _batch_gpu(run, found[1] if found else {})
     log = Log(Path(config.run_dir, "log.txt"))
     if dist.is_main():
         check_run_dir(config.run_dir)
@@ -476,13 +463,11 @@ def _environment() -> Kwargs:
     }
 
 
-def _batch_gpu(run: Run, saved: Kwargs | None) -> int:
+def _batch_gpu(run: Run, saved: Kwargs) -> int:
     """--batch-gpu=auto: what a resumed run had, so that its sums round as before, or what fits."""
-    here = {"world_size": dist.get_world_size(), "device": dist.device().type}
-    if saved is not None and all(saved[name] == value for name, value in here.items()):
-        size = saved.get("batch_gpu", 0)
-        if size in costs.divisors(run):
-            return int(size)
+    here = (dist.get_world_size(), dist.device().type, True)
+    if (saved.get("world_size"), saved.get("device"), saved.get("batch_gpu") in costs.divisors(run)) == here:
+        return int(saved["batch_gpu"])
     size = costs.largest_batch(run)
     dist.print0(f"--batch-gpu=auto: {count(size, 'image')} at once in each process")
     return size

@@ -512,8 +512,8 @@ def test_a_run_of_years_is_announced(monkeypatch, size, words):
     """EDM's defaults at 32x32 on two cores, and a part of them."""
     monkeypatch.setattr(costs.os, "cpu_count", lambda: 2)
     config = SimpleNamespace(total_nimg=200_000_000)
-    line = costs.describe_absurdity(SimpleNamespace(flops_per_image=size * 6.3e10, config=config))
-    assert line is None if words is None else words in line and "--duration=0.27," in line
+    lines = costs.describe_absurdity(SimpleNamespace(flops_per_image=size * 6.3e10, config=config))
+    assert not lines if words is None else words in lines[0] and "--duration=0.27," in lines[0]
 
 
 def test_resume_latest_finds_the_newest_run_of_the_same_options(data, tmp_path, capsys, monkeypatch):
