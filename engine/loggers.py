@@ -10,7 +10,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dnnlib.atomic import check_no_link, write_text
 from dnnlib.errors import printable
@@ -21,14 +21,6 @@ from training.recipe import TrainConfig
 RUN_ID = "wandb-run-id.txt"  # in the run directory: a resumed run keeps its number
 
 Figures = Mapping[str, float]
-
-
-class Logger(Protocol):
-    """Something that takes figures by name, after so many images."""
-
-    def write(self, figures: Figures, nimg: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -83,8 +75,9 @@ class Wandb:
         self.run.finish()
 
 
-# By the option that asks for it: made from the run's settings, and the number of images that it has behind it.
-LOGGERS: dict[str, Callable[[TrainConfig, int], Logger]] = {
+# By the option that asks for it: a class made from the run's settings and the number of images that it has behind it,
+# with `write`, of figures after so many images, and `close`.
+LOGGERS: dict[str, Callable[[TrainConfig, int], Any]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
 }
@@ -94,27 +87,27 @@ class Loggers:
     """Those that `config` asks for, on rank 0; none elsewhere. begin: how many images the run has behind it."""
 
     def __init__(self, config: TrainConfig, log: Callable[[str], None], begin: int) -> None:
-        self.asked = {name: make for name, make in LOGGERS.items() if getattr(config, name) and dist.is_main()}
-        self.made: dict[str, Logger] = {}
+        self.asked = [name for name in LOGGERS if getattr(config, name) and dist.is_main()]
+        self.made: dict[str, Any] = {}
         self.config, self.log, self.begin = config, log, begin
 
     def write(self, figures: Figures, nimg: int) -> None:
         """Hands figures, by name, to each logger, after so many images."""
-        for name in list(self.asked):
-            self._use(name, lambda logger: logger.write(figures, nimg))
+        self._each("write", figures, nimg)
 
     def close(self) -> None:
         """Has each logger send what is left."""
-        for name in list(self.made):
-            self._use(name, lambda logger: logger.close())
+        self.asked = list(self.made)
+        self._each("close")
 
-    def _use(self, name: str, action: Callable[[Logger], None]) -> None:
-        try:
-            if name not in self.made:
-                self.made[name] = self.asked[name](self.config, self.begin)
-            action(self.made[name])
-        except Exception as exc:
-            del self.asked[name]
-            self.made.pop(name, None)
-            reason = f"{type(exc).__name__}: {printable(exc, 200)}"
-            self.log(f"Warning: --{name} is left out from here on ({reason}); stats.jsonl has every figure")
+    def _each(self, method: str, *args: Any) -> None:
+        for name in list(self.asked):
+            try:
+                if name not in self.made:
+                    self.made[name] = LOGGERS[name](self.config, self.begin)
+                getattr(self.made[name], method)(*args)
+            except Exception as exc:
+                self.asked.remove(name)
+                self.made.pop(name, None)
+                reason = f"{type(exc).__name__}: {printable(exc, 200)}"
+                self.log(f"Warning: --{name} is left out from here on ({reason}); stats.jsonl has every figure")

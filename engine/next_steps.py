@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -52,13 +53,14 @@ def measure_commands(
 ) -> tuple[str, list[list[str]]]:
     """(what for, commands) of measuring a network: by Inception, or where its features don't fit the images and there
     are classes to learn others from, by a detector of the data's own."""
-    ref, own, num = folder / "ref.npz", suitable_detector(run.dataset, data, folder), images_to_measure()
+    ref, own = folder / "ref.npz", suitable_detector(run.dataset, data, folder)
     title = "FID: the data's statistics, then the network's distance"
-    gen = [*launched("fid.py"), "gen", network, f"--ref={ref}", *drawn]
-    if num != FID_IMAGES:
-        title += f" (over {num} images; {FID_IMAGES} is customary)"
-        gen.append(f"--num-images={num}")
-    commands = [[*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"], gen]
+    commands = [
+        [*launched("fid.py"), "ref", f"--data={data}", f"--dest={ref}"],
+        [*launched("fid.py"), "gen", network, f"--ref={ref}", *drawn, *fewer_images("--num-images")],
+    ]
+    if commands[1][-1].startswith("--num-images"):
+        title += f" (over {FEW_IMAGES} images; {FID_IMAGES} is customary)"
     if own == "none":
         title += "; Inception was made for photographs, and says little of such images"
     elif own != "inception":
@@ -80,48 +82,45 @@ def inception_fits(dataset: ImageFolderDataset) -> bool:
     return dataset.num_channels == 3 and dataset.resolution >= INCEPTION_FITS
 
 
-def images_to_measure() -> int:
-    """The customary number, or what a CPU has time for."""
-    return FEW_IMAGES if dist.device().type == "cpu" else FID_IMAGES
+def fewer_images(option: str) -> list[str]:
+    """The option for the number of images to measure, where a CPU has no time for the customary one."""
+    return [f"{option}={FEW_IMAGES}"] if dist.device().type == "cpu" else []
 
 
 def has_classes(data: str) -> bool:
     """Whether a data set has classes, used by the run or not."""
-    dataset = ImageFolderDataset(data, use_labels=True)
-    try:
-        return dataset.has_onehot_labels and dataset.label_dim > 1
-    except UserError:  # labels that this run had no use for, nor would a detector
-        return False
-    finally:
-        dataset.close()
+    with contextlib.closing(ImageFolderDataset(data, use_labels=True)) as dataset:
+        try:
+            return dataset.has_onehot_labels and dataset.label_dim > 1
+        except UserError:  # labels that this run had no use for, nor would a detector
+            return False
 
 
 def next_stages(options: Options, run: Run, snapshot: Path) -> list[tuple[str, list[list[str]]]]:
     """(what for, commands) of the stage that makes the run's network a teacher, after the whole ladder where it is the
     first; none after a last stage."""
-    if run.stage is None:
-        steps = FIRST_STEPS
-        kept = {name: getattr(options, name) for name in KEPT.split()}
-        if options.duration is not None and options.duration < STAGE_MIMG:  # of a small network, or a trial
-            kept["duration"] = options.duration
-        stage = Options(options.outdir, options.data, precond=DISTILLATION, num_steps=steps, **kept)
-    else:
+    kept = {name: getattr(options, name) for name in KEPT.split()}
+    if options.duration is not None and options.duration < STAGE_MIMG:  # of a small network, or a trial
+        kept["duration"] = options.duration
+    stage, steps = Options(options.outdir, options.data, precond=DISTILLATION, **kept), FIRST_STEPS
+    if run.stage is not None:
         steps = run.stage.sampling.grid.steps
         ratios = ratios_that_work(steps)
         if not ratios:
             return []
         ratio = options.ratio if options.ratio in ratios else ratios[0]
-        stage = replace(options, ratio=ratio, num_steps=steps, teacher_solver=None, resume=None)
-    stage, title = replace(stage, transfer=str(snapshot)), f"{steps} -> {steps // stage.ratio} steps"
+        stage = replace(options, ratio=ratio, teacher_solver=None, resume=None)
+    title, folder = f"{steps} -> {steps // stage.ratio} steps", Path(options.outdir)
+    stage = replace(stage, transfer=str(snapshot), num_steps=steps)
     if options.nosubdir:  # that folder is this run's own
-        outdir = Path(options.outdir).with_name(f"{Path(options.outdir).name}-{steps}to{steps // stage.ratio}")
+        outdir = folder.with_name(f"{folder.name}-{steps}to{steps // stage.ratio}")
         stage = replace(stage, outdir=str(outdir))
     found = [(title, [typed("train.py", stage)])]
     if run.stage is None:
-        outdir = Path(options.outdir).with_name(f"{Path(options.outdir).name}-ladder")
+        outdir = folder.with_name(f"{folder.name}-ladder")
         ladder = replace(stage, precond=Options.precond, nosubdir=False, outdir=str(outdir))
-        detector, num = suitable_detector(run.dataset, stage.data, snapshot.parent), images_to_measure()
-        more = [f"--detector={detector}"] * (detector != "inception") + [f"--eval-num={num}"] * (num != FID_IMAGES)
+        detector = suitable_detector(run.dataset, stage.data, snapshot.parent)
+        more = [f"--detector={detector}"] * (detector != "inception") + fewer_images("--eval-num")
         found.insert(0, (f"all stages, {steps} -> 1 steps, each measured", [typed("distill.py", ladder, *more)]))
     return found
 
