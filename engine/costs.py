@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 import torch
 
-from dnnlib.cli import UserError
 from dnnlib.util import count
 from formats import state
 from torch_utils import distributed as dist
@@ -108,9 +107,9 @@ def training_calls(solver: str | None, ratio: int = 1, self_teacher: bool = Fals
 
 def describe_cost(run: Run) -> list[str]:
     """Lines for `--dry-run`, beyond those of every start: parameters, FLOPs of a network call, memory."""
-    config, cost = run.config, run.cost
-    auto = config.batch_gpu == AUTO
-    size = largest_counted(run) if auto else check_batch(config.batch, config.batch_gpu, dist.get_world_size())[0]
+    config, cost, size = run.config, run.cost, largest_counted(run)
+    if config.batch_gpu != AUTO:
+        size, _ = check_batch(config.batch, config.batch_gpu, dist.get_world_size())
     memory = fixed_memory(run) + bytes_per_image(run) * size
     return [
         f"Parameters:              {cost.parameters / 1e6:.2f} M",
@@ -123,8 +122,7 @@ def describe_memory(run: Run) -> str:
     """What a process needs besides activations, in words."""
     need, free = fixed_memory(run), free_memory()
     note = f": more than the {gib(free)} that are free, it will not run here" if need > free else ""
-    teacher = ", teacher" if run.stage else ""
-    return f"{gib(need)} for weights, gradients, Adam, EMA{teacher}, and activations on top{note}"
+    return f"{gib(need)} for weights, gradients, Adam, EMA{', teacher' * bool(run.stage)}, and activations on top{note}"
 
 
 def fixed_memory(run: Run) -> int:
@@ -253,17 +251,6 @@ def describe_disk(run: Run) -> str:
         f"{count(need.dumps, 'dump')}, {state.KEPT_ROLLING} rolling states and one being written, of "
         f"{gib(need.state)}), {gib(free)} free"
     ) + ". The disk may fill before the run ends: free some, or use a larger --snap or --dump" * fills
-
-
-def check_disk(run: Run) -> None:
-    """Raises UserError where a run that has nothing there yet can't even save a state and then a second one."""
-    need, run_dir = disk_need(run), run.config.run_dir
-    least, free = need.snapshot + 2 * need.state, free_disk(run_dir)
-    if least > free + written_before(run_dir):
-        raise UserError(
-            f"{run_dir}: the disk has {gib(free)} free, but a snapshot and two training states take {gib(least)}; "
-            "free some space, or use an --outdir on another disk"
-        )
 
 
 def free_disk(place: str) -> int:

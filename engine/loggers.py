@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,14 @@ class Loggers:
 
     def write(self, figures: Figures, nimg: int) -> None:
         """Hands figures, by name, to each logger, after so many images."""
-        self._each("write", figures, nimg)
+        self._each(self.asked, "write", figures, nimg)
 
     def close(self) -> None:
         """Has each logger send what is left."""
-        self.asked = list(self.made)
-        self._each("close")
+        self._each(self.made, "close")
 
-    def _each(self, method: str, *args: Any) -> None:
-        for name in list(self.asked):
+    def _each(self, names: Iterable[str], method: str, *args: Any) -> None:
+        for name in list(names):
             try:
                 if name not in self.made:
                     self.made[name] = LOGGERS[name](self.config, self.begin)

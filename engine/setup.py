@@ -419,7 +419,6 @@ def train(options: Options, run: Run, announce: Callable[[], None] = lambda: Non
     """
     found = find_state(options, run)
     announce()
-    dist.from_rank0(lambda: costs.check_disk(run))
     with contextlib.ExitStack() as stack:
         dist.from_rank0(lambda: stack.enter_context(locked(run.config.run_dir)))
         loop = _loop(run, found)
