@@ -1017,6 +1017,7 @@ def test_a_disk_too_small_is_warned_of(data, tmp_path, capsys, monkeypatch):
         assert run(*args, "-n") == 0
         assert ("The disk may fill before the run ends" in capsys.readouterr().out) == warned
         assert run(*args) == 0
+        capsys.readouterr()
 
 
 def test_memory_that_is_not_there(data, capsys, monkeypatch):

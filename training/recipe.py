@@ -70,9 +70,9 @@ class Entry:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of `TrainConfig.identity` that it decides."""
+        outer, _, inner = self.place.rpartition(".")
         if isinstance(self.alters, str):
             return tuple(self.alters.split())
-        outer, _, inner = self.place.rpartition(".")
         if outer == "distillation":  # which the loss has too
             return (f"loss.{inner}", self.place)
         own = self.place.replace("_kwargs", "") if outer else self.name.replace("_", "-")
@@ -148,7 +148,7 @@ class Options:
     data: str = main(MISSING, "Path to the dataset", metavar="ZIP|DIR", alters="data.0", key="dataset_kwargs.path")
     cond: bool | None = main(
         None,
-        ("Class-conditional: default 0, or as the teacher", "Class-conditional: default as the teacher"),
+        "Class-conditional: default 0, or as the teacher",
         Switch(),
         alters="data.1",
         key="dataset_kwargs.use_labels",
@@ -185,10 +185,7 @@ class Options:
     ratio: int = stage(2, "Teacher steps per student step", cli.Whole(min=2))
     teacher_solver: str | None = stage(
         None,
-        (
-            "How the teacher steps: default heun for an undistilled teacher, euler for a student",
-            "How the first teacher steps: default heun if undistilled",
-        ),
+        "How the (first) teacher steps: default heun for an undistilled teacher, euler for a student",
         Word(["heun", "euler"]),
         title="teacher's solver",
     )
@@ -238,18 +235,9 @@ class Options:
         ("10e-4", "5e-4"), "Learning rate", POSITIVE, alters="lr.0", key="optimizer_kwargs.lr", title="learning rate"
     )
     lr_decay: str = hyper(
-        ("none", "linear"),
-        ("Decay to 0 at the end", "Decay to 0 over a stage"),
-        Word(["none", "linear", "cosine"]),
-        title="learning-rate decay",
+        ("none", "linear"), "Decay to 0 at the end", Word(["none", "linear", "cosine"]), title="learning-rate decay"
     )
-    warmup: float = mimg(
-        ("10", "0"),
-        ("Learning-rate ramp", "Learning-rate ramp of a stage"),
-        NOT_NEGATIVE,
-        key="lr_rampup_kimg",
-        title="warm-up, kimg",
-    )
+    warmup: float = mimg(("10", "0"), "Learning-rate ramp", NOT_NEGATIVE, key="lr_rampup_kimg", title="warm-up, kimg")
     ema: float = mimg(
         0.5,
         "EMA half-life, at most 5% of the images seen",
@@ -282,10 +270,7 @@ class Options:
     p_mean: float | None = edm(None, "Mean of ln(sigma) (edm)  [default: -1.2]", cli.Number(-20, 20), key="P_mean")
     p_std: float | None = edm(None, "Deviation of ln(sigma) (edm)  [default: 1.2]", POSITIVE, key="P_std")
     precision: str = speed(
-        ("fp32", "fp32"),
-        ("Arithmetic of the trained network", "Arithmetic of the student"),
-        Word(["fp32", "tf32", "bf16", "fp16"]),
-        alters=True,
+        ("fp32", "fp32"), "Arithmetic of the trained network", Word(["fp32", "tf32", "bf16", "fp16"]), alters=True
     )
     fp16: bool = speed(
         False,
@@ -466,14 +451,14 @@ class TrainConfig(Options):
     def to_options(self) -> Kwargs:
         """The content of `training_options.json`: EDM's keys and this program's own."""
         adam = {"class_name": "torch.optim.Adam", "lr": self.lr, "betas": list(self.betas), "eps": self.eps}
-        augment = self.augment_kwargs and {"class_name": "training.augment.AugmentPipe", **self.augment_kwargs}
         options: Kwargs = {
             "dataset_kwargs": {"class_name": "training.dataset.ImageFolderDataset", **self.dataset_kwargs},
             "data_loader_kwargs": {"pin_memory": True, "num_workers": self.workers, "prefetch_factor": 2},
             "network_kwargs": self.network_kwargs,
             "loss_kwargs": self.loss_kwargs,
             "optimizer_kwargs": adam,
-            "augment_kwargs": augment,
+            "augment_kwargs": self.augment_kwargs
+            and {"class_name": "training.augment.AugmentPipe", **self.augment_kwargs},
         }
         options |= {each.place: self._written(each) for each in entries(Options) if each.place.isidentifier()}
         if self.transfer is None:
@@ -482,10 +467,6 @@ class TrainConfig(Options):
             options["ema_rampup_ratio"] = self.ema_rampup_ratio
         own = ("run_dir", "transfer_sha256", "distillation", "data_fingerprint", "command_line")
         return options | {name: getattr(self, name) for name in own}
-
-    def _written(self, entry: Entry) -> Any:
-        """The value of an option in the unit of files: that of a property above, or the option's own."""
-        return getattr(self, entry.place if hasattr(type(self), entry.place) else entry.name)
 
     def to_file(self, nimg: int) -> Kwargs:
         """How a network came about, for its file: images seen and `identity`, without what the file has elsewhere."""
@@ -499,7 +480,6 @@ class TrainConfig(Options):
         of a run belongs here when the learning rate decays towards its end, and only then.
         """
         data = [self.dataset_kwargs.get(name) for name in ("use_labels", "xflip", "resolution", "max_size")]
-        ema = [self.ema_halflife_kimg, self.ema_rampup_ratio] if self.ema_std is None else ["std", self.ema_std]
         composed = {
             "data": [self.data_fingerprint, *data],
             "network": self.network_kwargs,
@@ -507,11 +487,15 @@ class TrainConfig(Options):
             "augment": self.augment_kwargs,
             "lr": [self.lr, list(self.betas), self.eps],
             "duration": self.total_nimg if self.lr_decay != "none" else None,
-            "ema": ema,
+            "ema": ["std", self.ema_std] if self.ema_std else [self.ema_halflife_kimg, self.ema_rampup_ratio],
             "teacher-precision": self.teacher_precision if self.teacher_precision != "fp32" else None,
             "transfer": self.transfer_sha256,
             "distillation": self.distillation and {k: v for k, v in self.distillation.items() if k != "lineage"},
         }
-        names = dict.fromkeys(part.partition(".")[0] for each in entries(Options) for part in each.parts)
         plain = {each.parts[0]: self._written(each) for each in entries(Options) if each.alters is True}
+        names = dict.fromkeys(part.partition(".")[0] for each in entries(Options) for part in each.parts)
         return {name: (plain | composed)[name] for name in names}
+
+    def _written(self, entry: Entry) -> Any:
+        """The value of an option in the unit of files: that of a property above, or the option's own."""
+        return getattr(self, entry.place if hasattr(type(self), entry.place) else entry.name)
