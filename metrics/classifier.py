@@ -27,7 +27,7 @@ from training.dataset import ImageFolderDataset
 from .images import read_images
 
 RESOLUTIONS = (8, 64)  # smallest and largest image side
-SIZES = (RESOLUTIONS, (1, 64), (1, 4096), (1, 2048))  # resolution, channels, classes, features that a file may declare
+SIZES = {"resolution": RESOLUTIONS, "channels": (1, 64), "classes": (1, 4096), "dim": (1, 2048)}  # of a file
 FORMAT = "edm-distill-classifier-1"
 BATCH = 128
 FEWEST_IMAGES = 10
@@ -43,11 +43,9 @@ class Classifier(nn.Module):
     def __init__(self, resolution: int, channels: int, classes: int, dim: int = 128) -> None:
         super().__init__()
         self.resolution, self.channels, self.classes, self.dim = resolution, channels, classes, dim
-        layers: list[nn.Module] = []
-        width, side = channels, resolution
-        for stride in (2 if resolution > 16 else 1, 1):  # at full size, these would cost more than all other layers
-            layers += _layer(width, dim // 4, stride)
-            width, side = dim // 4, -(-side // stride)
+        first = 2 if resolution > 16 else 1  # at full size, these layers would cost more than all others
+        layers = [*_layer(channels, dim // 4, stride=first), *_layer(dim // 4, dim // 4)]
+        width, side = dim // 4, -(-resolution // first)
         while side >= 8:
             layers += _layer(width, min(2 * width, dim), stride=2)
             width, side = min(2 * width, dim), -(-side // 2)
@@ -186,21 +184,16 @@ def _labelled_images(data: str | os.PathLike[str], seed: int) -> tuple[Tensor, T
     with closing(ImageFolderDataset(data, use_labels=True, max_size=MAX_IMAGES, random_seed=seed)) as dataset:
         num, size = len(dataset), dataset.resolution
         if not dataset.has_onehot_labels:
+            remedy = "(dataset_tool.py reads them from dataset.json or top-level folders)"
             raise UserError(
-                f"{data}: has no class labels, which a detector is trained with; make the data set with labels "
-                "(dataset_tool.py reads them from dataset.json or top-level folders)"
+                f"{data}: has no class labels, which a detector learns; make a data set with labels {remedy}"
             )
-        if dataset.label_dim == 1:
-            raise UserError(f"{data}: has one class only; a detector learns to tell several apart")
         if not smallest <= size <= largest:
-            raise UserError(
-                f"{data}: the images are {size}x{size}; a detector is made from {smallest}x{smallest} to "
-                f"{largest}x{largest} (dataset_tool.py --resolution converts them)"
-            )
-        if num < FEWEST_IMAGES:
-            raise UserError(
-                f"{data}: {count(num, 'image')}, too few to train a detector; {FEWEST_IMAGES} are the least"
-            )
+            sizes = f"a detector takes {smallest} to {largest} pixels a side (dataset_tool.py --resolution converts)"
+            raise UserError(f"{data}: the images are {size}x{size}; {sizes}")
+        if num < FEWEST_IMAGES or dataset.label_dim < 2:
+            few = f"{count(num, 'image')} and {dataset.label_dim} classes are too few to train a detector"
+            raise UserError(f"{data}: {few}; {FEWEST_IMAGES} images of 2 classes are the least")
         order = torch.randperm(num, generator=torch.Generator().manual_seed(seed)).tolist()
         images = torch.cat(list(read_images(dataset, (order[i : i + 1000] for i in range(0, num, 1000)))))
         return images, torch.from_numpy(dataset.label_values[order]), dataset.label_dim
@@ -216,11 +209,11 @@ def classifier_from_file(content: bytes, source: str) -> Classifier:
         if found["format"] != FORMAT:
             raise ValueError("something else, or another version")
         facts = json.loads(found["facts"])
-        sizes = [facts[name] for name in ("resolution", "channels", "classes", "dim")]
-        if not all(type(n) is int and low <= n <= high for n, (low, high) in zip(sizes, SIZES, strict=True)):
+        sizes = {name: facts[name] for name in SIZES}
+        if not all(type(sizes[name]) is int and low <= sizes[name] <= high for name, (low, high) in SIZES.items()):
             raise ValueError(f"impossible sizes {sizes}")
         with torch.device("meta"):
-            net = Classifier(*sizes)
+            net = Classifier(**sizes)
         stored = found["state"]
         declared = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in net.state_dict().items()}
         if {name: (f"torch.{t.storage.dtype}", t.shape) for name, t in stored.items()} != declared:

@@ -54,18 +54,11 @@ class Stage:
     def sampling(self) -> Sampling:
         """What the student's file holds: its own grid, and all its teachers, the undistilled one first."""
         before = self.teacher.sampling.lineage if self.teacher.sampling else ()
-        entry: dict[str, Any] = {
-            "network": str(self.teacher.source),
-            "sha256": self.teacher.sha256,
-            "steps": self.grid.steps,
-            "solver": self.solver,
-        }
-        if self.teacher.own_code:
-            entry["own_code"] = True
-        if self.teacher.variants:
-            entry["unknown_variants"] = list(self.teacher.variants)
-        if self.self_teacher:
-            entry["self_teacher"] = True
+        entry: dict[str, Any] = {"network": str(self.teacher.source), "sha256": self.teacher.sha256}
+        entry |= {"steps": self.grid.steps, "solver": self.solver}
+        variants = list(self.teacher.variants)
+        special = {"own_code": self.teacher.own_code, "unknown_variants": variants, "self_teacher": self.self_teacher}
+        entry |= {name: value for name, value in special.items() if value}
         return Sampling(self.grid.every(self.ratio), "euler", self.ratio, (*before, entry))
 
     def describe(self) -> str:
