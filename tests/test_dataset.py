@@ -57,9 +57,6 @@ def labelled(path: Path, labels: object, count: int = 3) -> str:
     return make_zip(path / "set.zip", {**files, "dataset.json": json.dumps({"labels": labels}).encode()})
 
 
-# --- EDM's facts
-
-
 @pytest.mark.parametrize("tag", [*WITH_FILE, "directory"])
 def test_golden(tag, tmp_path):
     fact = FACTS[tag]
@@ -97,20 +94,11 @@ def test_items_are_the_callers_own():
     assert data[-1][0].tolist() == data[len(data) - 1][0].tolist()
 
 
-# --- Kinds of images
-
-
 @pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "gif", "tiff", "webp", "ppm", "avif"])
 def test_formats(kind):
     smooth = np.kron(noise(1, 2), np.ones((8, 8, 1), np.uint8))
-    pixels = decode_image(
-        encode(
-            smooth,
-            kind,
-            **({"lossless": True} if kind == "webp" else {"subsampling": "4:4:4"} if kind == "avif" else {}),
-        ),
-        "x",
-    )
+    options = {"webp": {"lossless": True}, "avif": {"subsampling": "4:4:4"}}.get(kind, {})
+    pixels = decode_image(encode(smooth, kind, **options), "x")
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
     error = np.abs(pixels.astype(int) - smooth)
     assert error.mean() < 15 if kind in ("jpeg", "avif") else error.max() == 0
@@ -164,11 +152,9 @@ def test_exif_orientation_is_applied(kind, orientation):
 
 def test_frames_are_noticed():
     frames = [Image.fromarray(noise(i)) for i in range(2)]
-    for kind in ("gif", "tiff", "webp"):
+    for kind, options in (("gif", {}), ("tiff", {}), ("webp", {"lossless": True})):
         found: list[str] = []
-        data = encode(
-            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "webp" else {})
-        )
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         np.testing.assert_array_equal(decode_image(data, "x", found)[:, :, 0] > 128, noise(0)[:, :, 0] > 128)
         assert found == ["frames"]
 
@@ -228,19 +214,8 @@ def test_which_files_are_images(tmp_path):
     assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".gif"} <= endings
     assert not {".pdf", ".eps", ".ps", ".txt", ".json", ""} & endings and "EPS" not in formats
     assert {"EPS", "IPTC"}.isdisjoint(formats)
-    names = [
-        "a.PNG",
-        "sub/b.png",
-        "__MACOSX/._a.png",
-        "sub/._b.png",
-        "c.pdf",
-        "d.eps",
-        "e.eps",
-        "notes.txt",
-        "png",
-        "sub/",
-    ]
-    names += [".ipynb_checkpoints/a.png", "sub/Thumbs.db", "sub/.b.png", "dataset.json", "f.heic"]
+    names = ["a.PNG", "sub/b.png", "__MACOSX/._a.png", "sub/._b.png", "c.pdf", "d.eps", "e.eps", "notes.txt", "png"]
+    names += [".ipynb_checkpoints/a.png", "sub/Thumbs.db", "sub/.b.png", "dataset.json", "f.heic", "sub/"]
     path = make_zip(tmp_path / "x.zip", {name: b"" if name.endswith("/") else encode(noise()) for name in names})
     folder = tmp_path / "folder"
     with zipfile.ZipFile(path) as archive:
@@ -281,20 +256,14 @@ def test_a_set_within_one_folder(as_folder, tmp_path):
         "__MACOSX/x": b"",
         "READ.ME": b"",
     }
-    path = tmp_path / "x"
+    path = Path(make_zip(tmp_path / "x", files))
     if as_folder:
-        for name, data in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(data)
-    else:
-        make_zip(path, files)
+        zipfile.ZipFile(path).extractall(tmp_path / "folder")
+        path = tmp_path / "folder"
     data = ImageFolderDataset(path, use_labels=True)
     assert data._image_fnames == ["0.png", "sub/1.png"] and data.labels([0, 1]).argmax(axis=1).tolist() == [1, 0]
     assert data.notes[0] == f"read from my/ in {path}"
     np.testing.assert_array_equal(data[1][0], noise(1).transpose(2, 0, 1))
-
-
-# --- Threads, processes, cache
 
 
 def test_threads_share_one_archive(tmp_path):
@@ -347,9 +316,6 @@ def test_cache_decodes_once(monkeypatch):
     np.testing.assert_array_equal(image, plain[11][0][:, :, ::-1])
 
 
-# --- What is wrong with users' files: one line that names file and archive
-
-
 def open_all(path: object, **kwargs: object) -> None:
     data = ImageFolderDataset(path, **kwargs)
     for i in range(len(data)):
@@ -364,13 +330,10 @@ def refused(match: str, path: object, **kwargs: object) -> None:
 
 def test_missing_empty_and_broken_archives(tmp_path):
     refused("no such file or folder", tmp_path / "nothing.zip")
-    (tmp_path / "empty.zip").write_bytes(b"")
-    refused("neither a folder nor a whole zip", tmp_path / "empty.zip")
-    (tmp_path / "text.zip").write_text("this is text")
-    refused("neither a folder nor a whole zip", tmp_path / "text.zip")
     whole = (GOLDEN / "ds_int.zip").read_bytes()
-    (tmp_path / "half.zip").write_bytes(whole[: len(whole) // 2])
-    refused("copied to the end", tmp_path / "half.zip")
+    for content in (b"", b"this is text", whole[: len(whole) // 2]):
+        (tmp_path / "bad.zip").write_bytes(content)
+        refused("neither a folder nor a whole zip .*copied to the end", tmp_path / "bad.zip")
     refused("no image files", make_zip(tmp_path / "none.zip", {"notes.txt": b"x"}))
     (tmp_path / "folder").mkdir()
     refused("no image files", tmp_path / "folder")
@@ -403,12 +366,9 @@ def test_bombs(tmp_path, monkeypatch):
 
 
 def test_images_that_differ(tmp_path):
-    a = encode(noise())
-    refused(
-        "b.png in .* is 16x16 RGB, but .* 8x8 RGB",
-        make_zip(tmp_path / "x.zip", {"a.png": a, "b.png": encode(noise(size=16))}),
-    )
-    grey = encode(noise(channels=1))
+    a, large, grey = encode(noise()), encode(noise(size=16)), encode(noise(channels=1))
+    two = {"a.png": a, "b.png": large}
+    refused("b.png in .* is 16x16 RGB, but .* 8x8 RGB", make_zip(tmp_path / "x.zip", two))
     refused("b.png in .* is 8x8 grey", make_zip(tmp_path / "x.zip", {"a.png": a, "b.png": grey}))
     refused("b.png in .* is 8x8 RGB, but .* grey", make_zip(tmp_path / "x.zip", {"a.png": grey, "b.png": a}))
     wide = encode(np.zeros((8, 16, 3), np.uint8))
@@ -498,15 +458,8 @@ def test_random_damage_is_always_named(tmp_path):
     assert outcomes == {"fine", "refused"}
 
 
-# --- many at once
-
-
-def test_one_bad_image_among_many_is_named(tmp_path):
-    files = {f"{i:03d}.png": encode(noise(i)) for i in range(20)}
-    files["007.png"] = files["007.png"][:-60]
-    data = ImageFolderDataset(make_zip(tmp_path / "set.zip", files))
-    with pytest.raises(UserError, match=r"007\.png"):
-        data.images(range(20))
+def test_many_at_once():
+    data = ImageFolderDataset(GOLDEN / "ds_int.zip")
     np.testing.assert_array_equal(data.images([3, 1, 3]), np.stack([data[i][0] for i in (3, 1, 3)]))
 
 

@@ -76,9 +76,6 @@ def says(sentence):
     assert WORDS.count(sentence) == 1, f"docs/derivation.md does not say: {sentence}"
 
 
-# -- the form ----------------------------------------------------------------------------------------------------------
-
-
 @cache
 def defined(path):
     """Dotted names of the functions, classes, methods and constants that a file defines."""
@@ -101,9 +98,6 @@ def test_every_name_in_the_document_exists():
     assert len(names) > 25
     assert [f"{path}: {name}" for path, name in names if name not in defined(path)] == []
     assert len(re.findall(r"\.py: ", TEXT)) == len(NAME.findall(TEXT)), "a name in another form is not checked"
-
-
-# -- grids and cost ----------------------------------------------------------------------------------------------------
 
 
 def test_nested_and_fresh_grids():
@@ -139,9 +133,6 @@ def test_clamped_last_interval():
     )
 
 
-# -- targets as means of denoiser outputs ------------------------------------------------------------------------------
-
-
 def test_targets_are_weighted_means_of_the_teachers_outputs():
     net, x = gaussian(), torch.randn(1, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 9
     t, u, s = number(9), number(5), number(2)
@@ -158,9 +149,6 @@ def test_targets_are_weighted_means_of_the_teachers_outputs():
         f"On 32 levels the extreme pair is −{extreme[32] - 1:.2f} and {extreme[32]:.2f}, on 16 levels "
         f"−{extreme[16] - 1:.2f} and {extreme[16]:.2f}, at the lowest levels."
     )
-
-
-# -- weightings --------------------------------------------------------------------------------------------------------
 
 
 def test_one_error_in_three_spaces():
@@ -219,9 +207,6 @@ def test_salimans_and_hos_variables():
     v, other = alpha_t * noise - beta_t * clean, clean + 1
     v_other = alpha_t * (z - alpha_t * other) / beta_t - beta_t * other
     assert (v - v_other).square() == pytest.approx((1 / t**2 + 1).expand_as(v))
-
-
-# -- from a landing to the end point -----------------------------------------------------------------------------------
 
 
 def amplification(s, deviation=DEVIATION):
@@ -288,9 +273,6 @@ def test_illustration_of_an_8_step_student():
     says("with $`\\sigma_d = 4\\,\\sigma_{data}`$, is the weighting `endpoint`:")
 
 
-# -- intervals ---------------------------------------------------------------------------------------------------------
-
-
 def test_second_moments_of_the_interval_rules():
     losses = torch.tensor([1.0] + [0.01] * 7, dtype=torch.float64)
     intervals = Intervals(8, "loss")
@@ -314,9 +296,6 @@ def test_second_moments_of_the_interval_rules():
         f"{moment(best):.4f}, pure loss {eager:.4f}, rule (22) {moment(rule):.4f}."
     )
     says("The uniform tenth bounds the correction by 10.")
-
-
-# -- precision ---------------------------------------------------------------------------------------------------------
 
 
 def test_amplification_table():
@@ -343,9 +322,6 @@ def test_how_little_there_is_to_learn():
         f"differ by at most {max(differ):.4f} and in {sum(d < 0.01 for d in differ)} of {len(differ)} intervals by less "
         "than 0.01 (Gaussian flow, root mean square)."
     )
-
-
-# -- students ----------------------------------------------------------------------------------------------------------
 
 
 def test_denoiser_and_target_table():
@@ -390,9 +366,6 @@ def test_a_student_is_sampled_by_its_own_jumps_only():
     says(f"on every second of its own levels ends with {end(own.every(2), 'euler'):.3f} of the deviation.")
     with pytest.raises(KeyError):
         end(NoiseGrid((80.0, 1.0, 0.0)), "euler")
-
-
-# -- closed forms and averages -----------------------------------------------------------------------------------------
 
 
 def test_solver_factors_and_their_products():

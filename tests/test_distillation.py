@@ -149,9 +149,6 @@ def test_teacher_and_student_are_told_the_same(monkeypatch):
     assert len(told) == 5 and all(a is labels and b is told[0][1] and b.any() for a, b in told)
 
 
-# -- the self-teacher --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("solver", ["heun", "euler"])
 @pytest.mark.parametrize(("steps", "ratio"), [(8, 4), (9, 3), (6, 6), (4, 2), (3, 1)])
 def test_self_teachers_target_is_the_exact_solution_for_every_start(solver, steps, ratio):
@@ -212,9 +209,6 @@ def test_self_teaching_starts_from_every_level():
         loss(gaussian(seed=3), torch.rand(64, 2, 4, 4), draws=StepDraws(1, step, 64, "cpu").part(0, 64))
     counts = torch.bincount(torch.cat(seen), minlength=8)
     assert (counts / counts.sum() - 1 / 8).abs().max() < 0.03
-
-
-# -- how often each jump is trained ------------------------------------------------------------------------------------------
 
 
 def taught(losses, rule="loss", images=64, steps=3):

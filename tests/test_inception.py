@@ -140,10 +140,6 @@ def test_average_pool_by_hand():
     assert inception._max_pool(x)[0, 0].tolist() == [[5, 6, 6], [8, 9, 9], [8, 9, 9]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The weights file
-
-
 def test_weights_file_is_found_checked_and_loaded(net, tmp_path, monkeypatch):
     """In either of torch.save's formats, with or without batch norm's counters, by path and as the default."""
     images, expected = inputs()["d"], torch.from_numpy(golden("inception.npz")["d/features"])

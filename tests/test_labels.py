@@ -121,23 +121,13 @@ def test_vectors(place: Path, tmp_path: Path) -> None:
         assert make(place, "vectors", tmp_path / source[-3:], "--seeds=0-9", f"--labels={place / source}") == 0
     drawn = [*labels_of(tmp_path / "zip").values()]
     assert all(label in VECTORS for label in drawn) and len({*map(tuple, drawn)}) > 2
-    assert read(tmp_path / "zip") == read(tmp_path / "npy") and labels_of(tmp_path / "npy") == labels_of(
-        tmp_path / "zip"
-    )
+    assert read(tmp_path / "zip") == read(tmp_path / "npy")
+    assert labels_of(tmp_path / "npy") == labels_of(tmp_path / "zip")
     network = load_network(place / "vectors.pkl")
     again = sample(network, [*range(10)], steps=2, labels=place / "vectors.npy")
     assert np.array_equal(again[7, :, :, 0], pixels(read(tmp_path / "npy")["000007.png"]))
-    assert (
-        example.main(
-            [
-                f"--network={place}/vectors.pkl",
-                f"--labels={place}/vectors.zip",
-                f"--out={tmp_path}/a.png",
-                "--seeds=0-3",
-            ]
-        )
-        == 0
-    )
+    words = [f"--network={place}/vectors.pkl", f"--labels={place}/vectors.zip", f"--out={tmp_path}/a.png"]
+    assert example.main([*words, "--seeds=0-3"]) == 0
     assert "label vectors of 2 numbers" in network.describe()
 
 
@@ -177,16 +167,8 @@ def test_refused(
 def test_files_of_labels(place: Path, tmp_path: Path) -> None:
     assert read_labels(place / "classes.npy").values.tolist() == [3, 3, 1]
     assert read_labels(place / "classes.zip").values.tolist() == [i % 4 for i in range(40)]
-    for bad in (
-        np.array([0.5]),
-        np.array([-1]),
-        np.array([2**64 - 1], np.uint64),
-        np.array([[np.nan]]),
-        np.zeros([0]),
-        np.zeros([1, 1, 1]),
-        np.array(["a"]),
-    ):
-        np.save(tmp_path / "bad.npy", bad)
+    for bad in ([0.5], [-1], np.array([2**64 - 1], np.uint64), [[np.nan]], np.zeros([0]), np.zeros([1, 1, 1]), ["a"]):
+        np.save(tmp_path / "bad.npy", np.array(bad))
         with pytest.raises(UserError, match="--labels"):
             read_labels(tmp_path / "bad.npy")
     (tmp_path / "bad.npy").write_bytes(b"no array")
@@ -209,13 +191,9 @@ def test_from_a_data_set_of_vectors_to_a_ladder(
     forward = torch.nn.Module.__call__
 
     def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
-            type(self).__name__ == "EDMPrecond"
-            and len(args) > 2
-            and args[2] is not None
-            and args[2].device.type == "cpu"
-        ):
-            drawn.extend(args[2].tolist())
+        labels = args[2] if type(self).__name__ == "EDMPrecond" and len(args) > 2 else None
+        if labels is not None and labels.device.type == "cpu":
+            drawn.extend(labels.tolist())
         return forward(self, *args, **kwargs)
 
     train_detector(place / "classes.zip", tmp_path / "detector.pt", kimg=0.2)

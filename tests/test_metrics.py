@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,9 +188,9 @@ def test_the_largest_numbers_are_kept() -> None:
 
 
 def test_accumulated_statistics_are_numpys():
-    for case, key in (("d16_full", "feats1"), ("d64_full", "feats1"), ("d16_singular", "feats1")):
-        data = golden("fid.npz")
-        features = torch.from_numpy(data[f"{case}/{key}"])
+    data = golden("fid.npz")
+    for case in ("d16_full", "d64_full", "d16_singular"):
+        features = torch.from_numpy(data[f"{case}/feats1"])
         sums = FeatureStatistics(features.shape[1])
         for part in features.split(7):
             sums.append(part)
@@ -254,12 +256,9 @@ def test_golden_pipeline(case, capsys):
     assert "few for 2048 features" in capsys.readouterr().err
 
 
-def test_too_many_images_asked_for():
+def test_too_few_images(tmp_path):
     with pytest.raises(UserError, match=r"found 12 images, fewer than the 13 asked for; set --num-images=12"):
         statistics_of_dataset(GOLDEN / "ds_int.zip", powers(), num=13)
-
-
-def test_a_single_image_has_no_covariance(tmp_path):
     make_dataset(tmp_path / "one.zip", count=1)
     with pytest.raises(UserError, match="found 1 image; statistics need at least 2"):
         statistics_of_dataset(tmp_path / "one.zip", powers())
@@ -305,33 +304,28 @@ def test_a_file_without_mark_is_inceptions(tmp_path):
 def test_bad_statistics_files_are_named(tmp_path):
     mu, sigma = random_moments(9, 5)
 
-    def check(message: str) -> None:
-        with pytest.raises(UserError, match=message):
-            Stats.load(tmp_path / "bad.npz")
+    def content(write: Any = np.savez, *array: np.ndarray, **arrays: Any) -> bytes:
+        file = io.BytesIO()
+        write(file, *array, **arrays)
+        return file.getvalue()
 
-    np.savez(tmp_path / "bad.npz", sigma=sigma)
-    check("bad.npz: has no mu;")
-    np.savez(tmp_path / "bad.npz", x=1)
-    check("has no mu and no sigma")
-    np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma[:4, :4])
-    check("shape")
-    np.savez(tmp_path / "bad.npz", mu=mu * np.nan, sigma=sigma)
-    check("NaN")
-    np.savez(tmp_path / "bad.npz", mu=np.array([{}], dtype=object), sigma=sigma)
-    check("not a readable npz file of plain arrays")
-    with open(tmp_path / "bad.npz", "wb") as file:
-        np.save(file, mu)
-    check("a single array")
-    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nothing")
-    check("not a readable npz file")
-    (tmp_path / "bad.npz").write_bytes(b"")
-    check("not a readable npz file")
-    np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma)
-    whole = (tmp_path / "bad.npz").read_bytes()
-    (tmp_path / "bad.npz").write_bytes(whole[: len(whole) // 2])
-    check("not a readable npz file")
-    (tmp_path / "bad.npz").unlink()
-    check("no such file")
+    whole = content(mu=mu, sigma=sigma)
+    for number, (bad, message) in enumerate(
+        [
+            (content(sigma=sigma), "0.npz: has no mu;"),
+            (content(x=1), "has no mu and no sigma"),
+            (content(mu=mu, sigma=sigma[:4, :4]), "shape"),
+            (content(mu=mu * np.nan, sigma=sigma), "NaN"),
+            (content(mu=np.array([{}], dtype=object), sigma=sigma), "not a readable npz file of plain arrays"),
+            (content(np.save, mu), "a single array"),
+            *((each, "not a readable npz file") for each in (b"PK\x03\x04 nothing", b"", whole[: len(whole) // 2])),
+        ]
+    ):
+        (tmp_path / f"{number}.npz").write_bytes(bad)
+        with pytest.raises(UserError, match=message):
+            Stats.load(tmp_path / f"{number}.npz")
+    with pytest.raises(UserError, match="no such file"):
+        Stats.load(tmp_path / "nowhere.npz")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,47 +423,42 @@ def test_classifier_fits_every_small_resolution(size, channels):
 
 
 def test_unsuitable_training_data(tmp_path):
-    def check(name: str, message: str) -> None:
+    for name, options, message in (
+        ("plain", {"classes": None}, "no class labels"),
+        ("one", {"classes": 1}, "and 1 classes are too few"),
+        ("large", {"count": 4, "size": 96}, "96x96"),
+        ("few", {"count": 9}, "9 images and 4 classes are too few"),
+    ):
+        make_dataset(tmp_path / name, **options)
         with pytest.raises(UserError, match=message):
             classifier.train_detector(tmp_path / name, tmp_path / "out.pt", kimg=1)
-        assert not (tmp_path / "out.pt").exists()
-
-    make_dataset(tmp_path / "plain.zip", classes=None)
-    check("plain.zip", "no class labels")
-    make_dataset(tmp_path / "one.zip", classes=1)
-    check("one.zip", "and 1 classes are too few")
-    check("../nowhere.zip", "no such file")
-    make_dataset(tmp_path / "large.zip", count=4, size=96)
-    check("large.zip", "96x96")
-    make_dataset(tmp_path / "few.zip", count=9)
-    check("few.zip", "9 images and 4 classes are too few")
-    (tmp_path / "ds_vec.zip").write_bytes((GOLDEN / "ds_vec.zip").read_bytes())
-    check("ds_vec.zip", "no class labels")
+    for path, message in ((tmp_path / "nowhere", "no such file"), (GOLDEN / "ds_vec.zip", "no class labels")):
+        with pytest.raises(UserError, match=message):
+            classifier.train_detector(path, tmp_path / "out.pt", kimg=1)
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_bad_detector_files(tmp_path, trained):
-    good = torch.load(trained[0], weights_only=True)
-
-    def check(content: object, message: str) -> None:
-        path = tmp_path / "x.pt"
+    good, path = torch.load(trained[0], weights_only=True), tmp_path / "x.pt"
+    facts = json.loads(good["facts"])
+    for content in (
+        b"nothing",
+        trained[0].read_bytes()[:-1000],
+        {"weights": torch.zeros(2)},
+        [1, 2],
+        {**good, "format": "edm-distill-classifier-9"},
+        {**good, "facts": "{"},
+        {**good, "facts": json.dumps({**facts, "dim": 10**9})},
+        {**good, "facts": json.dumps({**facts, "dim": 64})},
+        {**good, "state": {**good["state"], "more": torch.zeros(1)}},
+        Path("/"),  # an object that a pickle would have to build
+    ):
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
             torch.save(content, path)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match="not a detector file"):
             load_detector(path)
-
-    check(b"nothing", "not a detector file")
-    check(trained[0].read_bytes()[:-1000], "not a detector file")
-    check({"weights": torch.zeros(2)}, "not a detector file")
-    check([1, 2], "not a detector file")
-    check({**good, "format": "edm-distill-classifier-9"}, "not a detector file")
-    check({**good, "facts": "{"}, "not a detector file")
-    facts = json.loads(good["facts"])
-    check({**good, "facts": json.dumps({**facts, "dim": 10**9})}, "not a detector file")
-    check({**good, "facts": json.dumps({**facts, "dim": 64})}, "not a detector file")
-    check({**good, "state": {**good["state"], "more": torch.zeros(1)}}, "not a detector file")
-    check(Path("/"), "not a detector file")  # an object that a pickle would have to build
     with pytest.raises(UserError, match="no such file"):
         load_detector(tmp_path / "nowhere.pt")
 
