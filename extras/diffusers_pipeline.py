@@ -21,7 +21,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from formats.network_files import PRECONDS, SETTINGS, load_network
+from formats.building import PRECONDS, SETTINGS
+from formats.network_files import load_network
 from training.grids import NoiseGrid
 from training.pictures import to_uint8
 from training.samplers import grid_sampler

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from training import networks
 
-from .pickle_reader import ContentError, ForeignError, StoredTensor
+from .pickle_reader import ContentError, ForeignError
 
 PRECONDS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
 MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
@@ -111,11 +111,10 @@ def _check_arguments(given: State, parts: int) -> None:
         raise ForeignError("its constructor arguments make a larger network than it holds the parts of")
 
 
-def fill(net: nn.Module, tensors: dict[str, Any]) -> bool:
-    """Moves `tensors` into `net`, all of them and no other, in its own types; whether its parameters were float16.
+def fill(net: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Copies `tensors` into `net`, all of them and no other, in its own types; whether its parameters were float16.
 
-    tensors: by name, those of a pickle as `StoredTensor`; they are taken out, so that no more than one is there twice.
-    Raises ForeignError.
+    They are taken out, so that no more than one is there twice. Raises ForeignError.
     """
     expected = net.state_dict()
     shapes, found_shapes = ({name: list(value.shape) for name, value in each.items()} for each in (expected, tensors))
@@ -132,11 +131,10 @@ def fill(net: nn.Module, tensors: dict[str, Any]) -> bool:
     values = {}
     for name, value in expected.items():
         found = tensors.pop(name)
-        found = found.tensor() if isinstance(found, StoredTensor) else found
         if found.dtype not in FLOATS:
             raise ForeignError(f"stores {name} as {found.dtype}; a network of a known kind has floating-point weights")
         half = half and (found.dtype == torch.float16 or name not in parameters)
-        values[name] = found.to(value.dtype).contiguous()
+        values[name] = found.to(value.dtype, memory_format=torch.contiguous_format, copy=True)
     net.load_state_dict(values, assign=True)
     return half
 

@@ -59,18 +59,13 @@ class _CodeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch_utils.persistence", "_reconstruct_persistent_obj"):
             return _run_and_reconstruct
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _load_storage
+        if (module, name) == ("torch.storage", "_load_from_bytes"):  # torch's own would unpickle whatever there is
+            return lambda data: load_tensors(io.BytesIO(data))
         if module.startswith(PREFIX):
             raise UserError(f"{name} is defined in a text that a file brings, and is no persistent class")
         if (module, name) not in GLOBALS:
             warn(f"--trust-network-code: the file uses {printable(f'{module}.{name}', 400)} of this machine's Python")
         return super().find_class(module, name)
-
-
-def _load_storage(data: bytes) -> Any:
-    """torch's own reader of stored tensors would unpickle whatever the bytes hold."""
-    return load_tensors(io.BytesIO(data))
 
 
 def _run_and_reconstruct(meta: dict[str, Any]) -> Any:
@@ -79,20 +74,19 @@ def _run_and_reconstruct(meta: dict[str, Any]) -> Any:
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     name = f"{PREFIX}{digest[:16]}"
     if name not in sys.modules:
-        class_name = printable(meta["class_name"], 100)
         warn(
-            f"--trust-network-code: running the source text that the file brings for its {class_name} and others, as "
-            f"module {name}: {len(text.encode('utf-8'))} bytes, SHA-256 {digest}"
+            "--trust-network-code: running the source text that the file brings for its "
+            f"{printable(meta['class_name'], 100)} and others, as module {name}: {len(text.encode('utf-8'))} bytes, "
+            f"SHA-256 {digest}"
         )
-        module = ModuleType(name)
-        module.__dict__["__source__"] = text  # by this `persistence` knows its classes
-        sys.modules[name] = module
+        module = sys.modules[name] = ModuleType(name)
+        vars(module)["__source__"] = text  # by this `persistence` knows its classes
         try:
-            exec(compile(text, f"<{name}>", "exec"), module.__dict__)
+            exec(compile(text, f"<{name}>", "exec"), vars(module))
         except BaseException:
             del sys.modules[name]
             raise
-    return persistence._reconstruct_persistent_obj(meta)
+    return persistence._reconstruct_persistent_obj(meta, vars(sys.modules[name]))
 
 
 def warn(text: str) -> None:

@@ -33,8 +33,7 @@ from training import networks
 from training.grids import Sampling, network_grid
 
 from . import known_code
-from .building import CLASS, MAX_PARTS, PRECONDS, State, fill, make, scalars
-from .building import SETTINGS as SETTINGS
+from .building import CLASS, MAX_PARTS, State, fill, make, scalars
 from .network_code import run_pickle, warn
 from .pickle_reader import (
     MAX_VALUES,
@@ -42,7 +41,6 @@ from .pickle_reader import (
     ContentError,
     ForeignError,
     StoredObject,
-    StoredTensor,
     plain,
     read_pickle,
 )
@@ -230,18 +228,12 @@ def _sampling(net: Any, entries: State) -> Sampling | None:
 
 
 def _read_pickle(data: bytes, trust_network_code: bool) -> tuple[nn.Module, bool, State, list[str]]:
-    try:
-        content = read_pickle(data)
-    except ForeignError as exc:  # the first class to name is the network's own
-        for index, name in enumerate(exc.classes):
-            if name not in KNOWN_CLASSES:
-                raise _foreign_class("part" if index else "network", name, f" (it {exc!s:.250})") from exc
-        raise
-    if not isinstance(content, dict) or not isinstance(content.get("ema"), StoredObject):
-        names = ", ".join(str(name)[:50] for name in list(content)[:8]) if isinstance(content, dict) else ""
-        what = f"a dict of {names[:200]}" if names else "something else"
-        raise ContentError(f"has no network under 'ema', where EDM's network files have theirs; it holds {what}")
-    root = content["ema"]
+    content = read_pickle(data)
+    root = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(root, StoredObject):
+        names = list(content)[:8] if isinstance(content, dict) else ["something else"]
+        holds = ", ".join(str(name)[:50] for name in names)[:200]
+        raise ContentError(f"has no network under 'ema', where EDM's network files have theirs; it holds {holds}")
     attributes, tensors, texts = _collect(root)
     found = map(known_code.unknown_definitions, texts) if len(texts) <= MAX_TEXTS else [texts.values()]
     unknown = list(dict.fromkeys(name for names in found for name in names))[: known_code.MAX_NAMES]
@@ -274,32 +266,26 @@ def _collect(root: StoredObject) -> tuple[dict[str, State], dict[str, Any], dict
         if not isinstance(part, StoredObject):
             raise ContentError(f"is damaged: part '{path}' is not a module")
         if part.class_name not in KNOWN_CLASSES:
-            raise _foreign_class("part" if path else "network", part.class_name)
+            what = "part" if path else "network"
+            raise ForeignError(f"holds a {what} of class '{part.class_name[:100]}', unknown here")
         attributes[path] = {**scalars(part.state), CLASS: part.class_name}
         texts.setdefault(part.source or root.source, part.class_name)
-        tables = [part.state.get(table, {}) for table in ("_parameters", "_buffers", "_modules")]
+        tables = [part.state.pop(table, {}) for table in ("_parameters", "_buffers", "_modules")]
         if not all(isinstance(table, dict) for table in tables):
             raise ContentError(f"is damaged: tensors or modules of part '{path}' are no dict")
         members += 1 + len(part.state) + sum(map(len, tables))
         if len(attributes) > MAX_PARTS or members > MAX_MEMBERS:
             raise ContentError("is damaged: its network has no end")
-        parameters, buffers, modules = ({_join(path, k): v for k, v in t.items() if v is not None} for t in tables)
+        parameters, buffers, modules = (
+            {f"{path}.{name}".lstrip(".")[:MAX_NAME]: each for name, each in table.items() if each is not None}
+            for table in tables
+        )
         tensors |= parameters | buffers
         waiting += modules.items()
     for name, tensor in tensors.items():
-        if not isinstance(tensor, StoredTensor):
+        if not isinstance(tensor, Tensor):
             raise ContentError(f"is damaged: {name} is not a tensor")
     return attributes, tensors, texts
-
-
-def _join(path: str, name: Any) -> str:
-    if len(path) + len(str(name)) > MAX_NAME:
-        raise ContentError(f"is damaged: {path}.{str(name)[:50]}... is no name")
-    return f"{path}.{name}" if path else str(name)
-
-
-def _foreign_class(what: str, name: str, detail: str = "") -> ForeignError:
-    return ForeignError(f"holds a {what} of class '{name[:100]}', unknown here{detail}")
 
 
 def _other_entries(content: Mapping[Any, Any]) -> tuple[State, list[str]]:
@@ -348,17 +334,13 @@ def _read_safetensors(data: bytes) -> tuple[nn.Module, bool, State, list[str]]:
         meta = plain(json.loads((header.get("__metadata__") or {}).get(METADATA, "null")))
     except (SafetensorError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as exc:
         raise ContentError(f"is a damaged safetensors file: {' '.join(str(exc).split())[:200]}") from exc
-    if meta is None:
-        raise ContentError(
-            f"is a safetensors file without '{METADATA}' in its metadata: it does not say which network it is "
-            "(convert.py --like does)"
-        )
     is_ours = isinstance(meta, dict) and all(isinstance(meta.get(name), kind) for name, kind in META.items())
     if not is_ours or not all(isinstance(values, dict) for values in meta["attributes"].values()):
-        raise ContentError(f"is a safetensors file whose '{METADATA}' is not as this program writes it")
+        raise ContentError(
+            f"is a safetensors file without '{METADATA}' as this program writes it in its metadata: it does not say "
+            "which network it is (convert.py --like does)"
+        )
     class_name, args, kwargs, attributes, entries = (meta[name] for name in META)
-    if class_name not in PRECONDS:
-        raise _foreign_class("network", class_name)
     attributes = {path: scalars(values) for path, values in attributes.items()}
     net = make(class_name, args, kwargs, attributes, min(len(tensors), MAX_PARTS))
     return net, fill(net, tensors), entries, []

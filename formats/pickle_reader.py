@@ -6,42 +6,33 @@ one knows the few dozen instructions that picklers write for plain data (protoco
 
     torch_utils.persistence._reconstruct_persistent_obj  -> StoredObject: class name, attributes, source text
     torch.nn.modules.container.ModuleDict                -> StoredObject
-    torch._utils._rebuild_tensor_v2, _rebuild_parameter  -> StoredTensor: a window on the buffer
+    torch._utils._rebuild_tensor_v2, _rebuild_parameter  -> torch's tensor, with memory of its own
     torch.storage._load_from_bytes                       -> StoredStorage
     numpy scalars                                        -> Python numbers
     OrderedDict, EasyDict, set                           -> dict, dict, set
 
-`read_torch_archive` and `read_arrays` do the same with what torch.save writes, and with numpy arrays.
-
-Any other name or instruction ends the reading with a ContentError. Tensors stay windows on the file, little of it may
-be copied, and the number of instructions is limited, each of which makes one small object at most: reading takes twice
-the file's size and some 100 MB, whatever the file says. Importing this module imports no torch.
+Any other name or instruction ends the reading with a ContentError. What may be copied is limited, and so is the
+number of instructions, each of which makes one small object at most: reading takes three times the file's size and some
+100 MB, whatever the file says.
 """
 
 from __future__ import annotations
 
 import encodings.raw_unicode_escape  # noqa: F401 (else pickletools does, for an instruction that is then refused)
-import functools
 import io
-import itertools
 import math
 import pickletools
 import sys
-import zipfile
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from dnnlib.errors import printable
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-MAX_INSTRUCTIONS = (
-    500_000  # the largest published networks take about 130 thousand; one can cost 230 bytes (an empty set)
-)
+MAX_INSTRUCTIONS = 500_000  # the largest published networks take 130 thousand; one can cost 230 bytes (an empty set)
 FREE_COPIES = 1 << 18  # bytes that even a small file may have copied
 ITEM_SIZE = 100  # bytes of a set for each of its members
 MAX_AXES = 16  # of a tensor
@@ -74,14 +65,7 @@ class ContentError(ValueError):
 
 
 class ForeignError(ContentError):
-    """The file is sound but foreign: only code that it brings along, or refers to, could make a network of it.
-
-    classes: of the network and its parts that were being read then, the outermost first.
-    """
-
-    def __init__(self, text: str, classes: tuple[str, ...] = ()) -> None:
-        super().__init__(text)
-        self.classes = classes
+    """The file is sound but foreign: only code that it brings along, or refers to, could make a network of it."""
 
 
 @dataclass
@@ -93,37 +77,14 @@ class StoredObject:
     source: str = field(default="", repr=False)
 
 
-@dataclass(frozen=True)
-class StoredStorage:
+class StoredStorage(NamedTuple):
     """Consecutive little-endian elements: `data` is a window on the file, `dtype` a name in torch."""
 
     dtype: str
     itemsize: int
+    key: str
+    count: int
     data: memoryview
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A strided view of a storage, counted in elements. It lies within the storage and has no more elements than it."""
-
-    storage: StoredStorage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a copy takes."""
-        return math.prod(self.shape) * self.storage.itemsize
-
-    def tensor(self) -> Tensor:
-        """A tensor with memory of its own; in the file, numbers may lie at odd addresses."""
-        import torch
-
-        size = self.storage.itemsize
-        strides = [step * size if n > 1 else 0 for n, step in zip(self.shape, self.stride, strict=True)]
-        elements = np.ndarray(self.shape, f"i{size}", self.storage.data, self.offset * size, strides)
-        return torch.from_numpy(elements.copy()).view(getattr(torch, self.storage.dtype))
 
 
 @dataclass
@@ -159,37 +120,6 @@ def read_arrays(data: bytes) -> Any:
     return _Machine(data, _ARRAY_NAMES).run()
 
 
-def read_torch_archive(data: bytes) -> Any:
-    """The value in a file of torch.save, a zip archive: plain values, and `StoredTensor`s.
-
-    Raises ContentError for anything else. No part may be compressed, so that all parts are no larger than the file.
-    """
-    copies = Budget(len(data), "asks for more memory than its own size")
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-
-            @functools.cache
-            def part(name: str) -> memoryview:
-                if members[name].compress_type != zipfile.ZIP_STORED:
-                    raise ContentError(f"has a compressed part {name}")
-                copies.spend(members[name].file_size)
-                return memoryview(archive.read(members[name]))  # compares it with its checksum
-
-            def storage(value: Any) -> StoredStorage:
-                head = _storage_id(value)
-                kept = StoredStorage(head.dtype, head.itemsize, part(f"data/{head.key}"))
-                if len(kept.data) != head.size * head.itemsize:
-                    raise ContentError("is damaged: a tensor's data contradicts itself")
-                return kept
-
-            return _Machine(part("data.pkl"), _ARCHIVE_NAMES, storage).run()
-    except ContentError:
-        raise
-    except Exception as exc:  # damage shows in many ways: BadZipFile, KeyError, struct.error, NotImplementedError
-        raise ContentError("is not a whole archive as torch.save writes it") from exc
-
-
 def plain(value: Any, budget: Budget | None = None) -> Any:
     """`value` as dicts with text keys, lists, strings and Python's own numbers. Raises TypeError if it is more.
 
@@ -207,14 +137,10 @@ def plain(value: Any, budget: Budget | None = None) -> Any:
             return value.item()
         if isinstance(value, (list, tuple)):
             return [convert(item, depth + 1) for item in value]
-        if isinstance(value, Mapping):
-            return {convert_key(key, depth): convert(item, depth + 1) for key, item in value.items()}
+        budget.spend(len(value) if isinstance(value, Mapping) else 0)
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {convert(str(key), depth): convert(item, depth + 1) for key, item in value.items()}
         raise TypeError(f"{type(value).__name__} is not plain data")
-
-    def convert_key(key: Any, depth: int) -> Any:
-        if not isinstance(key, str):
-            raise TypeError(f"a dict with a {type(key).__name__} for a key is not plain data")
-        return convert(str(key), depth)
 
     return convert(value, 0)
 
@@ -234,29 +160,27 @@ class _Machine:
     """Runs pickles of a buffer, one after the other.
 
     names: the globals they may mention, and what calls of these build (None: the arguments are unexpected).
-    persistent: makes a value of a persistent id. outer: the machine whose limits are to hold for both together.
+    outer: the machine whose limits are to hold for both together.
     """
 
     def __init__(
         self,
         data: bytes | memoryview,
         names: Mapping[tuple[str, str], Callable[..., Any]],
-        persistent: Callable[[Any], Any] | None = None,
         outer: _Machine | None = None,
     ) -> None:
         self.data, self.stream = memoryview(data), io.BytesIO(data)
-        self.names, self.persistent = names, persistent or _no_outside
-        self.instructions = Budget(MAX_INSTRUCTIONS, f"takes more than {MAX_INSTRUCTIONS} pickle instructions")
-        self.copies = Budget(FREE_COPIES + len(data), "asks for more memory than its own size")  # bytes
-        if outer is not None:
-            self.instructions, self.copies = outer.instructions, outer.copies
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each mark
-        self.memo: dict[int, Any] = {}
+        self.names = names
+        budget = Budget(MAX_INSTRUCTIONS, f"takes more than {MAX_INSTRUCTIONS} pickle instructions")
+        self.instructions = outer.instructions if outer else budget
+        budget = Budget(FREE_COPIES + 2 * len(data), "asks for more memory than its own size")  # bytes
+        self.copies = outer.copies if outer else budget
 
     def run(self) -> Any:
         """The value of the pickle that begins at the current position. `pickletools` decodes it, and runs nothing."""
-        self.stack, self.marked, self.memo = [], [], {}
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []  # the stacks below each mark
+        self.memo: dict[int, Any] = {}
         instructions = pickletools.genops(self.stream)
         try:
             instruction, argument, _ = next(instructions)
@@ -306,8 +230,7 @@ class _Machine:
     def fill(self, kind: type, items: list[Any]) -> None:
         """Adds items (of a dict: keys and values in turn) to the container on top of the stack."""
         target: Any = self.stack[-1]
-        found = type(target)
-        if found is not kind:
+        if type(target) is not kind:
             raise TypeError(f"a {kind.__name__} is missing")
         if kind is list:
             target.extend(items)
@@ -321,24 +244,22 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a name is not text")
         if (module, name) not in self.names:
-            text = f"refers to '{module[:100]}.{name[:100]}', which has no place in such a file"
-            raise ForeignError(text, self.classes_in_progress())
+            raise ForeignError(f"refers to '{module[:100]}.{name[:100]}', unknown here")
         return _Name(module, name)
 
-    def classes_in_progress(self) -> tuple[str, ...]:
-        """Class names of the network under 'ema' whose values are on the stack, its parts' behind it."""
-        values = [*itertools.chain(*self.marked), *self.stack]
-        above = values[values.index("ema") + 1 :] if "ema" in values else []
-        if above and isinstance(above[0], StoredObject):
-            return (above[0].class_name,)
-        return tuple(name for key, name in itertools.pairwise(above) if key == "class_name" and isinstance(name, str))
+    def refer_outside(self, value: Any) -> StoredStorage:
+        """A persistent id: what torch's format knows a tensor's data by, which follow behind the last pickle."""
+        match value:
+            case ("storage", _Name(module="torch", name=name), str(key), str(), count, None) if _is_count(count):
+                return StoredStorage(*STORAGES[name], key, count, memoryview(b""))
+        raise ContentError("refers to data outside itself; a network file holds all its data")
 
     def call(self) -> Any:
         """A call of a global: this module's stand-in for it builds an inert value."""
         name, arguments = self.pop(2)
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise TypeError("something is called that cannot be")
-        value = self.names[name](self, arguments)
+        value = self.names[name](self, *arguments)
         if value is None:
             raise TypeError(f"{name.module}.{name.name} is called with unexpected arguments")
         return value
@@ -356,10 +277,6 @@ class _Machine:
                 pass
             case _:
                 raise TypeError("attributes for something that has none")
-
-
-def _no_outside(value: Any) -> Any:
-    raise ContentError("refers to data outside itself; a network file holds all its data")
 
 
 def _key(value: Any) -> Any:
@@ -388,7 +305,7 @@ VALUES: dict[str, Callable[[_Machine, Any], Any]] = {  # instructions that push 
     "GLOBAL": lambda m, x: m.refer(*x.split(" ", 1)),
     "STACK_GLOBAL": lambda m, x: m.refer(*m.pop(2)),
     **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, x: m.call()),
-    "BINPERSID": lambda m, x: m.persistent(*m.pop(1)),
+    "BINPERSID": lambda m, x: m.refer_outside(*m.pop(1)),
 }
 ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {  # and those that don't
     "FRAME": lambda m, x: None,
@@ -416,52 +333,41 @@ class _Dtype:
     order: str = "<"
 
 
-def _persistent_object(m: _Machine, arguments: tuple[Any, ...]) -> Any:
-    match arguments:
-        case ({"type": "class", "version": version, "class_name": str(name), "state": dict(state), **others},):
+def _persistent_object(m: _Machine, meta: Any) -> Any:
+    match meta:
+        case {"type": "class", "version": int(version), "class_name": str(name), "state": dict(state), **others}:
             if version != 6:
-                shown = version if isinstance(version, int) else type(version).__name__  # its text may be endless
-                raise ContentError(f"holds a persistent object of format version {shown}; only version 6 is known")
+                raise ContentError(f"holds a persistent object of format version {version}; only version 6 is known")
             source = others.get("module_src")
             return StoredObject(name, state, source if isinstance(source, str) else "")
 
 
-def _set(m: _Machine, arguments: tuple[Any, ...]) -> Any:
-    match arguments:
-        case ():
-            return set()
-        case (list(values),):
-            m.copies.spend(ITEM_SIZE * len(values))
-            return set(map(_key, values))
+def _set(m: _Machine, values: Any = ()) -> Any:
+    if not isinstance(values, (list, tuple)):
+        return None
+    m.copies.spend(ITEM_SIZE * len(values))
+    return set(map(_key, values))
 
 
-def _bytes(m: _Machine, arguments: tuple[Any, ...]) -> Any:
+def _bytes(m: _Machine, text: Any = "", codec: Any = "latin1") -> Any:
     """How protocol 2 stores byte strings: an empty call, or a text of as many characters below 256."""
-    match arguments:
-        case ():
-            return memoryview(b"")
-        case (str(text), "latin1" | "latin-1"):
-            m.copies.spend(len(text))
-            return memoryview(text.encode("latin-1")) if text.isascii() or max(text) <= "\xff" else None
+    if isinstance(text, str) and codec in ("latin1", "latin-1"):
+        m.copies.spend(len(text))
+        return memoryview(text.encode("latin-1"))
+    return None
 
 
-def _dtype(m: _Machine, arguments: tuple[Any, ...]) -> Any:
-    match arguments:
-        case (str(code), *_) if code in NUMPY_SCALARS:
-            return _Dtype(code)
+def _dtype(m: _Machine, code: Any, *flags: Any) -> Any:
+    return _Dtype(code) if isinstance(code, str) and code in NUMPY_SCALARS else None
 
 
-def _scalar(m: _Machine, arguments: tuple[Any, ...]) -> Any:
-    match arguments:
-        case (_Dtype(code=code, order=order), memoryview() as raw) if len(raw) == int(code[1:]):
-            return np.frombuffer(raw, dtype=order + code)[0].item()
+def _scalar(m: _Machine, dtype: Any, raw: Any) -> Any:
+    return _array_content((1, (), dtype, False, raw)).item()
 
 
-def _from_buffer(m: _Machine, arguments: tuple[Any, ...]) -> Any:
-    """How protocol 5 stores arrays: bytes, element type, shape, 'C' or 'F'."""
-    match arguments:
-        case (raw, dtype, shape, order):
-            return StoredArray(_array_content((1, shape, dtype, order == "F", raw)))
+def _from_buffer(m: _Machine, raw: Any, dtype: Any, shape: Any, order: Any) -> Any:
+    """How protocol 5 stores arrays; order: 'C' or 'F'."""
+    return StoredArray(_array_content((1, shape, dtype, order == "F", raw)))
 
 
 def _array_content(state: Any) -> np.ndarray:
@@ -473,87 +379,60 @@ def _array_content(state: Any) -> np.ndarray:
     raise ContentError("is damaged: an array contradicts itself")
 
 
-def _parameter(m: _Machine, arguments: tuple[Any, ...]) -> Any:
-    match arguments:
-        case (StoredTensor() as tensor, bool(), dict()):
-            return tensor
+def _parameter(m: _Machine, tensor: Any, requires_grad: Any, hooks: Any) -> Any:
+    return tensor if isinstance(tensor, torch.Tensor) else None
 
 
-def _tensor(m: _Machine, arguments: tuple[Any, ...]) -> Any:
-    match arguments:
-        case (StoredStorage() as storage, offset, tuple(shape), tuple(stride), bool(), dict(), *_) if len(shape) == len(
-            stride
-        ) <= MAX_AXES and all(map(_is_count, (offset, *shape, *stride))):
-            count = len(storage.data) // storage.itemsize
-            last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-            if 0 not in shape and (last >= count or math.prod(shape) > count):
-                raise ContentError(f"is damaged: a tensor of shape {list(shape)} in a storage of {count} elements")
-            return StoredTensor(storage, offset, shape, stride)
+def _tensor(m: _Machine, storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> Any:
+    if not isinstance(storage, StoredStorage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
+        return None
+    if not len(shape) == len(stride) <= MAX_AXES or not all(map(_is_count, (offset, *shape, *stride))):
+        return None
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if 0 not in shape and (last >= storage.count or math.prod(shape) > storage.count):
+        raise ContentError(f"is damaged: a tensor of shape {list(shape)} in a storage of {storage.count} elements")
+    size = storage.itemsize
+    m.copies.spend(math.prod(shape) * size)
+    strides = [step * size if n > 1 else 0 for n, step in zip(shape, stride, strict=True)]
+    elements = np.ndarray(shape, f"i{size}", storage.data, offset * size, strides)  # they may lie at odd addresses
+    return torch.from_numpy(elements.copy()).view(getattr(torch, storage.dtype))
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _storage(m: _Machine, arguments: tuple[Any, ...]) -> Any:
+def _storage(m: _Machine, data: Any) -> Any:
     """torch's legacy format: five pickles (magic, version, system, storage, list of keys), a count and the elements."""
-    match arguments:
-        case (memoryview() as data,):
-            inner = _Machine(data[:MAX_HEAD], _STORAGE_NAMES, _storage_id, m)
-        case _:
-            return None
-    if inner.run() != STORAGE_MAGIC or inner.run() != STORAGE_VERSION:
-        raise ContentError("is damaged: a tensor's data is not in torch's legacy format")
-    match inner.run():
-        case {"little_endian": True}:
-            pass
-        case _:
-            raise ContentError("was written on a big-endian machine, which is not supported")
-    head, keys = inner.run(), inner.run()
+    if not isinstance(data, memoryview):
+        return None
+    inner = _Machine(data[:MAX_HEAD], _STORAGE_NAMES, m)
+    magic, version, system, storage, keys = (inner.run() for _ in range(5))
     size, elements = data[(end := inner.stream.tell()) : end + 8], data[end + 8 :]
-    if not isinstance(head, _StorageHead) or keys != [head.key] or int.from_bytes(size, "little") != head.size:
-        raise ContentError("is damaged: a tensor's data contradicts itself")
-    if len(elements) != head.size * head.itemsize:
-        raise ContentError(f"is damaged: a tensor has {len(elements)} bytes of data, not {head.size * head.itemsize}")
-    return StoredStorage(head.dtype, head.itemsize, elements)
+    if not isinstance(storage, StoredStorage) or (magic, version) != (STORAGE_MAGIC, STORAGE_VERSION):
+        raise ContentError("is damaged: a tensor's data is not in torch's legacy format")
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ContentError("was written on a big-endian machine, which is not supported")
+    stated = keys, int.from_bytes(size, "little"), len(elements)
+    if stated != ([storage.key], storage.count, storage.count * storage.itemsize):
+        raise ContentError("is damaged: a tensor's data contradicts itself, or is cut off")
+    return storage._replace(data=elements)
 
 
-class _StorageHead(NamedTuple):
-    dtype: str
-    itemsize: int
-    key: str
-    size: int
-
-
-def _storage_id(value: Any) -> _StorageHead:
-    match value:
-        case ("storage", _Name(module="torch", name=name), str(key), str(), count, *view) if _is_count(
-            count
-        ) and view in ([], [None]):
-            return _StorageHead(*STORAGES[name], key, count)
-    raise ContentError("is damaged: a tensor's data is described in an unknown way")
-
-
-def _empty_dict(m: _Machine, arguments: tuple[Any, ...]) -> Any:
-    return None if arguments else {}
-
-
-def _not_called(m: _Machine, arguments: tuple[Any, ...]) -> Any:
+def _not_called(m: _Machine, *arguments: Any) -> Any:
     return None
 
 
 _STORAGE_NAMES = {("torch", name): _not_called for name in STORAGES}
 GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
-    ("torch.nn.modules.container", "ModuleDict"): lambda m, arguments: (
-        None if arguments else StoredObject("ModuleDict")
-    ),
+    ("torch.nn.modules.container", "ModuleDict"): lambda m: StoredObject("ModuleDict"),
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
-    ("collections", "OrderedDict"): _empty_dict,
-    ("dnnlib.util", "EasyDict"): _empty_dict,
-    ("dnnlib", "EasyDict"): _empty_dict,
+    ("collections", "OrderedDict"): lambda m: {},
+    ("dnnlib.util", "EasyDict"): lambda m: {},
+    ("dnnlib", "EasyDict"): lambda m: {},
     ("builtins", "set"): _set,
     ("__builtin__", "set"): _set,
     ("builtins", "bytes"): _bytes,
@@ -565,13 +444,9 @@ GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
 }
 """Every name that a network file may mention: nothing else is accepted, and none of them is imported or called."""
 
-_ARCHIVE_NAMES = {
-    **_STORAGE_NAMES,
-    **{name: GLOBALS[name] for name in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict"))},
-}
 _ARRAY_NAMES: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _not_called,
     **{name: build for name, build in GLOBALS.items() if name[0].startswith("numpy") or name[0] == "_codecs"},
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda m, arguments: StoredArray() for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda m, *arguments: StoredArray() for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }

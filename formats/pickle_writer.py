@@ -11,6 +11,7 @@ import pickle
 import struct
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import IO, Any, NamedTuple, cast
 
 import torch
@@ -49,16 +50,14 @@ class NetworkPickler(pickle.Pickler):
         self.count = 0
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, nn.Parameter):
-            return torch._utils._rebuild_parameter, (_Stored(stored_tensor(obj, self.half)), False, OrderedDict())
         if isinstance(obj, Tensor):
-            obj = _Stored(stored_tensor(obj))
-        if isinstance(obj, _Stored) and obj.is_storage:
+            is_parameter = isinstance(obj, nn.Parameter)
+            tensor = stored_tensor(obj, self.half and is_parameter)
             self.count += 1
-            return torch.storage._load_from_bytes, (_storage_bytes(obj.tensor, str(self.count)),)
-        if isinstance(obj, _Stored):
-            layout = (0, tuple(obj.tensor.shape), obj.tensor.stride())
-            return torch._utils._rebuild_tensor_v2, (_Stored(obj.tensor, True), *layout, False, OrderedDict())
+            storage = _Call(torch.storage._load_from_bytes, (_storage_bytes(tensor, str(self.count)),))
+            layout = (0, tuple(tensor.shape), tensor.stride())
+            call = _Call(torch._utils._rebuild_tensor_v2, (storage, *layout, False, OrderedDict()))
+            return (torch._utils._rebuild_parameter, (call, False, OrderedDict())) if is_parameter else tuple(call)
         if isinstance(obj, nn.Module) and persistence.is_persistent(obj):
             build, (meta,) = cast(Any, obj.__reduce__())
             return build, ({**meta, "state": _module_state(meta["state"], persistence.is_own(obj))},)
@@ -67,11 +66,14 @@ class NetworkPickler(pickle.Pickler):
         return NotImplemented
 
 
-class _Stored(NamedTuple):
-    """A tensor just as it is to be stored, or its elements alone."""
+class _Call(NamedTuple):
+    """Is pickled as this call."""
 
-    tensor: Tensor
-    is_storage: bool = False
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __reduce__(self) -> Any:
+        return tuple(self)
 
 
 def _module_state(state: dict[str, Any], own: bool = True) -> dict[str, Any]:
@@ -89,12 +91,8 @@ def _module_state(state: dict[str, Any], own: bool = True) -> dict[str, Any]:
             kept[name] = OrderedDict()
         elif name == "training":
             kept[name] = False
-        elif name == "_compiled_call_impl":
-            continue
-        elif not own:
-            kept[name] = value
-        else:
-            kept[name] = tuple(plain(value)) if name == "_init_args" else plain(value)
+        elif name != "_compiled_call_impl":
+            kept[name] = value if not own else tuple(plain(value)) if name == "_init_args" else plain(value)
     return kept
 
 

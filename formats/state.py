@@ -50,10 +50,15 @@ def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         ) from exc
 
 
-def check_archive(file: IO[bytes]) -> None:
-    """Reads all of a file of `torch.save` and compares each part with its CRC-32. Raises BadZipFile."""
+def check_archive(file: IO[bytes], stored: bool = False) -> None:
+    """Reads all of a file of `torch.save` and compares each part with its CRC-32. Raises BadZipFile.
+
+    stored: no part may be compressed, so that all parts together are no larger than the file.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
+            if stored and any(part.compress_type for part in archive.infolist()):
+                raise zipfile.BadZipFile("its parts are compressed")
             broken = archive.testzip()
     except (OSError, MemoryError, zipfile.BadZipFile):
         raise

@@ -6,6 +6,7 @@ recognise the classes by, the activations before its last layer, are the feature
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from dnnlib.atomic import atomic_write
 from dnnlib.errors import UserError
 from dnnlib.util import count
-from formats.pickle_reader import read_torch_archive
-from torch_utils.misc import save_tensors
+from formats.state import check_archive
+from torch_utils.misc import load_tensors, save_tensors
 from training.dataset import ImageFolderDataset
 
 from .images import read_images
@@ -205,7 +206,8 @@ def classifier_from_file(content: bytes, source: str) -> Classifier:
     The tensors in it must be those of the network that it declares, before memory is taken for either.
     """
     try:
-        found = read_torch_archive(content)
+        check_archive(io.BytesIO(content), stored=True)
+        found = load_tensors(io.BytesIO(content))
         if found["format"] != FORMAT:
             raise ValueError("something else, or another version")
         facts = json.loads(found["facts"])
@@ -215,12 +217,12 @@ def classifier_from_file(content: bytes, source: str) -> Classifier:
         with torch.device("meta"):
             net = Classifier(**sizes)
         stored = found["state"]
-        declared = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in net.state_dict().items()}
-        if {name: (f"torch.{t.storage.dtype}", t.shape) for name, t in stored.items()} != declared:
+        declared = {name: (tensor.dtype, tensor.shape) for name, tensor in net.state_dict().items()}
+        if {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()} != declared:
             raise ValueError("other tensors than those of the network")
         if sum(tensor.nbytes for tensor in stored.values()) > len(content):
             raise ValueError("tensors that are larger than the file")
-        net.load_state_dict({name: tensor.tensor() for name, tensor in stored.items()}, assign=True)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as exc:
+        net.load_state_dict({name: tensor.clone() for name, tensor in stored.items()}, assign=True)
+    except Exception as exc:  # torch.load has a different one for every way in which a file can be wrong
         raise UserError(f"{source}: not a detector file, or a damaged one; fid.py detector makes them") from exc
     return net

@@ -19,7 +19,6 @@ import train
 from dnnlib.errors import UserError
 from formats.network_files import load_network
 from helpers import make_dataset
-from torch_utils import persistence
 from training import networks
 
 TRUST = "--trust-network-code"
@@ -70,7 +69,6 @@ ARGUMENTS = {
 
 def forget() -> None:
     """Forgets all code that files have brought, as a new process would."""
-    persistence._foreign.clear()
     for name in [name for name in sys.modules if name.startswith("_network_code_")]:
         del sys.modules[name]
 

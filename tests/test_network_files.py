@@ -386,18 +386,7 @@ def test_a_download_that_was_cut_off_unnoticed_is_not_kept(tmp_path: Path, serve
         (pickle.dumps({"ema": Persistent("EDMPrecond", {}, "", version=7)}), "format version 7"),
         (pickle.dumps({"ema": Persistent("SongUNet", {}, "")}), "is of class SongUNet; a network is one of EDMPrecond"),
         (pickle.dumps({"ema": Persistent("Odd", {}, "")}), "a network of class 'Odd', unknown here; only if you trust"),
-        (
-            pickle.dumps({"ema": Persistent("Odd", {"act": print}, "")}),
-            "class 'Odd', unknown.*refers to 'builtins.print'",
-        ),
-        (
-            pickle.dumps({"ema": Persistent("Odd", {}, ""), "x": print}),
-            "class 'Odd', unknown.*refers to 'builtins.print'",
-        ),
-        (
-            pickle.dumps({"ema": Persistent("EDMPrecond", {"model": Persistent("Odd", {"act": print}, "")}, "")}),
-            "holds a part of class 'Odd', unknown here",
-        ),
+        (pickle.dumps({"ema": Persistent("Odd", {"act": print}, "")}), "refers to 'builtins.print', unknown here; only if"),
         (b"\x80\x04", "is cut off"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "refers to 'os.system'.*--trust-network-code"),
         (b"\x80\x04\x8c\x02\x1b\n\x8c\x01x\x93.", r"refers to '\\x1b \.x'"),  # nothing a terminal would obey
@@ -666,7 +655,7 @@ def test_our_pickles_have_edms_structure(tmp_path: Path) -> None:
             else:
                 assert state[name] == value and type(state[name]) in (type(value), int, float)
         for table in ("parameters", "buffers"):
-            found = {k: v and list(v.shape) for k, v in state[f"_{table}"].items()}
+            found = {k: None if v is None else list(v.shape) for k, v in state[f"_{table}"].items()}
             assert found == {k: v and v["shape"] for k, v in node[table].items()}
         assert list(state["_modules"]) == [child["name"] for child in node["children"]]
         return 1 + sum(compare(state["_modules"][child["name"]], child) for child in node["children"])

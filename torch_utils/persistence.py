@@ -15,7 +15,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from dnnlib.cli import UserError
@@ -26,7 +26,6 @@ Meta = dict[str, Any]
 VERSION = 6  # of the format; EDM's loader accepts no other
 
 _classes: dict[str, type] = {}  # our own classes, by bare name
-_foreign: dict[tuple[str, str], type] = {}  # classes of carried modules, by (bare name, text)
 
 
 class _Persistent:
@@ -37,15 +36,8 @@ class _Persistent:
     _init_args: tuple[Any, ...]
     _init_kwargs: dict[str, Any]
 
-    @property
-    def init_args(self) -> tuple[Any, ...]:
-        """Positional arguments this object was made with (a copy)."""
-        return copy.deepcopy(self._init_args)
-
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments this object was made with (a copy)."""
-        return copy.deepcopy(self._init_kwargs)
+    init_args = property(lambda self: copy.deepcopy(self._init_args))  # what the object was made with
+    init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
 
     def __reduce__(self) -> tuple[Callable[[Meta], Any], tuple[Meta]]:
         if not is_persistent(self):
@@ -75,8 +67,7 @@ def persistent_class(cls: type[T]) -> type[T]:
     listed in a class attribute `transient` are settings of the moment: a pickle leaves them out, a copy keeps them.
     Arguments must be picklable.
 
-    A module that was knowingly run from a text has this text in `__source__`: its classes serve pickles with that text
-    only, and hide none of ours.
+    A module that was knowingly run from a text has this text in `__source__`: its classes are none of our own.
     """
     if is_persistent(cls):
         return cls
@@ -98,9 +89,7 @@ def persistent_class(cls: type[T]) -> type[T]:
         "_orig_class_name": cls.__name__,
     }
     decorated: type[T] = type(cls)(cls.__name__, bases, body)  # type: ignore[misc]
-    if carried is not None:
-        _foreign[cls.__name__, source] = decorated
-    else:
+    if carried is None:
         _classes[cls.__name__] = decorated
     return decorated
 
@@ -115,22 +104,23 @@ def is_own(obj: Any) -> bool:
     return _classes.get(type(obj).__name__) is type(obj)
 
 
-def _reconstruct_persistent_obj(meta: Meta) -> Any:
-    """What a pickled persistent object calls. Raises UserError for another version of the format or unknown class."""
+def _reconstruct_persistent_obj(meta: Meta, classes: Mapping[str, Any] = _classes) -> Any:
+    """What a pickled persistent object calls. Raises UserError for another version of the format or unknown class.
+
+    classes: by name, those that may be meant.
+    """
     if meta["type"] != "class" or meta["version"] != VERSION:
         raise UserError(
             f"the pickle holds a persistent object of type '{meta['type']}', version {meta['version']}; "
             f"only type 'class', version {VERSION} (EDM's) can be read"
         )
-    name = meta["class_name"]
     importlib.import_module("training.networks")
-    cls = _foreign.get((name, meta["module_src"])) or _classes.get(name)
-    if cls is None:
+    cls = classes.get(meta["class_name"])
+    if not is_persistent(cls):
         raise UserError(
-            f"the pickle holds an object of class '{name}', which is none of this project's classes "
+            f"the pickle holds an object of class '{meta['class_name']}', which is none of this project's classes "
             f"({', '.join(sorted(_classes))}); source text stored in a pickle is not run"
         )
     obj: Any = object.__new__(cls)
-    set_state = getattr(obj, "__setstate__", obj.__dict__.update)
-    set_state(meta["state"])
+    getattr(obj, "__setstate__", obj.__dict__.update)(meta["state"])
     return obj
