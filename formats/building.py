@@ -61,9 +61,9 @@ def make(class_name: str, args: Any, kwargs: Any, attributes: Mapping[str, State
         raise ContentError("is damaged: its constructor arguments are no dict")
     cls: Any = getattr(networks, class_name)
     signature = inspect.signature(cls)
-    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    changed = {name: value for name, value in attributes.get("", {}).items() if name in defaults and not args}
-    kwargs = kwargs | {name: value for name, value in changed.items() if value != (defaults | kwargs)[name]}
+    usual = {name: parameter.default for name, parameter in signature.parameters.items()} | kwargs
+    root = {} if args else attributes.get("", {})
+    kwargs = kwargs | {name: value for name, value in root.items() if name in usual and value != usual[name]}
     try:
         given = signature.bind(*args, **kwargs).arguments
         _check_arguments({**given.pop("model_kwargs", {}), **given}, parts)
@@ -117,12 +117,10 @@ def fill(net: nn.Module, tensors: dict[str, Tensor]) -> bool:
     They are taken out, so that no more than one is there twice. Raises ForeignError.
     """
     expected = net.state_dict()
-    shapes, found_shapes = ({name: list(value.shape) for name, value in each.items()} for each in (expected, tensors))
-    problems = [f"lacks {name}" for name in shapes if name not in tensors]
-    problems += [f"has {name}, which the network does not" for name in tensors if name not in shapes]
-    for name, shape in shapes.items():
-        if found_shapes.get(name, shape) != shape:
-            problems.append(f"{name}: {found_shapes[name]}, not {shape}")
+    problems = [f"lacks {name}" for name in expected if name not in tensors]
+    problems += [f"has {name}, which the network does not" for name in tensors if name not in expected]
+    both = [(name, list(tensors[name].shape), list(value.shape)) for name, value in expected.items() if name in tensors]
+    problems += [f"{name}: {found}, not {wanted}" for name, found, wanted in both if found != wanted]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ForeignError(f"{MISFIT}, tensor by tensor: {'; '.join(problems[:3])}{more}"[:600])

@@ -35,15 +35,7 @@ from training.grids import Sampling, network_grid
 from . import known_code
 from .building import CLASS, MAX_PARTS, State, fill, make, scalars
 from .network_code import run_pickle, warn
-from .pickle_reader import (
-    MAX_VALUES,
-    Budget,
-    ContentError,
-    ForeignError,
-    StoredObject,
-    plain,
-    read_pickle,
-)
+from .pickle_reader import MAX_VALUES, Budget, ContentError, ForeignError, StoredObject, plain, read_pickle
 from .pickle_writer import NetworkPickler, stored_tensor
 
 KNOWN_CLASSES = known_code.CLASSES | {"ModuleDict"}
@@ -102,26 +94,19 @@ class NetworkFile:
 
     def describe(self) -> str:
         """One line for people: kind of file, kind of network, its size, its grid if it is a student's."""
-        net = self.net
-        what = type(net).__name__[:100]
-        if getattr(net, "model", None) is not None:
-            what += f" of {type(net.model).__name__[:100]}"
-        labels = count(net.label_dim, "class") if net.label_dim else "no classes"
+        net, labels = self.net, count(self.net.label_dim, "class") if self.net.label_dim else "no classes"
+        inner = f" of {type(net.model).__name__[:100]}" if getattr(net, "model", None) is not None else ""
         foreign = [name for name in self.extra if name not in (*STORED, "training_options", VARIANTS)]
         found = [
             f"{self.format}{' in half precision' * self.half}",
-            what,
+            type(net).__name__[:100] + inner,
             f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters",
             f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}",
             f"label vectors of {count(net.label_dim, 'number')}" if self.has_label_vectors else labels,
             f"student of {count(self.sampling.grid.steps, 'step')}" if self.sampling else "undistilled",
         ]
-        for words, names in (
-            ("also holds", foreign),
-            ("left aside:", self.ignored),
-            ("an unknown variant of", self.variants),
-        ):
-            found += [f"{words} {', '.join(names)[:200]}"] if names else []
+        others = {"also holds": foreign, "left aside:": self.ignored, "an unknown variant of": self.variants}
+        found += [f"{words} {', '.join(names)[:200]}" for words, names in others.items() if names]
         return printable(", ".join(found))
 
 
@@ -188,11 +173,9 @@ def _understand(data: bytes, source: str, trust_network_code: bool) -> NetworkFi
     try:
         net, half, entries, ignored = _read_pickle(data, trust_network_code) if is_pickle else _read_safetensors(data)
     except ForeignError as exc:
-        if not is_pickle:  # only pickles bring code along
-            raise
-        if not trust_network_code:
-            advice = "only if you trust its author: --trust-network-code runs the code it brings, with all your rights"
-            raise ForeignError(f"{exc}; {advice}") from exc
+        advice = "; only if you trust its author: --trust-network-code runs the code it brings, with all your rights"
+        if not is_pickle or not trust_network_code:  # only pickles bring code along
+            raise ForeignError(f"{exc}{advice if is_pickle else ''}") from exc
         content = run_pickle(data, source)
         kind, net, half, (entries, ignored) = "pickle, its own code run", content["ema"], False, _other_entries(content)
     try:
@@ -383,8 +366,7 @@ def save_network(
     """Writes `net` as the `ema` of an EDM pickle, or as safetensors if `path` ends in .safetensors. Atomic.
 
     net: of one of this project's classes; it is not changed, and is stored as float32 on the CPU, in eval mode.
-    loss_fn, augment_pipe, dataset_kwargs: settings as plain dicts. extra: further entries of the file, by name; a
-    loaded file's `extra` may be given as it is.
+    loss_fn, augment_pipe, dataset_kwargs: settings as plain dicts. extra: further entries, such as a loaded file's.
     half: store the parameters (not the buffers) in float16; raises ValueError if they don't fit.
     Raises TypeError for anything that is not plain data, OSError if the disk won't have it.
     """
@@ -463,12 +445,9 @@ def with_weights(like: NetworkFile, source: str) -> NetworkFile:
     from safetensors.torch import load
 
     with forgotten_if_bad(source), open_url(source) as file:
+        data = file.read()
         try:
-            is_safetensors = file.read(9)[8:] == b"{"
-            file.seek(0)
-            tensors = load(file.read()) if is_safetensors else load_tensors(file)
-        except OSError:
-            raise
+            tensors = load(data) if data[8:9] == b"{" else load_tensors(io.BytesIO(data))
         except Exception as exc:  # torch.load has a different one for every way in which a file can be wrong
             raise UserError(f"{source}: is no state dict that torch.save wrote ({type(exc).__name__})") from exc
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):

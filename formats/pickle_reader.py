@@ -41,17 +41,10 @@ MAX_VALUES = 600_000  # of all plain entries, keys too, as often as they are ref
 MAX_DEPTH = 32  # of lists in lists
 
 NUMPY_SCALARS = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])
-STORAGES = {  # torch's storage classes: element type, as torch names it, and its size in bytes
-    "FloatStorage": ("float32", 4),
-    "HalfStorage": ("float16", 2),
-    "BFloat16Storage": ("bfloat16", 2),
-    "DoubleStorage": ("float64", 8),
-    "LongStorage": ("int64", 8),
-    "IntStorage": ("int32", 4),
-    "ShortStorage": ("int16", 2),
-    "CharStorage": ("int8", 1),
-    "ByteStorage": ("uint8", 1),
-    "BoolStorage": ("bool", 1),
+STORAGES = {  # torch's storage classes and their element types
+    **{f"{name}Storage": getattr(torch, name.lower()) for name in ("Float", "Half", "BFloat16", "Double", "Bool")},
+    **{f"{name}Storage": getattr(torch, name.lower()) for name in ("Long", "Int", "Short")},
+    **{"CharStorage": torch.int8, "ByteStorage": torch.uint8},
 }
 STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # first value of torch's legacy format,
 STORAGE_VERSION = 1001  # and the second
@@ -78,12 +71,11 @@ class StoredObject:
 
 
 class StoredStorage(NamedTuple):
-    """Consecutive little-endian elements: `data` is a window on the file, `dtype` a name in torch."""
+    """Consecutive little-endian elements: `data` is a window on the file."""
 
-    dtype: str
-    itemsize: int
+    dtype: torch.dtype
     key: str
-    count: int
+    size: int
     data: memoryview
 
 
@@ -171,10 +163,10 @@ class _Machine:
     ) -> None:
         self.data, self.stream = memoryview(data), io.BytesIO(data)
         self.names = names
-        budget = Budget(MAX_INSTRUCTIONS, f"takes more than {MAX_INSTRUCTIONS} pickle instructions")
-        self.instructions = outer.instructions if outer else budget
-        budget = Budget(FREE_COPIES + 2 * len(data), "asks for more memory than its own size")  # bytes
-        self.copies = outer.copies if outer else budget
+        self.instructions = Budget(MAX_INSTRUCTIONS, f"takes more than {MAX_INSTRUCTIONS} pickle instructions")
+        self.copies = Budget(FREE_COPIES + 2 * len(data), "asks for more memory than its own size")  # bytes
+        if outer:
+            self.instructions, self.copies = outer.instructions, outer.copies
 
     def run(self) -> Any:
         """The value of the pickle that begins at the current position. `pickletools` decodes it, and runs nothing."""
@@ -230,7 +222,8 @@ class _Machine:
     def fill(self, kind: type, items: list[Any]) -> None:
         """Adds items (of a dict: keys and values in turn) to the container on top of the stack."""
         target: Any = self.stack[-1]
-        if type(target) is not kind:
+        found = type(target)  # a name of its own: mypy would take `target` for an object of an unknown class
+        if found is not kind:
             raise TypeError(f"a {kind.__name__} is missing")
         if kind is list:
             target.extend(items)
@@ -251,7 +244,7 @@ class _Machine:
         """A persistent id: what torch's format knows a tensor's data by, which follow behind the last pickle."""
         match value:
             case ("storage", _Name(module="torch", name=name), str(key), str(), count, None) if _is_count(count):
-                return StoredStorage(*STORAGES[name], key, count, memoryview(b""))
+                return StoredStorage(STORAGES[name], key, count, memoryview(b""))
         raise ContentError("refers to data outside itself; a network file holds all its data")
 
     def call(self) -> Any:
@@ -389,13 +382,13 @@ def _tensor(m: _Machine, storage: Any, offset: Any, shape: Any, stride: Any, *ot
     if not len(shape) == len(stride) <= MAX_AXES or not all(map(_is_count, (offset, *shape, *stride))):
         return None
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if 0 not in shape and (last >= storage.count or math.prod(shape) > storage.count):
-        raise ContentError(f"is damaged: a tensor of shape {list(shape)} in a storage of {storage.count} elements")
-    size = storage.itemsize
+    if 0 not in shape and (last >= storage.size or math.prod(shape) > storage.size):
+        raise ContentError(f"is damaged: a tensor of shape {list(shape)} in a storage of {storage.size} elements")
+    size = storage.dtype.itemsize
     m.copies.spend(math.prod(shape) * size)
     strides = [step * size if n > 1 else 0 for n, step in zip(shape, stride, strict=True)]
     elements = np.ndarray(shape, f"i{size}", storage.data, offset * size, strides)  # they may lie at odd addresses
-    return torch.from_numpy(elements.copy()).view(getattr(torch, storage.dtype))
+    return torch.from_numpy(elements.copy()).view(storage.dtype)
 
 
 def _is_count(value: Any) -> bool:
@@ -414,7 +407,7 @@ def _storage(m: _Machine, data: Any) -> Any:
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ContentError("was written on a big-endian machine, which is not supported")
     stated = keys, int.from_bytes(size, "little"), len(elements)
-    if stated != ([storage.key], storage.count, storage.count * storage.itemsize):
+    if stated != ([storage.key], storage.size, storage.size * storage.dtype.itemsize):
         raise ContentError("is damaged: a tensor's data contradicts itself, or is cut off")
     return storage._replace(data=elements)
 
@@ -431,16 +424,12 @@ GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
     ("collections", "OrderedDict"): lambda m: {},
-    ("dnnlib.util", "EasyDict"): lambda m: {},
-    ("dnnlib", "EasyDict"): lambda m: {},
-    ("builtins", "set"): _set,
-    ("__builtin__", "set"): _set,
-    ("builtins", "bytes"): _bytes,
-    ("__builtin__", "bytes"): _bytes,
+    **{(module, "EasyDict"): lambda m: {} for module in ("dnnlib.util", "dnnlib")},
+    **{(module, "set"): _set for module in ("builtins", "__builtin__")},
+    **{(module, "bytes"): _bytes for module in ("builtins", "__builtin__")},
     ("_codecs", "encode"): _bytes,
     ("numpy", "dtype"): _dtype,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
 }
 """Every name that a network file may mention: nothing else is accepted, and none of them is imported or called."""
 

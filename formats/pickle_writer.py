@@ -98,8 +98,7 @@ def _module_state(state: dict[str, Any], own: bool = True) -> dict[str, Any]:
 
 def _storage_bytes(tensor: Tensor, key: str) -> bytes:
     """The elements of a contiguous tensor in torch's legacy format, as `torch.storage._load_from_bytes` takes it."""
-    names = {dtype: name for name, (dtype, _) in STORAGES.items()}
-    storage_class = getattr(torch, names[str(tensor.dtype).removeprefix("torch.")])
+    storage_class = next(getattr(torch, name) for name, dtype in STORAGES.items() if dtype == tensor.dtype)
     system = {
         "protocol_version": STORAGE_VERSION,
         "little_endian": True,

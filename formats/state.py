@@ -81,9 +81,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (MemoryError, UserError):
         raise
     except Exception as exc:  # torch.load has a different exception for every way in which a file can be wrong
-        reason = (
-            printable(exc, 200) if isinstance(exc, zipfile.BadZipFile) else type(exc).__name__
-        )  # torch's fill pages
+        reason = printable(exc, 200) if isinstance(exc, zipfile.BadZipFile) else type(exc).__name__
         raise UserError(
             f"{path}: not a training state of this program, or a damaged one ({reason}); states of "
             "EDM's own train.py hold whole objects and cannot be read safely: use --transfer with its .pkl"
@@ -102,9 +100,8 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError("contradictory")
         state["options"] = parse_json(json.dumps(state["options"]))
     except (ValueError, TypeError, RecursionError) as exc:
-        raise UserError(
-            f"{path}: a training state that lacks something, or a damaged one; use the one before it"
-        ) from exc
+        text = "a training state that lacks something, or a damaged one; use the one before it"
+        raise UserError(f"{path}: {text}") from exc
     return state
 
 

@@ -386,7 +386,10 @@ def test_a_download_that_was_cut_off_unnoticed_is_not_kept(tmp_path: Path, serve
         (pickle.dumps({"ema": Persistent("EDMPrecond", {}, "", version=7)}), "format version 7"),
         (pickle.dumps({"ema": Persistent("SongUNet", {}, "")}), "is of class SongUNet; a network is one of EDMPrecond"),
         (pickle.dumps({"ema": Persistent("Odd", {}, "")}), "a network of class 'Odd', unknown here; only if you trust"),
-        (pickle.dumps({"ema": Persistent("Odd", {"act": print}, "")}), "refers to 'builtins.print', unknown here; only if"),
+        (
+            pickle.dumps({"ema": Persistent("Odd", {"act": print}, "")}),
+            "refers to 'builtins.print', unknown here; only if",
+        ),
         (b"\x80\x04", "is cut off"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "refers to 'os.system'.*--trust-network-code"),
         (b"\x80\x04\x8c\x02\x1b\n\x8c\x01x\x93.", r"refers to '\\x1b \.x'"),  # nothing a terminal would obey

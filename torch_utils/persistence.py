@@ -115,7 +115,7 @@ def _reconstruct_persistent_obj(meta: Meta, classes: Mapping[str, Any] = _classe
             f"only type 'class', version {VERSION} (EDM's) can be read"
         )
     importlib.import_module("training.networks")
-    cls = classes.get(meta["class_name"])
+    cls: Any = classes.get(meta["class_name"])
     if not is_persistent(cls):
         raise UserError(
             f"the pickle holds an object of class '{meta['class_name']}', which is none of this project's classes "
