@@ -16,11 +16,11 @@ import torch.nn.functional as F
 
 import helpers
 from training import networks
-from training.networks import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
+from training.networks import DhariwalUNet, EDMPrecond, SongUNet
 
 GOLDEN = Path(__file__).parent / "golden"
 NETS = ["ddpmpp_a", "ddpmpp_b", "ncsnpp_a", "ncsnpp_b", "adm_a", "adm_b", "adm_noattn", "skip_a"]
-PRECONDS = {"EDMPrecond": EDMPrecond, "VPPrecond": VPPrecond, "VEPrecond": VEPrecond, "iDDPMPrecond": iDDPMPrecond}
+PRECONDS = ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
 ARCHITECTURES = json.loads((GOLDEN / "arch_shapes.json").read_text())
 LAYERS = sorted({key.split("/")[0] for key in np.load(GOLDEN / "layers.npz").files} - {"attn"})
 
@@ -49,7 +49,7 @@ def fill(net: Any, seed: int) -> Any:
 
 
 def make(config: dict[str, Any], precond: str = "EDMPrecond", **overrides: Any) -> Any:
-    return PRECONDS[precond](**config["interface"], **{**config["network_kwargs"], **overrides})
+    return getattr(networks, precond)(**config["interface"], **{**config["network_kwargs"], **overrides})
 
 
 def golden_net(data: dict[str, Any], precond: str = "EDMPrecond") -> Any:
@@ -69,7 +69,9 @@ def golden_net(data: dict[str, Any], precond: str = "EDMPrecond") -> Any:
 
 def tiny(precond: str = "EDMPrecond", **overrides: Any) -> Any:
     kwargs = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "dropout": 0}
-    return PRECONDS[precond](img_resolution=8, img_channels=1, **{**kwargs, "attn_resolutions": [4], **overrides})
+    return getattr(networks, precond)(
+        img_resolution=8, img_channels=1, **{**kwargs, "attn_resolutions": [4], **overrides}
+    )
 
 
 def unit_weights(net: Any) -> Any:
@@ -81,26 +83,18 @@ def off(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-class Stub(torch.nn.Module):
-    """Takes the place of a raw model: gives a known answer and keeps what it was asked."""
+class Spy(torch.nn.Module):
+    """Between a network and its raw model: keeps what is asked and answered, or gives an answer of its own."""
 
-    def __init__(self, answer: torch.Tensor) -> None:
+    def __init__(self, net: Any, answer: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.answer = answer
+        self.model, self.answer = net.model, answer
+        net.model = self
 
-    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, **labels: Any) -> torch.Tensor:
         self.x, self.c_noise = x, c_noise
-        return self.answer
-
-
-class Spy:
-    """Records what a network's raw model is given and answers."""
-
-    def __init__(self, net: Any) -> None:
-        net.model.register_forward_hook(self, with_kwargs=True)
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        self.x, self.c_noise, self.F = args[0], args[1], output
+        self.F = self.model(x, c_noise, **labels) if self.answer is None else self.answer
+        return self.F
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,9 +145,8 @@ def test_network_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str) -> None:
     data = part(golden("layers.npz"), f"{name}/")
-    kinds = {kind.__name__: kind for kind in (networks.Linear, networks.Conv2d, networks.GroupNorm)}
-    kinds |= {kind.__name__: kind for kind in (networks.PositionalEmbedding, networks.FourierEmbedding)}
-    kind = next((kind for key, kind in kinds.items() if name.startswith(key)), networks.UNetBlock)
+    kinds = ("Linear", "Conv2d", "GroupNorm", "PositionalEmbedding", "FourierEmbedding")
+    kind = getattr(networks, next(filter(name.startswith, kinds), "UNetBlock"))
     kwargs = data["kwargs_json"]
     layer = kind(**{key: value for key, value in kwargs.items() if not key.startswith("_")})
     layer.load_state_dict(part(data, "sd/"))
@@ -190,10 +183,10 @@ def test_preconditioning(precond: str, variant: str) -> None:
     assert (net.sigma_min, net.sigma_max) == pytest.approx((facts["sigma_min"], facts["sigma_max"]), rel=1e-6)
     assert type(net.sigma_min).__name__ == facts["sigma_min_type"]
 
-    net.model = Stub(want["F"])
+    spy = Spy(net, answer=want["F"])
     D = net(want["x"], want["sigma"])
-    torch.testing.assert_close(net.model.c_noise, want["c_noise"], rtol=3e-6, atol=1e-6)
-    torch.testing.assert_close(net.model.x, want["model_in"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(spy.c_noise, want["c_noise"], rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(spy.x, want["model_in"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(D, want["D"], rtol=1e-6, atol=1e-6)
 
     for dtype in (torch.float32, torch.float64):

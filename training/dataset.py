@@ -230,28 +230,29 @@ class PackedFiles:
             raise UserError(f"{self.path}: neither a folder nor a zip archive, but a pipe or a device")
         self.root = ""  # the folder that all names are within
         self.not_followed: list[str] = []
-        hidden = {path: _hidden_part(path) for path in (self._walk() if self.is_folder else self._zip().namelist())}
-        self.names = sorted(path for path in hidden if not hidden[path] and not path.endswith("/"))
+        paths = {*(self._walk() if self.is_folder else self._zip().namelist())}
+        hidden = {path for path in paths if any(map(_is_hidden, path.split("/")))}
+        self.names = sorted(path for path in paths - hidden if not path.endswith("/"))
         unread = {*self.names} - {*self.image_names()}
         while (top := self._wrapper()) and self.root.count("/") < MAX_WRAPPERS:
             self.root += top
             self.names = [name.removeprefix(top) for name in self.names if name.startswith(top)]
         unread -= {self.root + "dataset.json", self.root + "manifest.json"}
         kinds = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in sorted(unread))
-        kinds["hidden (names that begin with a dot, __MACOSX, Thumbs.db)"] = len({*hidden.values()} - {""})
+        kinds["hidden (names that begin with a dot, __MACOSX, Thumbs.db)"] = len(hidden)
         kinds["by a link to a folder that is read already"] = len(self.not_followed)
         self.left_out = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(10) if number)
 
     def _walk(self) -> Iterator[str]:
-        """Files by their paths, and hidden folders with a slash at the end."""
+        """Files by their paths, and hidden folders."""
         known = [Path(self.path).resolve()]  # folders that are read, with all that is in them
         for folder, folders, names in os.walk(self.path, onerror=_raise, followlinks=True):
             start = "" if folder == self.path else os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
             folders.sort()
             for name in folders.copy():
                 path = Path(folder, name)
-                if _hidden_part(name):
-                    yield f"{start}{name}/"
+                if _is_hidden(name):
+                    yield start + name
                     folders.remove(name)
                 elif path.is_symlink():
                     target = path.resolve()
@@ -373,13 +374,8 @@ def _spelling(name: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
 
 
-def _hidden_part(path: str) -> str:
-    """The path up to its first hidden folder or file: .names, __MACOSX, Thumbs.db; '' without any."""
-    parts = path.split("/")
-    for depth, part in enumerate(parts):
-        if part.lower() in ("__macosx", "thumbs.db") or (part.startswith(".") and part.strip(".")):
-            return "/".join(parts[: depth + 1])
-    return ""
+def _is_hidden(name: str) -> bool:
+    return name.lower() in ("__macosx", "thumbs.db") or (name.startswith(".") and name.strip(".") != "")
 
 
 def label_array(labels: list[Any], names: list[str], where: str) -> np.ndarray:
