@@ -6,9 +6,7 @@ import math
 import os
 import struct
 import zipfile
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,29 +16,16 @@ from torch import Tensor
 from dnnlib.errors import UserError
 from dnnlib.util import open_file
 from training.dataset import Dataset, ImageFolderDataset
+from training.loader import read_ahead
 
-CHUNK = 32  # images decoded by one task
-AHEAD = 4  # batches being decoded while one is in use
+AHEAD = 5  # batches being decoded
 THREADS = min(os.cpu_count() or 1, 8)
 
 
 def read_images(dataset: Any, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
     """For each batch of indices its images uint8 [n, C, H, W]. `dataset` must allow reading from any thread."""
-    waiting: deque[list[Future[np.ndarray]]] = deque()
-
-    def take() -> Tensor:
-        return torch.from_numpy(np.concatenate([future.result() for future in waiting.popleft()]))
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            for batch in batches:
-                waiting.append([pool.submit(dataset.images, batch[i : i + CHUNK]) for i in range(0, len(batch), CHUNK)])
-                if len(waiting) > AHEAD:
-                    yield take()
-            while waiting:
-                yield take()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for parts in read_ahead(dataset.images, batches, THREADS, AHEAD):
+        yield torch.from_numpy(np.concatenate(parts))
 
 
 def open_images(path: str | os.PathLike[str], *, max_size: int | None = None, random_seed: int = 0) -> Dataset:

@@ -1,4 +1,4 @@
-"""Batches by position: image number g of a run is a function of the seed and g alone.
+"""Images read ahead by threads. Image number g of a run is a function of the seed and g alone.
 
 So a resumed run reads what an uninterrupted one would have read, whatever the number of processes, of accumulation
 rounds or of workers.
@@ -7,10 +7,11 @@ rounds or of workers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,28 @@ from torch import Tensor
 
 from .draws import key
 
+T = TypeVar("T")
 _CHUNK = 32  # images decoded by one task
+
+
+def read_ahead(
+    read: Callable[[Sequence[int]], T], batches: Iterable[Sequence[int]], threads: int, ahead: int
+) -> Generator[list[T], None, None]:
+    """For each batch of indices what `read` gives for its chunks, read by threads, `ahead` batches at a time.
+
+    Whatever goes wrong while reading is raised by `next`. `close()` ends the threads.
+    """
+    waiting: deque[list[Future[T]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
+        try:
+            for batch in batches:
+                waiting.append([pool.submit(read, batch[i : i + _CHUNK]) for i in range(0, len(batch), _CHUNK)])
+                if len(waiting) == ahead:
+                    yield [future.result() for future in waiting.popleft()]
+            while waiting:
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Batch(NamedTuple):
@@ -50,7 +72,6 @@ class Loader:
     dataset     gives `images(indices)` uint8 [n, C, H, W] and `labels(indices)` float32 [n, label_dim], in any thread
     batch_size  images of a step over all processes, a multiple of `world_size`
     pin         put batches into memory that a GPU fetches from by itself while the program runs
-    Whatever goes wrong while reading is raised by `next`.
     """
 
     def __init__(
@@ -63,35 +84,24 @@ class Loader:
         world_size: int = 1,
         step: int = 0,
         workers: int = 1,
-        ahead: int = 3,
         pin: bool = False,
     ) -> None:
-        self.dataset, self.order = dataset, Order(len(dataset), seed)
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.step, self.ahead, self.pin = step, ahead, pin
-        self.pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="loader")
-        self.waiting: deque[list[Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+        self.dataset, self.pin = dataset, pin
+        order, share = Order(len(dataset), seed), batch_size // world_size
+        starts = count(step * batch_size + rank * share, batch_size)
+        shares = (order.indices(start, start + share) for start in starts)
+        self.chunks = read_ahead(self._read, shares, max(workers, 1), ahead=3)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        while len(self.waiting) < self.ahead:
-            self.waiting.append(self._submit(self.step + len(self.waiting)))
-        images, labels = zip(*(future.result() for future in self.waiting.popleft()), strict=True)
-        self.step += 1
+        images, labels = zip(*next(self.chunks), strict=True)
         batch = Batch(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
         return Batch(batch.images.pin_memory(), batch.labels.pin_memory()) if self.pin else batch
 
-    def _submit(self, step: int) -> list[Future[tuple[np.ndarray, np.ndarray]]]:
-        share = self.batch_size // self.world_size
-        start = step * self.batch_size + self.rank * share
-        indices = self.order.indices(start, start + share)
-        return [self.pool.submit(self._read, indices[i : i + _CHUNK]) for i in range(0, len(indices), _CHUNK)]
-
-    def _read(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         return self.dataset.images(indices), self.dataset.labels(indices)
 
     def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        self.waiting.clear()
+        self.chunks.close()
