@@ -33,7 +33,7 @@ FORMATS = (".pkl", ".safetensors", ".pt")
 )
 @click.option("--like", help="SRC is a bare state dict; all else is as in this network file", metavar="PATH|URL")
 @click.option("--overwrite", help="Replace DST where it exists", is_flag=True)
-@click.option("--trust-network-code", help="Run the code in a SRC of unknown class or version", is_flag=True)
+@cli.trust_option
 def command(src: str, dst: str, half: bool | None, like: str | None, overwrite: bool, trust_network_code: bool) -> None:
     """Turn the network file SRC (path or URL; EDM's .pkl or .safetensors) into DST.
 

@@ -29,16 +29,11 @@ BUNDLED = Path(__file__).parent / "assets" / "digits-student.pkl"
 )
 @click.option("--steps", help="Sampling steps  [default: a student's own, or 18]", type=cli.Whole(min=1))
 @click.option("--seeds", help="Random seeds, one per image (e.g. 1,2,5-10)", type=cli.Seeds(), default="0-63")
-@click.option(
-    "--class",
-    "class_idx",
-    help="Class of all images, classes to draw from (1,2,5-10), or a label vector (0.2,0.8)  [default: random class]",
-    type=cli.Condition(),
-)
-@click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
+@cli.class_option
+@cli.labels_option
 @click.option("--out", help="Picture to write", metavar="PNG", default="example.png")
 @cli.device_option
-@click.option("--trust-network-code", help="Run the code in a --network file of unknown class or version", is_flag=True)
+@cli.trust_option
 def command(
     network: str | None,
     steps: int | None,
@@ -56,8 +51,6 @@ def command(
       python example.py
       python example.py --network=student.pkl --seeds=0-15 --out=grid.png
     """
-    if not seeds:
-        raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
     if not out.lower().endswith(".png"):
         raise cli.UsageError(f"--out={out}: the picture is a PNG; use a name that ends in .png")
 

@@ -83,10 +83,10 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 @ref_option
 @click.option("--seeds", help="One image per seed  [default: 0 to num - 1]", type=cli.Seeds())
 @click.option(*NUM, help="Number of images  [default: 50000]", type=cli.Whole(2, cli.MAX_RANGE))
-@click.option("--trust-network-code", help="Run the code in a --network file of unknown class or version", is_flag=True)
+@cli.trust_option
 @click.option("--steps", help="Sampling steps  [default: as generate.py]", type=cli.Whole(min=1))
-@click.option("--class", "class_idx", help="Classes, or a label vector  [default: random]", type=cli.Condition())
-@click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
+@cli.class_option
+@cli.labels_option
 @detector_option
 @cli.section("Performance")
 @batch_option
@@ -115,6 +115,7 @@ def gen(
         from formats.network_files import load_network
         from metrics.statistics import statistics_of_images, with_progress
         from torch_utils.misc import allow_tf32
+        from training.pictures import to_uint8
         from training.sampling import iterate_images, plan_sampling
 
         reference, features = _reference(ref, spec)
@@ -125,7 +126,7 @@ def gen(
         allow_tf32(False)
         where = dist.device()
         how = {"steps": steps, "class_idx": class_idx, "labels": labels, "max_batch": batch, "device": where}
-        pixels = _pixels(iterate_images(loaded, chosen, **how), loaded.source)
+        pixels = (to_uint8(batch.checked(loaded.source)) for batch in iterate_images(loaded, chosen, **how))
         stats = statistics_of_images(with_progress(pixels, len(chosen)), features)
         _print_distance(stats, reference, network)
 
@@ -209,18 +210,6 @@ def _reference(ref: str, spec: str) -> tuple[Stats, Detector]:
     detector = load_detector(spec, dist.device())
     check_reference(reference, detector)
     return reference, detector
-
-
-def _pixels(batches: Iterator[Any], source: str) -> Iterator[Any]:
-    """A network's images for a detector, in batches uint8 [n, C, H, W]."""
-    from training.pictures import to_uint8
-
-    for made in batches:
-        if not made.images.isfinite().all():
-            raise cli.UserError(
-                f"{source}: some images of seeds {made.seeds[0]} to {made.seeds[-1]} hold NaN or infinities"
-            )
-        yield to_uint8(made.images)
 
 
 def _print_distance(stats: Stats, reference: Stats, source: str) -> None:

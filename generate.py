@@ -8,9 +8,11 @@ Programs written against EDM find `edm_sampler`, `ablation_sampler` and `Stacked
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from training.sampler_table import SOLVERS
 if TYPE_CHECKING:
     import torch
 
-    from formats.image_files import ImageFolder, ImageZip, Manifest, Work
+    from formats.image_files import ImageFolder, ImageZip, Work
     from formats.network_files import NetworkFile
     from training.labels import Labels
     from training.samplers import StackedRandomGenerator as StackedRandomGenerator
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 POSITIVE = cli.Number(min=0, min_open=True)
 NOT_NEGATIVE = cli.Number(min=0)
-LIMIT = cli.Number(min=0, infinite=True)
+LIMIT = cli.Number(min=0, also=math.inf)
 SOLVER_HELP = ", ".join(f"{name} ({method.text})" for name, method in SOLVERS.items())
 
 
@@ -71,14 +73,9 @@ class Grid(cli.Parsed):
     type=cli.Seeds(),
     default="0-63",
 )
-@click.option(
-    "--class",
-    "class_idx",
-    help="Class of all images, classes to draw from (1,2,5-10), or a label vector (0.2,0.8)  [default: random class]",
-    type=cli.Condition(),
-)
-@click.option("--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY")
-@click.option("--trust-network-code", help="Run the code in a --network file of unknown class or version", is_flag=True)
+@cli.class_option
+@cli.labels_option
+@cli.trust_option
 @cli.section("Sampling")
 @click.option("--steps", help="Sampling steps  [default: 18, or a student's own]", type=cli.Whole(min=1))
 @click.option("--sigma_min", help="Lowest noise level  [default: varies]", type=POSITIVE)
@@ -144,21 +141,27 @@ def command(
         raise cli.UsageError(
             f"--outdir={outdir}: many images go into a folder or a .zip; one picture of all: example.py --out"
         )
-    if not seeds:
-        raise cli.UsageError("--seeds names no seed at all; write for example --seeds=0-63")
     from engine.stopping import stopping_at_once
     from formats.image_files import MAX_IMAGES, ImageZip, Manifest, open_output, prepare
+    from formats.network_files import load_network
     from torch_utils import distributed as dist
+    from training.labels import choose_labels
+    from training.sampling import plan_sampling
 
     if len(seeds) > MAX_IMAGES:
         raise cli.UsageError(f"--seeds names {len(seeds)} images; {MAX_IMAGES} are the most of a folder or zip")
     seeds = list(dict.fromkeys(seeds))  # an image that is asked for twice is made once
     where = dist.init(device, cli.options_in_use())
 
+    def load() -> tuple[NetworkFile, Plan, Labels | None]:
+        loaded = load_network(network, trust_network_code=trust_network_code)
+        if (channels := loaded.net.img_channels) not in (1, 3):
+            raise cli.UserError(f"{loaded.source} makes {channels} channels; a PNG has 1 (grey) or 3 (RGB)")
+        drawn_from = choose_labels(loaded, class_idx, labels)
+        return loaded, plan_sampling(loaded, **sampler_options), drawn_from
+
     dist.print0(f"Loading network from {cli.public_url(network)} ...")
-    loaded, plan, drawn_from = dist.rank0_first(
-        partial(_load, network, trust_network_code, class_idx, labels, sampler_options)
-    )
+    loaded, plan, drawn_from = dist.rank0_first(load)
     dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
 
     options = {"class": class_idx[0] if class_idx is not None and len(class_idx) == 1 else class_idx}
@@ -175,7 +178,6 @@ def command(
         return prepare(output, made_by, seeds, max_batch, processes, skip_existing=skip_existing, labelled=labelled)
 
     work = dist.from_rank0(lock_and_prepare)
-
     dist.print0(f"Found {loaded.describe()}")
     dist.print0(f"Using {plan.text}")
     if work.note:
@@ -187,85 +189,58 @@ def command(
         size = f"{loaded.net.img_resolution}x{loaded.net.img_resolution}"
         images = count(total, "image")
         dist.print0(f"Making {images} of {size} pixels in {outdir}, on {processes} x {where.type} ...")
-        net = _make_ready(loaded.net, where, precision, use_compile)
+        loaded = _make_ready(loaded, where, precision, use_compile)
         start = time.monotonic()
         resume = "run the same command with --skip-existing to resume"
         with stopping_at_once("a zip is made in one go" if isinstance(output, ImageZip) else resume):
-            _make_images(net, plan, work, output, where, drawn_from)
+            _make_images(loaded, plan, work, output, where, drawn_from)
         seconds = time.monotonic() - start
         dist.print0(f"Done: {images} in {outdir} after {seconds:.1f} s, {total / seconds:.1f} a second")
     dist.shutdown()
 
 
-def _load(
-    network: str,
-    trust_network_code: bool,
-    class_idx: list[Any] | None,
-    labels: str | None,
-    sampler_options: dict[str, Any],
-) -> tuple[NetworkFile, Plan, Labels | None]:
-    """The network, how it is sampled, and the labels its images are conditioned on."""
-    from formats.network_files import load_network
-    from training.labels import choose_labels
-    from training.sampling import plan_sampling
-
-    loaded = load_network(network, trust_network_code=trust_network_code)
-    if loaded.net.img_channels not in (1, 3):
-        raise cli.UserError(f"{loaded.source} makes {loaded.net.img_channels} channels; a PNG has 1 (grey) or 3 (RGB)")
-    drawn_from = choose_labels(loaded, class_idx, labels)
-    return loaded, plan_sampling(loaded, **sampler_options), drawn_from
-
-
-def _make_ready(net: Any, where: torch.device, precision: str, use_compile: bool) -> Any:
-    """The network on its device, in the arithmetic asked for; fp32 is full fp32, also on CUDA."""
+def _make_ready(network: NetworkFile, where: torch.device, precision: str, use_compile: bool) -> NetworkFile:
+    """Puts the network on its device, in the arithmetic asked for; fp32 is full fp32, also on CUDA."""
     from torch_utils import distributed as dist
     from torch_utils.misc import allow_tf32
     from training.speed import compute_dtype, maybe_compile
 
     allow_tf32(where.type == "cuda" and precision not in ("auto", "fp32"))
-    net = net.to(where)
+    net = network.net.to(where)
     net.compute_dtype = None if precision == "auto" else compute_dtype(precision, where)
-    return maybe_compile(net, use_compile, dist.print0)
+    return replace(network, net=maybe_compile(net, use_compile, dist.print0))
 
 
 def _make_images(
-    net: Any, plan: Plan, work: Work, output: ImageFolder | ImageZip, where: torch.device, labels: Labels | None
+    network: NetworkFile,
+    plan: Plan,
+    work: Work,
+    output: ImageFolder | ImageZip,
+    where: torch.device,
+    labels: Labels | None,
 ) -> None:
     """Makes this process's share of the images; the network works while threads write what it made before."""
     from formats.image_files import writing
     from torch_utils import distributed as dist
     from torch_utils.progress import show_progress
     from training.pictures import to_uint8
-    from training.sampling import own_share, sample_batch
+    from training.sampling import draw_inputs, own_share, sample_batch
 
     total = sum(map(len, work.batches))
     with writing(output, work.manifest.name) as submit:
         for seeds in show_progress(own_share(work.batches), len, total, dist.print0, title=f"NFE {plan.nfe}"):
-            images = sample_batch(net, seeds, plan, where, labels).images
-            if not images.isfinite().all():
-                raise cli.UserError(
-                    f"the network made no image but NaN or infinity, between seeds {seeds[0]} and {seeds[-1]}; "
-                    "try --precision=fp32, or another network"
-                )
+            images = sample_batch(network.net, seeds, plan, where, labels).checked(network.source)
             submit(seeds, to_uint8(images.double()).permute(0, 2, 3, 1).cpu().numpy())
     dist.barrier()
     if dist.is_main():
-        output.finish(work.manifest, _all_labels(net, work.manifest, where, labels))
-
-
-def _all_labels(net: Any, manifest: Manifest, where: torch.device, labels: Labels | None) -> dict[str, Any]:
-    """Labels of all images, by name. Seeds decide them: they are drawn again, of images from before too."""
-    from training.sampling import draw_inputs
-
-    if labels is None:
-        return {}
-    names, found = list(manifest.names().items()), dict[str, Any]()
-    for start in range(0, len(names), 256):
-        part = dict(names[start : start + 256])
-        _, _, drawn = draw_inputs(net, list(part.values()), labels, where)
-        assert drawn is not None, "a network that takes labels"
-        found.update(zip(part, labels.plain(drawn), strict=True))
-    return found
+        found: dict[str, Any] = {}  # labels of all images: seeds decide them, also those of images from before
+        names = list(work.manifest.names().items()) if labels is not None else []
+        for start in range(0, len(names), 256):
+            part = dict(names[start : start + 256])
+            _, _, drawn = draw_inputs(network.net, list(part.values()), labels, where)
+            assert labels is not None and drawn is not None
+            found.update(zip(part, labels.plain(drawn), strict=True))
+        output.finish(work.manifest, found)
 
 
 main = partial(cli.run, command)

@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,12 +99,26 @@ def section(title: str) -> Callable[[F], F]:
     return mark
 
 
-class Command(click.Command):
-    """A command whose help lists the options by `section`, and which knows --version."""
+class _Versioned(click.Command):
+    """A command that knows --version."""
 
     def __init__(self, *args: Any, **attrs: Any) -> None:
         super().__init__(*args, **attrs)
-        self.params.append(_version_option())
+        text = "Show the versions of this program, Python, torch and CUDA, and the GPUs."
+        flag: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "show_default": False}
+        self.params.append(click.Option(["--version"], callback=_show_version, help=text, **flag))
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from .version import describe
+
+        click.echo("\n".join(describe()))
+        ctx.exit()
+
+
+class Command(_Versioned):
+    """A command whose help lists the options by `section`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; then empty text, of a shell's variable that isn't set perhaps, is refused by name, and a URL
@@ -128,34 +143,15 @@ class Command(click.Command):
             record = param.get_help_record(ctx)
             if record is not None and not isinstance(param, click.Argument):  # which the text above explains
                 sections.setdefault(vars(param).get("section", "Help"), []).append(record)
-        if len(sections) == 1:
-            sections = {"Options": sections["Help"]}
         for title, rows in sections.items():
-            with formatter.section(bold(title)):
+            with formatter.section(bold(title if len(sections) > 1 else "Options")):
                 formatter.write_dl(rows)
 
 
-class Group(click.Group):
+class Group(_Versioned, click.Group):
     """A script with subcommands."""
 
     command_class = Command
-
-    def __init__(self, *args: Any, **attrs: Any) -> None:
-        super().__init__(*args, **attrs)
-        self.params.append(_version_option())
-
-
-def _version_option() -> click.Option:
-    def show(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
-        if wanted and not ctx.resilient_parsing:
-            from .version import describe
-
-            click.echo("\n".join(describe()))
-            ctx.exit()
-
-    text = "Show the versions of this program, Python, torch and CUDA, and the GPUs."
-    flag: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "show_default": False}
-    return click.Option(["--version"], callback=show, help=text, **flag)
 
 
 def config_option(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[F], F]:
@@ -202,10 +198,9 @@ def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[
     except (ValueError, RecursionError) as exc:  # errors of JSON and UTF-8 are ValueErrors
         raise UserError(f"--config={path}: can't be used: {exc}") from exc
     for name in COMMAND_LINE_ONLY.intersection(values):
-        flag = f"--{name.replace('_', '-')}"
         raise UsageError(
             f"--config={path}: it sets '{name}', which only the command line may; remove it from the file, and type "
-            f"{flag} if that is what you want"
+            f"--{name.replace('_', '-')} if that is what you want"
         )
     params = {str(param.name): param for param in ctx.command.params if param.expose_value}
     typed = {}
@@ -228,19 +223,13 @@ def _typed(ctx: click.Context, path: str, read: Callable[[dict[str, Any]], dict[
 # What is shown on a terminal
 
 
-def has_colour() -> bool:
-    """Whether standard output is a terminal that is to show bold and colours (https://no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def style(text: str, **attributes: Any) -> str:
+    """`click.style`, on a terminal that is to show it (https://no-color.org)."""
+    shown = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return click.style(text, **attributes) if shown else text
 
 
-def bold(text: str) -> str:
-    """`text` in bold type, on a terminal."""
-    return click.style(text, bold=True) if has_colour() else text
-
-
-def green(text: str) -> str:
-    """`text` in green, on a terminal."""
-    return click.style(text, fg="green") if has_colour() else text
+bold, green = partial(style, bold=True), partial(style, fg="green")
 
 
 def program(name: str) -> str:
@@ -393,46 +382,36 @@ _FILES = {"data", "transfer", "network", "path", "ref", "images", "detector", "s
 Bool = click.types.BoolParamType
 
 
-class Whole(click.IntRange):
-    """A whole number within bounds, of 64 bits at most; with `auto`, that word is one too."""
+class _Bounded(click.ParamType):
+    """A number within bounds and below LARGEST; or what is `also` allowed, such as the word auto."""
+
+    def __init__(self, *args: Any, also: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.also = also
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "INT" if isinstance(self, click.IntRange) else "FLOAT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self.also is not None and str(value) == str(self.also):
+            return self.also
+        number = super().convert(value, param, ctx)
+        if not abs(number) < LARGEST:
+            problem = "too large a" if LARGEST <= abs(number) < math.inf else "not a finite"
+            self.fail(f"'{number}' is {problem} number", param, ctx)
+        return number
+
+
+class Whole(_Bounded, click.IntRange):
+    """A whole number."""
 
     name = "whole number"
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return "INT"
 
-    def __init__(self, *args: Any, auto: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.auto = auto
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if self.auto and value == "auto":
-            return value
-        return _bounded(self, super().convert(value, param, ctx), param, ctx)
-
-
-class Number(click.FloatRange):
-    """A finite number within bounds; with `infinite`, 'inf' is one too."""
+class Number(_Bounded, click.FloatRange):
+    """A finite number."""
 
     name = "number"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return "FLOAT"
-
-    def __init__(self, *args: Any, infinite: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.infinite = infinite
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
-        return number if self.infinite and number == math.inf else _bounded(self, number, param, ctx)
-
-
-def _bounded(kind: click.ParamType, number: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-    if not abs(number) < LARGEST:
-        problem = "too large a" if LARGEST <= abs(number) < math.inf else "not a finite"
-        kind.fail(f"'{number}' is {problem} number", param, ctx)
-    return number
 
 
 class Choice(click.Choice[str]):
@@ -484,8 +463,7 @@ class IntList(Parsed):
         try:
             numbers = parse_int_list(text)
         except ValueError as exc:
-            more = f" ({exc})" if "more than" in str(exc) else ""
-            raise ValueError(f"is not a list of whole numbers and ranges such as 1,2,5-10{more}") from exc
+            raise ValueError("is not a list of whole numbers and ranges such as 1,2,5-10") from exc
         for number in numbers:
             if not self.min <= number <= self.max:
                 raise ValueError(f"holds {number}, which is not from {self.min} to {self.max}")
@@ -493,15 +471,16 @@ class IntList(Parsed):
 
 
 class Seeds(IntList):
-    """A list of seeds, of which no two are the same random numbers: seeds count modulo 2^32."""
+    """A list of seeds, of which no two others are the same random numbers: seeds count modulo 2^32."""
 
     def parse(self, text: Any) -> list[int]:
-        seeds = super().parse(text)
-        drawn: dict[int, int] = {}
+        seeds, drawn = super().parse(text), dict[int, int]()
         for seed in seeds:
             same = drawn.setdefault(seed % (1 << 32), seed)
             if same != seed:
                 raise ValueError(f"holds {same} and {seed}, the same random numbers (modulo 2^32); drop one")
+        if not seeds:
+            raise ValueError("names no seed at all; write for example 0-63")
         return seeds
 
 
@@ -509,12 +488,11 @@ class Condition(Parsed):
     """Classes such as 3 or 1,2,5-10, or a label vector such as 0.2,0.8."""
 
     def parse(self, text: Any) -> list[Any]:
-        try:
-            values: list[Any] = parse_int_list(text, MAX_CLASSES)
-        except ValueError:
-            with contextlib.suppress(ValueError):
-                return [float(part) for part in text.split(",")]
-            values = []
+        values: list[Any] = []
+        with contextlib.suppress(ValueError):
+            values = [float(part) for part in text.split(",")]
+        with contextlib.suppress(ValueError):
+            values = parse_int_list(text, MAX_CLASSES)
         if not values or (values[0] < 0 and len(values) == 1):
             raise ValueError("is neither a class (3), nor classes (1,2,5-10), nor a label vector (0.2,0.8)")
         return values
@@ -531,4 +509,16 @@ class FloatList(Parsed):
         raise ValueError("is not a list of positive numbers such as 20 or 10,10,20")
 
 
+trust_option = click.option(
+    "--trust-network-code", help="Run the code in a network file of unknown class or version", is_flag=True
+)
+class_option = click.option(
+    "--class",
+    "class_idx",
+    help="Class of all images, classes to draw from (1,2,5-10), or a label vector (0.2,0.8)  [default: random class]",
+    type=Condition(),
+)
+labels_option = click.option(
+    "--labels", help="Draw from the labels of a data set, or of a .npy file", metavar="ZIP|DIR|NPY"
+)
 device_option = click.option("--device", help="Where to compute", type=Choice(["auto", "cuda", "cpu"]), default="auto")

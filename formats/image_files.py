@@ -324,7 +324,7 @@ def prepare(
 @contextmanager
 def writing(
     output: ImageFolder | ImageZip, name: Callable[[int], str]
-) -> Iterator[Callable[[Sequence[int], Sequence[np.ndarray]], None]]:
+) -> Iterator[Callable[[Sequence[int], Iterable[np.ndarray]], None]]:
     """Yields submit(seeds, images uint8 [N, H, W, C]): threads encode and write them, while the network makes the next.
 
     `submit` waits for the batch before, so that memory stays bounded, and raises an error that a thread has met; the
@@ -335,7 +335,7 @@ def writing(
     def write(seed: int, image: np.ndarray) -> None:
         output.write(name(seed), encode_png(image))
 
-    def submit(seeds: Sequence[int], images: Sequence[np.ndarray]) -> None:
+    def submit(seeds: Sequence[int], images: Iterable[np.ndarray]) -> None:
         for future in waiting:
             future.result()
         waiting[:] = map(pool.submit, [write] * len(seeds), seeds, images)

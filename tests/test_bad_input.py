@@ -832,13 +832,13 @@ def test_kinds_of_values():
     def convert(kind: click.ParamType, value: str) -> Any:
         return kind.convert(value, None, None)
 
-    assert convert(cli.Number(min=0, infinite=True), "inf") == float("inf")
+    assert convert(cli.Number(min=0, also=math.inf), "inf") == float("inf")
     assert convert(cli.Bool(), "Yes") is True and convert(cli.Bool(), "0") is False
     assert convert(cli.Choice(["edm_a", "b"]), "edm-a") == "edm_a"
     assert convert(cli.IntList(min=1), "1-3,7") == [1, 2, 3, 7]
     for kind, value in (
         (cli.Number(), "nan"),
-        (cli.Number(infinite=True), "nan"),
+        (cli.Number(also=math.inf), "nan"),
         (cli.Number(), "-inf"),
         (cli.Bool(), "maybe"),
         (cli.Choice(["b"]), "B"),

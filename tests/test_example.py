@@ -66,7 +66,7 @@ def test_bundled_network_is_the_default(student, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--seeds=3-1"], 2, "--seeds names no seed"),
+        (["--seeds=3-1"], 2, "names no seed"),
         (["--out=grid.jpg"], 2, "use a name that ends in .png"),
         (["--network=missing.pkl"], 1, "missing.pkl"),
     ],

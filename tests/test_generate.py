@@ -474,7 +474,7 @@ def test_a_subfolder_that_is_a_link_is_refused(files, tmp_path, when, capsys, mo
     if when == "before":
         link()
     else:
-        monkeypatch.setattr(generate, "_make_ready", lambda net, *_: link() or net)
+        monkeypatch.setattr(generate, "_make_ready", lambda network, *_: link() or network)
     (outside / "000000.png").unlink()
     assert run(files.plain, out, "--seeds=0-3", "--steps=1", "--subdirs") == 1
     assert "out/000000 is a link, and not followed" in capsys.readouterr().err
@@ -591,7 +591,7 @@ def test_failed_zip_leaves_the_old_one(files, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (("--seeds=9-7",), 2, "--seeds names no seed"),
+        (("--seeds=9-7",), 2, "names no seed"),
         (("--seeds=a-b",), 2, "not a list of whole numbers"),
         (("--seeds=5,4294967301",), 2, "holds 5 and 4294967301, the same random numbers (modulo 2^32)"),
         (("--solver=dpmpp2m", "--disc=vp"), 2, "--disc=vp: --solver=dpmpp2m has no such setting; leave it out"),

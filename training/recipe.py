@@ -213,7 +213,7 @@ class Options:
     batch_gpu: int | str | None = hyper(
         None,
         "Limit batch size per process; auto: what fits",
-        cli.Whole(min=1, auto=True),
+        cli.Whole(min=1, also="auto"),
         "INT|auto",
         alters=False,
         title="batch of a process and round",

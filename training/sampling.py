@@ -231,6 +231,13 @@ class Batch:
     images: Tensor
     labels: Tensor | None
 
+    def checked(self, source: object) -> Tensor:
+        """The images. Raises UserError for NaN and infinities, with the network's `source`."""
+        if not self.images.isfinite().all():
+            seeds = f"{self.seeds[0]} to {self.seeds[-1]}"
+            raise UserError(f"{source}: some images of seeds {seeds} hold NaN or infinities")
+        return self.images
+
 
 def draw_inputs(
     net: Any, seeds: Sequence[int], labels: Labels | None, device: torch.device | str
@@ -316,9 +323,7 @@ def sample(
     net = network.net.to(where)
     parts = []
     for part in split_seeds(seeds, count_batches(len(seeds), batch)):
-        images = sample_batch(net, part, plan, where, drawn_from).images
-        if not images.isfinite().all():
-            raise UserError(f"{network.source}: some images of seeds {part[0]} to {part[-1]} hold NaN or infinities")
+        images = sample_batch(net, part, plan, where, drawn_from).checked(network.source)
         parts.append(images.cpu() if raw else to_uint8(images.double()).permute(0, 2, 3, 1).cpu())
     together = torch.cat(parts)
     return together if raw else together.numpy()
