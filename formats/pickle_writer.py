@@ -6,7 +6,6 @@ The stream refers to nothing but the names that EDM's own files refer to; tensor
 from __future__ import annotations
 
 import copyreg
-import io
 import pickle
 import struct
 import sys
@@ -98,22 +97,11 @@ def _module_state(state: dict[str, Any], own: bool = True) -> dict[str, Any]:
 
 def _storage_bytes(tensor: Tensor, key: str) -> bytes:
     """The elements of a contiguous tensor in torch's legacy format, as `torch.storage._load_from_bytes` takes it."""
-    storage_class = next(getattr(torch, name) for name, dtype in STORAGES.items() if dtype == tensor.dtype)
-    system = {
-        "protocol_version": STORAGE_VERSION,
-        "little_endian": True,
-        "type_sizes": {"short": 2, "int": 4, "long": 4},
-    }
-    buffer = io.BytesIO()
-    for value in (STORAGE_MAGIC, STORAGE_VERSION, system):
-        pickle.dump(value, buffer, protocol=2)
-    _IdPickler(buffer, protocol=2).dump(("storage", storage_class, key, "cpu", tensor.numel(), None))
-    pickle.dump([key], buffer, protocol=2)
-    buffer.write(struct.pack("<q", tensor.numel()))
-    buffer.write(tensor.numpy().tobytes())
-    return buffer.getvalue()
-
-
-class _IdPickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        return obj if isinstance(obj, tuple) else None
+    storage_class = getattr(torch, {dtype: name for name, dtype in STORAGES.items()}[tensor.dtype])
+    sizes = {"short": 2, "int": 4, "long": 4}
+    system = {"protocol_version": STORAGE_VERSION, "little_endian": True, "type_sizes": sizes}
+    # A persistent id is the pickle of a tuple with another instruction at its end.
+    described = pickle.dumps(("storage", storage_class, key, "cpu", tensor.numel(), None), protocol=2)
+    parts = [pickle.dumps(value, protocol=2) for value in (STORAGE_MAGIC, STORAGE_VERSION, system)]
+    parts += [described.removesuffix(pickle.STOP) + pickle.BINPERSID + pickle.STOP, pickle.dumps([key], protocol=2)]
+    return b"".join([*parts, struct.pack("<q", tensor.numel()), tensor.numpy().tobytes()])

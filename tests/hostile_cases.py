@@ -27,7 +27,7 @@ from torch import nn
 from formats.network_files import MAX_HEADER, METADATA, _safetensors
 from formats.pickle_reader import ACTIONS, MAX_INSTRUCTIONS, VALUES
 from formats.pickle_writer import NetworkPickler
-from test_network_files import Call, Persistent, module_state, small
+from test_network_files import Call, Persistent, as_edm, module_state, small
 
 Builder = Callable[[], bytes]
 State = dict[str, Any]
@@ -132,32 +132,8 @@ def spoiled(
     """
 
     def build() -> bytes:
-        net = make()
-        states = {}
-        for where, module in net.named_modules():
-            state = module_state({k: v for k, v in vars(module).items() if "_hooks" not in k})
-            tables = {table: dict(state[table]) for table in ("_parameters", "_buffers", "_modules")}
-            states[where] = {**state, **tables, "_init_args": (), "_init_kwargs": {}}
-        states[""]["_init_kwargs"] = net.init_kwargs
         rest = entries() | (others or {})
-        edit(states, rest)
-
-        def stored(where: str, module: nn.Module) -> Any:
-            prefix = where + "." if where else ""
-            state = states[where]
-            if isinstance(state.get("_modules"), dict):
-                own = module._modules
-                state["_modules"] = {
-                    n: stored(prefix + n, part) if part is not None and part is own.get(n) else part
-                    for n, part in state["_modules"].items()
-                }
-            if type(module) is nn.ModuleDict:
-                container = nn.ModuleDict()
-                vars(container).update(state)
-                return container
-            return Persistent(state.pop("CLASS", type(module).__name__), state, SPRING)
-
-        return pickle.dumps({"ema": stored("", net), **rest}, 4)
+        return pickle.dumps({"ema": as_edm(make(), SPRING, lambda states: edit(states, rest)), **rest}, 4)
 
     return build
 
@@ -426,14 +402,8 @@ TRAPS: dict[str, bytes | Builder] = {
     "as a constructor argument": with_kwargs(dropout=Call(eval, SPRING)),
     "instead of a tensor": with_attribute("model.map_layer0", _parameters={"weight": Call(eval, SPRING)}),
     "instead of a module": with_attribute("model", _modules={"enc": Call(eval, SPRING)}),
-    "instead of a module's attributes": pickle.dumps(
-        {"ema": Persistent("EDMPrecond", Call(eval, SPRING), "")},
-        4,  # type: ignore[arg-type]
-    ),
-    "instead of a class name": pickle.dumps(
-        {"ema": Persistent(Call(eval, SPRING), {}, "")},
-        4,  # type: ignore[arg-type]
-    ),
+    "instead of a module's attributes": pickle.dumps({"ema": Persistent("EDMPrecond", Call(eval, SPRING), "")}, 4),
+    "instead of a class name": pickle.dumps({"ema": Persistent(Call(eval, SPRING), {}, "")}, 4),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

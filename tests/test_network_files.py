@@ -1,7 +1,7 @@
 """Network files: EDM's pickles read as data, written so that EDM's loader opens them, and safetensors.
 
 The EDM pickles are built here from the golden networks, by Python's and torch's own picklers and not by this project's
-writer. Their "source text" is a trap: it makes a file if anything ever runs it.
+writer (test_our_pickles_have_edms_structure compares the modules with EDM's). Their "source text" is a trap: it makes a file if anything ever runs it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import types
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ SAMPLING = Sampling(
 class Persistent:
     """Pickles as EDM's persistent objects do."""
 
-    def __init__(self, class_name: str, state: dict[str, Any], source: str, **changes: Any) -> None:
+    def __init__(self, class_name: Any, state: Any, source: str, **changes: Any) -> None:
         self.meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state}
         self.meta |= changes
 
@@ -59,74 +60,41 @@ class Persistent:
         return persistence._reconstruct_persistent_obj, (self.meta,)
 
 
-def module_state(own: dict[str, Any], ordered: bool = False) -> dict[str, Any]:
-    """What nn.Module keeps in its instances, and `own` attributes. `ordered`: tables as old versions of torch have."""
-    state = dict(vars(nn.Module())) | {"training": False}
-    for table in ("_parameters", "_buffers", "_modules"):
-        state[table] = OrderedDict() if ordered else {}
-    return state | own
+def module_state(own: dict[str, Any]) -> dict[str, Any]:
+    """What nn.Module keeps in its instances, and `own` attributes."""
+    return dict(vars(nn.Module())) | {"training": False} | own
 
 
-def class_of(path: str, members: list[str]) -> str:
-    """The class of a part of EDM's networks, from its name."""
-    name = path.rsplit(".", 1)[-1]
-    if name in ("enc", "dec"):
-        return "ModuleDict"
-    if "norm" in name:
-        return "GroupNorm"
-    if name == "map_noise":
-        return "FourierEmbedding" if "freqs" in members else "PositionalEmbedding"
-    if name.startswith(("map_", "affine")):
-        return "Linear"
-    if name in ("conv0", "conv1", "skip", "qkv", "proj", "out_conv") or "aux" in name or name.endswith("_conv"):
-        return "Conv2d"
-    return "UNetBlock"
+def as_edm(net: nn.Module, source: str, edit: Callable[[dict[str, Any]], Any]) -> Any:
+    """The `ema` of an EDM file: a tree of persistent objects with what `net` holds.
 
+    edit: changes the attributes of its modules, which it gets by path; an attribute CLASS is another class's name.
+    """
+    states = {}
+    for where, module in net.named_modules():
+        state = module_state({k: v for k, v in vars(module).items() if "_hooks" not in k})
+        tables = {table: dict(state[table]) for table in ("_parameters", "_buffers", "_modules")}
+        states[where] = {**state, **tables, "_init_args": (), "_init_kwargs": {}}
+    states[""]["_init_kwargs"] = net.init_kwargs
+    edit(states)
 
-def edm_object(
-    class_name: str,
-    tensors: dict[str, torch.Tensor],
-    init_kwargs: dict[str, Any],
-    source: str,
-    *,
-    ordered: bool = False,
-    attributes: dict[str, dict[str, Any]] | None = None,
-) -> Persistent:
-    """The `ema` of an EDM file: a tree of persistent objects that holds `tensors` (by state-dict name)."""
-    buffers = ("resample_filter", "freqs", "u")
-    paths = {""} | {"model.map_noise"}
-    for name in tensors:
-        parts = name.split(".")[:-1]
-        paths |= {".".join(parts[: i + 1]) for i in range(len(parts))}
-    members = {path: [n for n in tensors if n.rpartition(".")[0] == path] for path in paths}
-    objects: dict[str, Any] = {}
-    for path in sorted(paths, key=lambda p: -len(p.split(".")) if p else 0):
-        leafs = [name.rpartition(".")[2] for name in members[path]]
-        kind = class_of(path, leafs) if "." in path else init_kwargs["model_type"] if path else class_name
-        state = module_state({}, ordered)
-        for name, leaf in zip(members[path], leafs, strict=True):
-            if leaf in buffers:
-                state["_buffers"][leaf] = tensors[name]
-            else:
-                state["_parameters"][leaf] = nn.Parameter(tensors[name], requires_grad=False)
-        if kind == "Conv2d":
-            state["_buffers"].setdefault("resample_filter", None)
-        prefix = path + "." if path else ""
-        for child in sorted(p for p in paths if p and p.startswith(prefix) and "." not in p[len(prefix) :]):
-            state["_modules"][child[len(prefix) :]] = objects.pop(child)
-        if kind == "ModuleDict":
-            module = nn.ModuleDict()
-            vars(module).update(state)
-            objects[path] = module
-            continue
-        own: dict[str, Any] = {"_init_args": (), "_init_kwargs": {}}
-        if kind == "UNetBlock" and init_kwargs["model_type"] == "SongUNet":
-            own |= {"dropout": 0, "skip_scale": np.sqrt(0.5), "_init_kwargs": {"init": {"init_weight": np.sqrt(0.2)}}}
-        if path == "":
-            own |= {k: v for k, v in init_kwargs.items() if k in ("img_resolution", "img_channels", "label_dim")}
-            own |= {"use_fp16": False, "_init_kwargs": init_kwargs}
-        objects[path] = Persistent(kind, state | own | (attributes or {}).get(path, {}), source)
-    return objects[""]
+    def stored(where: str, module: nn.Module) -> Any:
+        state = states[where]
+        if isinstance(state.get("_modules"), dict):
+            own = module._modules
+            state["_modules"] = {
+                name: stored(f"{where}.{name}".lstrip("."), part)
+                if part is not None and part is own.get(name)
+                else part
+                for name, part in state["_modules"].items()
+            }
+        if type(module) is nn.ModuleDict:
+            container = nn.ModuleDict()
+            vars(container).update(state)
+            return container
+        return Persistent(state.pop("CLASS", type(module).__name__), state, source)
+
+    return stored("", net)
 
 
 def golden_case(case: str, class_name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
@@ -140,29 +108,62 @@ def golden_case(case: str, class_name: str) -> tuple[dict[str, torch.Tensor], di
     return tensors, {**config["network_kwargs"], "use_fp16": False, **config["interface"]}, data
 
 
+def edm_object(
+    case: str,
+    class_name: str,
+    source: str,
+    tensors: dict[str, torch.Tensor] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    attributes: dict[str, dict[str, Any]] | None = None,
+    ordered: bool = False,
+) -> Any:
+    """A golden network as EDM stores it, with other tensors (by state-dict name), constructor arguments or attributes.
+
+    ordered: tables as old versions of torch have them."""
+    golden, init_kwargs, _ = golden_case(case, class_name)
+    net = getattr(networks, class_name)(**init_kwargs).eval()
+    tensors = tensors or golden
+
+    def edit(states: dict[str, Any]) -> None:
+        for name in tensors | golden:
+            path, _, leaf = name.rpartition(".")
+            if name not in tensors:
+                del states[path]["_parameters"][leaf]
+            elif leaf in states[path]["_buffers"]:
+                states[path]["_buffers"][leaf] = tensors[name]
+            else:
+                states[path]["_parameters"][leaf] = nn.Parameter(tensors[name], requires_grad=False)
+        for path, state in states.items():
+            if "skip_scale" in state:
+                state |= {"skip_scale": np.float64(state["skip_scale"])}
+                state |= {"_init_kwargs": {"init": {"init_weight": np.sqrt(0.2)}}}
+            state |= (attributes or {}).get(path, {})
+            state |= {table: OrderedDict(state[table]) for table in ("_parameters", "_buffers", "_modules") if ordered}
+        states[""]["_init_kwargs"] = kwargs or init_kwargs
+        states["model"]["CLASS"] = states[""]["_init_kwargs"]["model_type"]
+
+    return as_edm(net, source, edit)
+
+
 def edm_file(
     path: Path,
     case: str = "ddpmpp_a",
     class_name: str = "EDMPrecond",
     protocol: int = 4,
-    tensors: dict[str, torch.Tensor] | None = None,
-    kwargs: dict[str, Any] | None = None,
     entries: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes an EDM pickle of a golden network; returns the golden arrays."""
-    golden_tensors, init_kwargs, data = golden_case(case, class_name)
     source = f"open({str(path.parent / 'TRAP')!r}, 'w').write('somebody ran the text in the file')\n"
-    ema = edm_object(class_name, tensors or golden_tensors, kwargs or init_kwargs, source, **options)
     loss = Persistent("EDMLoss", {"P_mean": -1.2, "P_std": 1.2, "_init_args": (), "_init_kwargs": {}}, source + "#")
     content = {
-        "ema": ema,
+        "ema": edm_object(case, class_name, source, **options),
         "loss_fn": loss,
         "augment_pipe": None,
         "dataset_kwargs": {"class_name": "training.dataset.ImageFolderDataset", "path": "x.zip", "max_size": 12},
     }
     path.write_bytes(pickle.dumps({**content, **(entries or {})}, protocol))
-    return data
+    return golden_case(case, class_name)[2]
 
 
 def run(net: Any, data: dict[str, Any]) -> torch.Tensor:
@@ -243,8 +244,7 @@ def test_what_was_found_in_words(tmp_path: Path) -> None:
 
 def earlier_fork(**state: Any) -> Persistent:
     """The loss of an earlier fork's student, its whole teacher inside."""
-    tensors, kwargs, _ = golden_case("ddpmpp_a", "EDMPrecond")
-    teacher = edm_object("EDMPrecond", tensors, kwargs, "raise SystemExit('the text has been run')")
+    teacher = edm_object("ddpmpp_a", "EDMPrecond", "raise SystemExit('the text has been run')")
     own = {"sigma_data": 0.5, "net": teacher, "_init_args": (), "_init_kwargs": {"net": teacher}, **state}
     return Persistent("EDMDistillationLoss", own, "raise SystemExit('the text has been run')")
 
@@ -412,10 +412,10 @@ def test_no_network_at_all(tmp_path: Path, content: bytes | None, words: str) ->
         ({"model_type": "Mystery"}, "a part of class 'Mystery', unknown here"),
         ({"model_type": "DhariwalUNet"}, "can't be made.*embedding_type"),
         ({"channel_mult": [1, 2, 2]}, "does not fit the network it describes: that has no part model.dec"),
-        ({"model_channels": 32}, r"does not fit.*tensor by tensor: .*weight: \[16, 10\], not \[32, 10\].*and 141 more"),
+        ({"model_channels": 32}, "does not fit the network it describes: model.map_noise.num_channels is 16, not 32"),
         ({"model_channels": 1 << 30}, "its constructor arguments hold a size above"),
         ({"num_blocks": 50_000}, "its constructor arguments make a larger network"),
-        ({"label_dim": 7}, r"map_label.weight: \[16, 10\], not \[16, 7\]"),
+        ({"label_dim": 7}, "model.map_label.in_features is 10, not 7"),
         ({"unheard_of": 1}, "can't be made from its own constructor arguments.*unheard_of"),
         ({"img_resolution": 15}, "can't be made.*15 cannot be halved"),
         ({"resample_filter": {"a": [torch.nn.Parameter(torch.zeros(1))]}}, "among its constructor arguments"),
@@ -435,6 +435,8 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
         refused(tmp_path / "net.pkl", "lacks model.")
     edm_file(tmp_path / "net.pkl", tensors={**tensors, "model.map_layer0.spare": torch.zeros(2)})
     refused(tmp_path / "net.pkl", r"has .*\.spare, which the network does not")
+    edm_file(tmp_path / "net.pkl", tensors={key: torch.stack([value, value]) for key, value in tensors.items()})
+    refused(tmp_path / "net.pkl", r"tensor by tensor: .*weight: \[2, 16, 10\], not \[16, 10\].*\(and \d+ more\)")
 
 
 class Call:
