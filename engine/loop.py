@@ -75,18 +75,10 @@ class Loop:
         config, trainer = self.config, self.trainer
         if trainer.nimg >= config.total_nimg:
             return self.finish_again()
-        loader = Loader(
-            trainer.dataset,
-            seed=config.seed,
-            batch_size=config.batch,
-            rank=trainer.rank,
-            world_size=trainer.world_size,
-            step=trainer.step_count,
-            workers=config.workers,
-            pin=trainer.device.type == "cuda",
-        )
-        self.log(f"Training for {config.total_nimg / 1000:g} kimg...")
-        self.log()
+        share = {"batch_size": config.batch, "rank": trainer.rank, "world_size": trainer.world_size}
+        reading = {"workers": config.workers, "pin": trainer.device.type == "cuda"}
+        loader = Loader(trainer.dataset, seed=config.seed, step=trainer.step_count, **share, **reading)
+        self.log(f"Training for {config.total_nimg / 1000:g} kimg...\n")
         stage = trainer.stage
         title = "training" if stage is None else f"{stage.grid.steps} -> {stage.sampling.grid.steps} steps"
         self.bar = training_bar(title, trainer.nimg, config.total_nimg)
@@ -99,16 +91,15 @@ class Loop:
             self.bar.close()
             self.loggers.close()
         dist.barrier()
-        self.log()
-        self.log(f"Done: {self.snapshot_path()}")
+        self.log(f"\nDone: {self.snapshot_path()}")
         return self.snapshot_path()
 
     def train(self, loader: Loader, noted: Callable[[], int]) -> None:
         """Step by step, with ticks, states and signals in between."""
         config, trainer = self.config, self.trainer
         tick_start = last_save = time.time()
-        maintenance = 0.0
-        while trainer.nimg < config.total_nimg:
+        maintenance, done = 0.0, False
+        while not done:
             trainer.step(loader)
             self.health.add(trainer.step_count - 1, trainer.skipped)
             self.bar.update(config.batch)
@@ -144,9 +135,8 @@ class Loop:
         if dist.is_main() and not path.is_file():
             self.save_snapshot()
         dist.barrier()
-        longer = "a longer --duration trains on"
-        if self.config.lr_decay != "none":
-            longer = f"{RATE_IS_ZERO} (another --outdir)"
+        decays = self.config.lr_decay != "none"
+        longer = f"{RATE_IS_ZERO} (another --outdir)" if decays else "a longer --duration trains on"
         self.log(f"This run is done already: {path}. Its --duration is {self.config.total_kimg / 1000:g}; {longer}")
         return path
 
@@ -154,19 +144,22 @@ class Loop:
 
     def end_tick(self, done: bool, seconds: float, maintenance: float) -> None:
         """Status line, snapshot, pictures, statistics. seconds: of the tick; maintenance: between it and the last."""
-        config, trainer = self.config, self.trainer
+        trainer, name = self.trainer, f"{self.trainer.nimg // 1000:06d}.png"
+
+        def due(ticks: int | None) -> bool:
+            return ticks is not None and (done or self.tick % ticks == 0)
+
         self.health.check()
         self.report_progress(seconds, maintenance)
-        if config.snap is not None and (done or self.tick % config.snap == 0):
+        if due(self.config.snap):
             check_same_weights(trainer.net, trainer.ema)
             trainer.check_finite()
             if dist.is_main():
                 self.save_snapshot()
-                save_samples(trainer, self.run_dir / f"samples-{trainer.nimg // 1000:06d}.png")
+                save_samples(trainer, self.run_dir / f"samples-{name}")
             dist.barrier()
-        due = config.targets and (done or self.tick % config.targets == 0)
-        if due and trainer.stage is not None and dist.is_main():
-            save_targets(trainer, self.run_dir / f"targets-{trainer.nimg // 1000:06d}.png")
+        if due(self.config.targets) and trainer.stage is not None and dist.is_main():
+            save_targets(trainer, self.run_dir / f"targets-{name}")
         self.write_stats()
         self.tick += 1
         self.tick_start_nimg, self.tick_start_step = trainer.nimg, trainer.step_count
@@ -229,17 +222,14 @@ class Loop:
     def save_snapshot(self) -> None:
         """The average network in EDM's format, with its noise grid when it is a student."""
         trainer, config = self.trainer, self.config
+        dataset = {"class_name": "training.dataset.ImageFolderDataset", **config.dataset_kwargs}
         save_network(
             self.snapshot_path(),
             trainer.ema,
             sampling=trainer.stage.sampling if trainer.stage else None,
             loss_fn=dict(config.loss_kwargs),
             augment_pipe=config.augment_kwargs,
-            dataset_kwargs={
-                "class_name": "training.dataset.ImageFolderDataset",
-                **config.dataset_kwargs,
-                **({"label_kind": "vectors"} if trainer.dataset.has_label_vectors else {}),
-            },
+            dataset_kwargs=dataset | ({"label_kind": "vectors"} if trainer.dataset.has_label_vectors else {}),
             extra={"training_options": config.to_file(trainer.nimg)},
         )
 

@@ -465,7 +465,7 @@ def test_an_euler_teacher_and_a_student_as_first_teacher(place, climbed, tmp_pat
         (["--num_steps=4", "--data=nowhere.zip"], "nowhere.zip"),
         (["--num_steps=4", "--detector=nowhere.pt"], "nowhere.pt: no such file"),
         (["--num_steps=4", "--ref=nowhere.npz"], "nowhere.npz: no such file"),
-        (["--num_steps=4", "--outdir={student}"], "is a file; name a folder with --outdir"),
+        (["--num_steps=4", "--outdir={student}"], "is a file); choose another --outdir"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_done(place, climbed, out, capsys, monkeypatch, args, message):

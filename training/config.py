@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,16 @@ INTERVALS = ("uniform", "loss")  # of training.intervals
 AUGMENTATION: Kwargs = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1, "translate_frac": 1}
 
 
-def differences(old: Kwargs, new: Kwargs) -> list[str]:
+def differences(old: Kwargs, new: Kwargs, within: str = "") -> list[str]:
     """Names (with both values) of what differs between two identities; of settings within one another, the parts."""
-    return [each for name in new for each in _differences(name, plain(old.get(name)), plain(new.get(name)))]
-
-
-def _differences(name: str, old: Any, new: Any) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        inner = dict.fromkeys([*new, *old])
-        return [each for key in inner for each in _differences(f"{name}.{key}", old.get(key), new.get(key))]
-    return [f"{printable(name, 80)} (was {_short(old)}, now {_short(new)})"] if old != new else []
+    found = []
+    for key in dict.fromkeys([*new, *(old if within else ())]):
+        name, before, now = f"{within}{key}", plain(old.get(key)), plain(new.get(key))
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now, f"{name}.")
+        elif before != now:
+            found.append(f"{printable(name, 80)} (was {_short(before)}, now {_short(now)})")
+    return found
 
 
 def plain(value: Any) -> Any:
@@ -87,11 +86,10 @@ def check_batch(batch_size: int, batch_gpu: int | str | None, world_size: int) -
     share = batch_size // world_size
     size = min(batch_gpu, share) if isinstance(batch_gpu, int) else share
     if size < 1 or share % size:
-        works = [n for n in range(1, share + 1) if share % n == 0]
-        near = sorted(sorted(works, key=lambda n: abs(n - size))[:4])
+        works = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
         raise UsageError(
             f"--batch-gpu={batch_gpu} does not divide the {share} images of each process (--batch={batch_size}, "
-            f"processes: {world_size}); {', '.join(map(str, near))} would"
+            f"processes: {world_size}); {works} would"
         )
     return size, share // size
 
@@ -103,8 +101,6 @@ def check_run_dir(run_dir: str, make: bool = True, owner: str = "run") -> None:
     if any(Path(run_dir, sign).is_file() for sign in signs):
         other = "a run of train.py" if owner == "ladder" else "a ladder of distill.py"
         raise UserError(f"{run_dir} holds {other}; use another --outdir")
-    if os.path.isfile(run_dir):
-        raise UserError(f"{run_dir} is a file; name a folder with --outdir")
     try:
         check_folder(run_dir)
         if make:
