@@ -53,16 +53,15 @@ def noting_signals() -> Iterator[Callable[[], int]]:
 
     Yields a function for all processes to call after every step: the signal that any of them has noted, 0 for none.
     """
-    noted = 0
+    noted = [0]
 
     def note(number: signal.Signals) -> None:
-        nonlocal noted
-        noted = int(number)
+        noted.append(int(number))
         if dist.is_main():
             os.write(2, f"{number.name}: finishing this step, then saving; Ctrl-C again stops at once\n".encode())
 
     with first_signal(note):
-        yield lambda: dist.agree_on_largest(noted)
+        yield lambda: dist.agree_on_largest(noted[-1])
 
 
 @contextmanager
@@ -71,8 +70,7 @@ def stopping_at_once(advice: str) -> Iterator[None]:
     there is."""
 
     def stop(number: signal.Signals) -> None:
-        text = f"interrupted by {number.name}"
-        raise Interrupted(number, f"{text}; {advice}" if dist.is_main() else text)
+        raise Interrupted(number, f"interrupted by {number.name}{f'; {advice}' * dist.is_main()}")
 
     with first_signal(stop):
         yield

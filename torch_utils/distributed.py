@@ -65,10 +65,8 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
             # addresses there: each start has keys of its own.
             store = dist.PrefixStore(f"edm-distill/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
-            if use_cuda:
-                dist.init_process_group("nccl", device_id=_device, **group)
-            else:
-                dist.init_process_group("gloo", **group)
+            gpu = {"device_id": _device} if use_cuda else {}
+            dist.init_process_group("nccl" if use_cuda else "gloo", **group, **gpu)
             _control_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as exc:
             raise UserError(
@@ -90,11 +88,9 @@ def _whole(variable: str, default: int) -> int:
 def shutdown() -> None:
     """Leaves the process group, if there is one (unless the whole process is about to end, which does)."""
     global _control_group
-    if cli.leaving_by_exit:
-        return
-    if dist.is_initialized():
+    if dist.is_initialized() and not cli.leaving_by_exit:
         dist.destroy_process_group()
-    _control_group = None
+        _control_group = None
 
 
 def device() -> torch.device:
@@ -172,8 +168,6 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
 
     facts: plain values that JSON knows, by the names that they have for people. To be called by all.
     """
-    if not dist.is_initialized():
-        return
     everybody = gather_objects({name: json.dumps(value, sort_keys=True) for name, value in facts.items()})
     wrong = [
         f"{name} is {value:.80} on rank 0, {theirs.get(name, 'nothing'):.80} on rank {rank}"
@@ -181,11 +175,11 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         for rank, theirs in enumerate(everybody)
         if theirs.get(name) != value
     ]
-    if wrong and is_main():
+    if wrong and not is_main():
+        raise FailedElsewhere("rank 0 prints what differs")
+    if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"the processes do not agree: {'; '.join(wrong[:3])}{more}. Start all of them alike")
-    if wrong:
-        raise FailedElsewhere("rank 0 prints what differs")
 
 
 def agree_on_largest(value: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -22,14 +23,8 @@ def training_bar(title: str, done: int, total: int) -> Any:
     The status lines go to standard output, so both streams must be terminals, or lines and bar would mix.
     """
     shown = dist.is_main() and sys.stderr.isatty() and sys.stdout.isatty()
-    settings: dict[str, Any] = {
-        "unit": "img",
-        "unit_scale": True,
-        "dynamic_ncols": True,
-        "smoothing": 0.05,
-        "leave": False,
-    }
-    return tqdm(total=total, initial=done, desc=title, disable=not shown, **settings)
+    bar: Any = partial(tqdm, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05, leave=False)
+    return bar(total=total, initial=done, desc=title, disable=not shown)
 
 
 def show_progress(

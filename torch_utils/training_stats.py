@@ -37,17 +37,16 @@ class Collector:
 
     def update(self) -> None:
         """Takes in everything reported since the last update, summed over processes in one exchange."""
-        names = sorted(self._pending)
-        if not names:
+        if not self._pending:
             return
-        target = distributed.device()
-        parts = [self._pending.pop(name).to(target) for name in names]
-        moments = torch.cat([part.reshape(-1, 3) for part in parts])
+        names = sorted(self._pending)
+        parts = [self._pending.pop(name).to(distributed.device()) for name in names]
+        moments = torch.cat([part.flatten() for part in parts])
         distributed.all_reduce_sum([moments])
-        split = moments.split([part.numel() // 3 for part in parts])
-        for name, part, rows in zip(names, parts, split, strict=True):
-            total = self._totals.get(name)
-            self._totals[name] = rows.reshape(part.shape) if total is None else total + rows.reshape(part.shape)
+        split = moments.split([part.numel() for part in parts])
+        for name, part, numbers in zip(names, parts, split, strict=True):
+            total = numbers.reshape(part.shape)
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
 
     def reset(self) -> None:
         self._totals.clear()

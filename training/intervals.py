@@ -23,12 +23,9 @@ ENOUGH = 16.0  # images that every interval must have seen before its mean is be
 
 
 class Intervals:
-    """Draws the interval of every image, and learns from the losses where they are needed.
-
-    count  number of intervals n
-    rule   uniform  p_i = 1 / n
-           loss     p_i = a tenth uniform, the rest in proportion to the interval's mean loss. (Least noise would be its
-                    square root, roughly; the more eager rule measured better, see docs/results.md.)
+    """Draws the interval of every image, of n, by a rule: `uniform`, p_i = 1 / n, or `loss`, where a tenth of p_i is
+    uniform and the rest in proportion to the interval's mean loss. (Least noise would be its square root, roughly; the
+    more eager rule measured better, see docs/results.md.)
     """
 
     def __init__(self, count: int, rule: str = "uniform", device: torch.device | str = "cpu") -> None:
@@ -46,9 +43,8 @@ class Intervals:
         images, total = self.seen
         need = total / images.clamp(min=1e-12)
         known = (images >= ENOUGH).all() & (need.sum() > 0)
-        return torch.where(
-            known, UNIFORM_PART * uniform + (1 - UNIFORM_PART) * need / need.sum().clamp(min=1e-300), uniform
-        )
+        mixed = UNIFORM_PART * uniform + (1 - UNIFORM_PART) * need / need.sum().clamp(min=1e-300)
+        return torch.where(known, mixed, uniform)
 
     def draw(self, draws: RandomSource, images: int) -> tuple[Tensor, Tensor]:
         """The interval of each image, int64 [images], and 1 / (n p) of each, float64 [images]."""
