@@ -38,3 +38,11 @@ def server(monkeypatch, tmp_path):
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A zip of 40 images of 8x8 in 4 classes."""
+    from helpers import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("data") / "blobs.zip", count=40)

@@ -10,15 +10,10 @@ import torch
 from engine import costs
 from engine.setup import prepare
 from formats.network_files import load_network, save_network
-from helpers import make_dataset, small_network
+from helpers import small_network
 from test_training import SMALL, assert_same_state, losses, run
 from training.recipe import Options
 from training.speed import recompute_blocks
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data") / "blobs.zip", count=40)
 
 
 @pytest.fixture(scope="module")

@@ -63,11 +63,6 @@ TROUBLES = {  # -> status and words of the rank that is left
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data") / "blobs.zip", count=40)
-
-
-@pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """Runs of 84 steps that nothing happens to, by their number of processes."""
     folder = tmp_path_factory.mktemp("whole")
