@@ -109,7 +109,7 @@ def describe_cost(run: Run) -> list[str]:
     """Lines for `--dry-run`, beyond those of every start: parameters, FLOPs of a network call, memory."""
     config, cost, size = run.config, run.cost, largest_counted(run)
     if config.batch_gpu != AUTO:
-        size, _ = check_batch(config.batch, config.batch_gpu, dist.get_world_size())
+        size = check_batch(config.batch, config.batch_gpu, dist.get_world_size())
     memory = fixed_memory(run) + bytes_per_image(run) * size
     return [
         f"Parameters:              {cost.parameters / 1e6:.2f} M",
@@ -179,7 +179,7 @@ def largest_counted(run: Run) -> int:
 
 def divisors(run: Run) -> list[int]:
     """What --batch-gpu may be, the largest first."""
-    share, _ = check_batch(run.config.batch, None, dist.get_world_size())
+    share = check_batch(run.config.batch, None, dist.get_world_size())
     return [n for n in range(share, 0, -1) if share % n == 0]
 
 

@@ -43,17 +43,10 @@ def check_options(options: Options, world_size: int) -> None:
         if options.transfer is None:
             raise UsageError("--precond=edm_distillation needs a teacher: --transfer=FILE or URL of a network")
         check_steps(options.num_steps, options.ratio)
-        for name in _changed(options, "edm"):
-            raise UsageError(f"{name} has no meaning in distillation, whose noise levels are the teacher's")
-        return
     for precond in (DISTILLATION, "edm"):
-        if precond != options.precond and (wrong := _changed(options, precond)):
+        own = [each for each in entries(Options) if each.only == precond != options.precond]
+        if wrong := [each.flag for each in own if getattr(options, each.name) != each.default]:
             raise UsageError(f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to --precond={precond}")
-
-
-def _changed(options: Options, only: str) -> list[str]:
-    """The options of one --precond, as they are typed, that have another value than their default."""
-    return [each.flag for each in entries(Options) if each.only == only and getattr(options, each.name) != each.default]
 
 
 def given(options: Options) -> Kwargs:

@@ -190,29 +190,26 @@ def _open_data(options: Options, stage: Stage | None) -> ImageFolderDataset:
             f"--cond=1, but {options.data} has no labels: use --cond=0, or make it again from labelled images"
         )
     if stage is not None:
-        teacher = stage.teacher
-        check_compatible(teacher.net, dataset.resolution, dataset.num_channels, dataset.label_dim, teacher.source)
-        if teacher.has_label_vectors and not dataset.has_label_vectors:
-            raise UserError(
-                f"{teacher.source} was trained with label vectors, and {options.data} has classes; use the teacher's "
-                "own data set"
-            )
+        check_compatible(stage.teacher, dataset)
     return dataset
 
 
-def check_compatible(net: Any, resolution: int, channels: int, label_dim: int, source: str) -> None:
+def check_compatible(teacher: NetworkFile, dataset: Any) -> None:
     """Refuses a data set that a teacher was not made for. Raises UserError."""
-    if (net.img_resolution, net.img_channels) != (resolution, channels):
+    net, source, own = teacher.net, teacher.source, "use the teacher's own data set"
+    size, label_dim = dataset.resolution, dataset.label_dim
+    if (net.img_resolution, net.img_channels) != (size, dataset.num_channels):
         raise UserError(
             f"{source} makes images of {net.img_resolution}x{net.img_resolution} with "
-            f"{count(net.img_channels, 'channel')}, the data set has {resolution}x{resolution} with {channels}; "
-            "use the teacher's own data set"
+            f"{count(net.img_channels, 'channel')}, the data set has {size}x{size} with {dataset.num_channels}; {own}"
         )
     if net.label_dim == 0 < label_dim:
         raise UserError(f"{source} knows no classes; use --cond=0")
     if net.label_dim != label_dim:
-        has = f"{label_dim}; use the teacher's own" if label_dim else "no labels"
+        has = f"{label_dim}; {own}" if label_dim else "no labels"
         raise UserError(f"{source} has {count(net.label_dim, 'class')}, the data set has {has}")
+    if teacher.has_label_vectors and not dataset.has_label_vectors:
+        raise UserError(f"{source} was trained with label vectors, and the data set has classes; {own}")
 
 
 def _check_foreign(options: Options, stage: Stage) -> None:

@@ -218,7 +218,7 @@ def test_contradictions_are_answered_before_torch_is_loaded():
         (["--targets=1", "--num_steps=4", "--self-teacher"], "--num_steps, --self-teacher, --targets belong to"),
         (["--precond=vp", "--p-std=1"], "error: --p-std belongs to --precond=edm"),
         (["--precond=vp", "--p-mean=0", "--sigma-data=1"], "error: --sigma-data, --p-mean belong to --precond=edm"),
-        (["--precond=edm_distillation", "--transfer=x", "--p-std=1"], "error: --p-std has no meaning in distillation"),
+        (["--precond=edm_distillation", "--transfer=x", "--p-std=1"], "error: --p-std belongs to --precond=edm"),
         (["--tick=1e308"], "Invalid value for '--tick': '1e+308' is too large a number"),
         (["--seed=1" + 30 * "0"], "is too large a number"),
         (["--lr=nan"], "Invalid value for '--lr': 'nan' is not a finite number"),

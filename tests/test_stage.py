@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,11 +166,16 @@ def test_every_small_ladder_agrees_with_plain_arithmetic():
                         plan_ladder(steps, until, [ratio])
 
 
-def test_only_the_teachers_own_kind_of_data_will_do():
-    plain, classes = small_network(8, 1), small_network(8, 1, label_dim=4)
-    check_compatible(plain, 8, 1, 0, "t.pkl")
-    check_compatible(classes, 8, 1, 4, "t.pkl")
-    for net, facts, message in (
+def test_only_the_teachers_own_kind_of_data_will_do(original):
+    plain, classes = (replace(original, net=small_network(8, 1, label_dim=n), source="t.pkl") for n in (0, 4))
+
+    def data(resolution, channels, label_dim):
+        facts = {"resolution": resolution, "num_channels": channels, "label_dim": label_dim}
+        return SimpleNamespace(**facts, has_label_vectors=False)
+
+    check_compatible(plain, data(8, 1, 0))
+    check_compatible(classes, data(8, 1, 4))
+    for teacher, facts, message in (
         (plain, (16, 1, 0), "t.pkl makes images of 8x8 with 1 channel, the data set has 16x16"),
         (plain, (8, 3, 0), "the data set has 8x8 with 3;"),
         (plain, (8, 1, 4), "t.pkl knows no classes; use --cond=0"),
@@ -177,5 +183,5 @@ def test_only_the_teachers_own_kind_of_data_will_do():
         (classes, (8, 1, 10), "has 4 classes, the data set has 10"),
     ):
         with pytest.raises(UserError) as caught:
-            check_compatible(net, *facts, "t.pkl")
+            check_compatible(teacher, data(*facts))
         assert message in str(caught.value)

@@ -721,9 +721,9 @@ def test_bad_options_are_answered_in_one_line(data, teacher, tmp_path, capsys):
 
 
 def test_check_batch():
-    assert check_batch(512, 128, 2) == (128, 2)
-    assert check_batch(100, None, 1) == (100, 1)
-    assert check_batch(12, 50, 2) == (6, 1)
+    assert check_batch(512, 128, 2) == 128
+    assert check_batch(100, None, 1) == 100
+    assert check_batch(12, 50, 2) == 6
     with pytest.raises(Exception, match="25, 50"):
         check_batch(100, 33, 1)
     with pytest.raises(Exception, match="multiple of 3"):

@@ -13,27 +13,20 @@ from dnnlib.errors import printable
 Kwargs = dict[str, Any]
 AUTO = "auto"  # of --batch-gpu
 
+DDPMPP: Kwargs = {
+    "model_type": "SongUNet",
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "channel_mult_noise": 1,
+    "resample_filter": [1, 1],
+    "model_channels": 128,
+    "channel_mult": [2, 2, 2],
+}
+NCSNPP: Kwargs = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2}
 ARCHITECTURES: dict[str, Kwargs] = {
-    "ddpmpp": {
-        "model_type": "SongUNet",
-        "embedding_type": "positional",
-        "encoder_type": "standard",
-        "decoder_type": "standard",
-        "channel_mult_noise": 1,
-        "resample_filter": [1, 1],
-        "model_channels": 128,
-        "channel_mult": [2, 2, 2],
-    },
-    "ncsnpp": {
-        "model_type": "SongUNet",
-        "embedding_type": "fourier",
-        "encoder_type": "residual",
-        "decoder_type": "standard",
-        "channel_mult_noise": 2,
-        "resample_filter": [1, 3, 3, 1],
-        "model_channels": 128,
-        "channel_mult": [2, 2, 2],
-    },
+    "ddpmpp": DDPMPP,
+    "ncsnpp": {**DDPMPP, **NCSNPP, "resample_filter": [1, 3, 3, 1]},
     "adm": {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4]},
 }
 PRECONDS = {"vp": ("VPPrecond", "VPLoss"), "ve": ("VEPrecond", "VELoss"), "edm": ("EDMPrecond", "EDMLoss")}
@@ -77,8 +70,8 @@ def next_run_number(outdir: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def check_batch(batch_size: int, batch_gpu: int | str | None, world_size: int) -> tuple[int, int]:
-    """(images per process and round, rounds). Raises UsageError for a batch that cannot be divided so."""
+def check_batch(batch_size: int, batch_gpu: int | str | None, world_size: int) -> int:
+    """Images per process and round. Raises UsageError for a batch that cannot be divided so."""
     if batch_size < 1 or batch_size % world_size:
         raise UsageError(
             f"--batch={batch_size} cannot be shared by {world_size} processes; use a multiple of {world_size}"
@@ -91,7 +84,7 @@ def check_batch(batch_size: int, batch_gpu: int | str | None, world_size: int) -
             f"--batch-gpu={batch_gpu} does not divide the {share} images of each process (--batch={batch_size}, "
             f"processes: {world_size}); {works} would"
         )
-    return size, share // size
+    return size
 
 
 def check_run_dir(run_dir: str, make: bool = True, owner: str = "run") -> None:

@@ -7,7 +7,7 @@ rounds or of workers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import count
@@ -91,9 +91,6 @@ class Loader:
         starts = count(step * batch_size + rank * share, batch_size)
         shares = (order.indices(start, start + share) for start in starts)
         self.chunks = read_ahead(self._read, shares, max(workers, 1), ahead=3)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         images, labels = zip(*next(self.chunks), strict=True)

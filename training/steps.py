@@ -21,10 +21,8 @@ def check_steps(num_steps: int | None, ratio: int) -> None:
         raise UsageError(f"--ratio={ratio}: a student takes at least 2 steps of its teacher at once")
     if num_steps is None:
         return
-    if num_steps < 1:
-        raise UsageError(f"--num_steps={num_steps}: the teacher takes at least {ratio} steps")
-    if num_steps > MAX_STEPS:
-        raise UsageError(f"--num_steps={num_steps}: a teacher takes {MAX_STEPS} steps at most")
+    if not 1 <= num_steps <= MAX_STEPS:
+        raise UsageError(f"--num_steps={num_steps}: a teacher takes {ratio} to {MAX_STEPS} steps")
     if num_steps % ratio:
         works = ratios_that_work(num_steps)
         hint = f"ratios that work: {', '.join(map(str, works))}" if works else "a single step is the end"

@@ -74,7 +74,7 @@ class Trainer:
         self.config, self.dataset, self.stage = config, dataset, stage
         self.device = dist.device()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.batch_gpu, self.rounds = check_batch(config.batch, config.batch_gpu, self.world_size)
+        self.batch_gpu = check_batch(config.batch, config.batch_gpu, self.world_size)
         set_precision(config)
 
         torch.manual_seed(key(config.seed, 0, "init"))
@@ -185,15 +185,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the following steps depend on (formats.state has the layout)."""
-        names = [name for name, _ in self.net.named_parameters()]
-        per_parameter = [self.optimizer.state[p] for p in self.parameters]
+        adam = {name: self.optimizer.state[p] for name, p in self.net.named_parameters()}
         scaler = self.scaler.state_dict()  # empty where it is off
         return {
             "position": {"nimg": self.nimg, "step": self.step_count},
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": {
-                field: {name: values[field] for name, values in zip(names, per_parameter, strict=True)}
+                field: {name: values[field] for name, values in adam.items()}
                 for field in ("exp_avg", "exp_avg_sq", "step")
             },
             "scaler": {"scale": self.scaler.get_scale(), "growth": scaler.get("_growth_tracker", 0)},
