@@ -75,9 +75,16 @@ class Loop:
         config, trainer = self.config, self.trainer
         if trainer.nimg >= config.total_nimg:
             return self.finish_again()
-        share = {"batch_size": config.batch, "rank": trainer.rank, "world_size": trainer.world_size}
-        reading = {"workers": config.workers, "pin": trainer.device.type == "cuda"}
-        loader = Loader(trainer.dataset, seed=config.seed, step=trainer.step_count, **share, **reading)
+        loader = Loader(
+            trainer.dataset,
+            seed=config.seed,
+            batch_size=config.batch,
+            rank=trainer.rank,
+            world_size=trainer.world_size,
+            step=trainer.step_count,
+            workers=config.workers,
+            pin=trainer.device.type == "cuda",
+        )
         self.log(f"Training for {config.total_nimg / 1000:g} kimg...\n")
         stage = trainer.stage
         title = "training" if stage is None else f"{stage.grid.steps} -> {stage.sampling.grid.steps} steps"

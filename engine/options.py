@@ -29,9 +29,6 @@ def check_options(options: Options, world_size: int) -> None:
     state = Path(options.resume or "latest")
     if options.resume not in (None, "latest") and (state.suffix in (".pkl", ".safetensors") or not state.is_file()):
         raise UserError(f"--resume={options.resume} is not a training state (training-state-*.pt, or latest)")
-    for name in ("outdir", "data"):
-        if not getattr(options, name):
-            raise UsageError(f"--{name} is empty")
     if options.desc is not None and (re.search(r"[/\\]", options.desc) or not options.desc.isprintable()):
         raise UsageError(f"--desc={options.desc} becomes part of a folder's name: no slash, nothing unprintable")
     for name in ("tensorboard", "wandb"):

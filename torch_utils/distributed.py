@@ -65,8 +65,8 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
             # addresses there: each start has keys of its own.
             store = dist.PrefixStore(f"edm-distill/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
-            gpu = {"device_id": _device} if use_cuda else {}
-            dist.init_process_group("nccl" if use_cuda else "gloo", **group, **gpu)
+            group |= {"device_id": _device} if use_cuda else {}
+            dist.init_process_group("nccl" if use_cuda else "gloo", **group)
             _control_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as exc:
             raise UserError(

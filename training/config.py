@@ -34,13 +34,14 @@ INTERVALS = ("uniform", "loss")  # of training.intervals
 AUGMENTATION: Kwargs = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1, "translate_frac": 1}
 
 
-def differences(old: Kwargs, new: Kwargs, within: str = "") -> list[str]:
+def differences(old: Kwargs, new: Kwargs) -> list[str]:
     """Names (with both values) of what differs between two identities; of settings within one another, the parts."""
     found = []
-    for key in dict.fromkeys([*new, *(old if within else ())]):
-        name, before, now = f"{within}{key}", plain(old.get(key)), plain(new.get(key))
+    for name in new:
+        before, now = plain(old.get(name)), plain(new[name])
         if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now, f"{name}.")
+            inner = [{f"{name}.{key}": each.get(key) for key in [*now, *before]} for each in (before, now)]
+            found += differences(inner[0], inner[1])
         elif before != now:
             found.append(f"{printable(name, 80)} (was {_short(before)}, now {_short(now)})")
     return found
