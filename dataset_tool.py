@@ -69,12 +69,15 @@ def check_size(transform: str | None, size: Size | None) -> None:
             raise UsageError(f"--transform={transform} needs --resolution=WxH")
         return
     width, height = size
+    problem = None
     if transform == "center-crop-wide" and height > width:
-        raise UsageError(f"--resolution={width}x{height}: for center-crop-wide the height is at most the width")
-    if transform != "center-crop-wide" and width != height:
-        raise UsageError(f"--resolution={width}x{height}: images must be square; or use --transform=center-crop-wide")
-    if not _is_power_of_two(width) or width > MAX_SIDE:
-        raise UsageError(f"--resolution={width}x{height}: the side must be a power of two, 8, 16, 32, ... {MAX_SIDE}")
+        problem = "for center-crop-wide the height is at most the width"
+    elif transform != "center-crop-wide" and width != height:
+        problem = "images must be square; or use --transform=center-crop-wide"
+    elif not _is_power_of_two(width) or width > MAX_SIDE:
+        problem = f"the side must be a power of two, 8, 16, 32, ... {MAX_SIDE}"
+    if problem:
+        raise UsageError(f"--resolution={width}x{height}: {problem}")
 
 
 def cut(pixels: np.ndarray, transform: str | None, size: Size | None) -> np.ndarray | None:
@@ -91,18 +94,17 @@ def cut(pixels: np.ndarray, transform: str | None, size: Size | None) -> np.ndar
     if size is None:
         return pixels
     h, w = pixels.shape[:2]
-    if transform is None:
-        return resize(pixels, size)
+    width, height = size
     if transform == "center-crop":
         side = min(h, w)
-        return resize(pixels[(h - side) // 2 : (h + side) // 2, (w - side) // 2 : (w + side) // 2], size)
-    width, height = size
-    part = round(width * h / w)
-    if w < width or part < height:
-        return None
+        pixels = pixels[(h - side) // 2 : (h + side) // 2, (w - side) // 2 : (w + side) // 2]
+    if transform == "center-crop-wide":
+        part = round(width * h / w)
+        if w < width or part < height:
+            return None
+        pixels = pixels[(h - part) // 2 : (h + part) // 2]
     canvas = np.zeros([width, width, pixels.shape[2]], dtype=np.uint8)
-    middle = resize(pixels[(h - part) // 2 : (h + part) // 2], size)
-    canvas[(width - height) // 2 : (width + height) // 2] = middle
+    canvas[(width - height) // 2 : (width + height) // 2] = resize(pixels, size)
     return canvas
 
 
@@ -144,7 +146,7 @@ def check_dest(dest: str, source: str) -> None:
 def open_dest(dest: str) -> Iterator[Save]:
     """Yields `save(name, data)`. A zip file appears, or replaces an older one, when the block ends well; a folder's
     files too. If it doesn't, all is as it was."""
-    with (_open_zip if _is_zip(dest) else _open_folder)(dest) as save:
+    with _open_zip(dest) if _is_zip(dest) else _open_folder(Path(dest)) as save:
         yield save
 
 
@@ -153,7 +155,7 @@ def _open_zip(dest: str) -> Iterator[Save]:
     import zipfile
 
     def save(name: str, data: bytes) -> None:
-        info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # the same bytes on every day
+        info = zipfile.ZipInfo(name)  # the same bytes on every day
         info.external_attr = 0o600 << 16
         info.create_system = 3  # and on every system: file modes are Unix's
         archive.writestr(info, data)
@@ -163,13 +165,12 @@ def _open_zip(dest: str) -> Iterator[Save]:
 
 
 @contextlib.contextmanager
-def _open_folder(dest: str) -> Iterator[Save]:
+def _open_folder(folder: Path) -> Iterator[Save]:
     def save(name: str, data: bytes) -> None:
         path = work / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
 
-    folder = Path(dest)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
@@ -177,7 +178,7 @@ def _open_folder(dest: str) -> Iterator[Save]:
         yield save
         if hasattr(os, "sync"):
             os.sync()  # once for all files
-        for path in sorted(work.iterdir(), key=lambda path: path.name == "dataset.json"):  # which comes last
+        for path in sorted(work.iterdir()):  # dataset.json comes last
             path.rename(folder / path.name)
     finally:
         shutil.rmtree(work)
@@ -235,7 +236,11 @@ def convert(
                 continue
             if not result.shape:
                 result.shape, first = pixels.shape, picture.name
-                _check_shape(pixels.shape, first)
+                if pixels.shape[0] != pixels.shape[1] or not _is_power_of_two(pixels.shape[0]):
+                    raise UserError(
+                        f"{first} is {_describe(pixels.shape)}, but images must be square, and the side must be a "
+                        "power of two: add --resolution=WxH (and --transform=center-crop, to cut instead of squeezing)"
+                    )
             if pixels.shape != result.shape:
                 raise UserError(
                     f"{picture.name} is {_describe(pixels.shape)}, but {first} is {_describe(result.shape)}: all "
@@ -261,17 +266,6 @@ def convert(
     return result
 
 
-def _check_shape(shape: tuple[int, ...], name: str) -> None:
-    height, width = shape[:2]
-    if height != width:
-        raise UserError(
-            f"{name} is {width}x{height}, but images must be square: add --resolution=WxH, and --transform=center-crop "
-            "to cut the sides off instead of squeezing"
-        )
-    if not _is_power_of_two(width):
-        raise UserError(f"{name} is {width}x{height}, but the side must be a power of two: add --resolution=WxH")
-
-
 def _describe(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]} {'grey' if shape[2] == 1 else 'RGB'}"
 
@@ -280,18 +274,18 @@ def report(result: Outcome, source: Source, dest: str) -> None:
     """Prints what was written, what was left out, and what to do next."""
     from training.decoding import describe_remarks
 
+    def left_out(what: str, names: list[str]) -> None:
+        if names:
+            print(printable(f"warning: left out {count(len(names), 'image')} {what}: {', '.join(names[:10])}"))
+
     total = len(result.labels)
     print(f"{count(total, 'image')}, {_describe(result.shape)}, written to {dest}")
     if result.coloured:
         print(f"{count(result.coloured, 'grey image')} became RGB, as the others are")
     for line in (*source.remarks, *describe_remarks(result.remarks)):
         print(printable(line))
-    if result.unreadable:
-        bad = printable(", ".join(result.unreadable[:10]))
-        print(f"warning: left out {count(len(result.unreadable), 'image')} that can't be read: {bad}")
-    if result.skipped:
-        first = printable(result.skipped[0])
-        print(f"skipped {count(len(result.skipped), 'image')} smaller than --resolution, the first: {first}")
+    left_out("that can't be read", result.unreadable)
+    left_out("smaller than --resolution", result.skipped)
     if rest := source.count - total - len(result.skipped) - len(result.unreadable):
         print(f"left out: {count(rest, 'image')} after these (--max-images takes the first, in the order of names)")
     has_classes = _report_labels(result, source)
@@ -301,9 +295,8 @@ def report(result: Outcome, source: Source, dest: str) -> None:
     title = "a network trained on them from scratch"
     if result.shape[1] < 32:
         title, words = "a small network trained on them from scratch, in minutes", [*words, *SMALL]
-    print(cli.bold("Next:"))
-    print(f"  {title} (what it costs: --dry-run; other sizes: docs/your-own-data.md)")
-    print(f"    {shlex.join(words)}")
+    note = "what it costs: --dry-run; other sizes: docs/your-own-data.md"
+    print(f"{cli.bold('Next:')}\n  {title} ({note})\n    {shlex.join(words)}")
 
 
 def _report_labels(result: Outcome, source: Source) -> bool:
@@ -315,8 +308,7 @@ def _report_labels(result: Outcome, source: Source) -> bool:
     shown = ", ".join(f"{label} {source.folders[label]}" for label in here[:10])
     print(printable(f"{source.note}: {shown}{', ...' if len(here) > 10 else ''}" if here else source.note))
     if gone := [folder for label, folder in enumerate(source.folders) if label not in here]:
-        left_out = printable(", ".join(gone[:10]))
-        print(f"warning: no image of {count(len(gone), 'class')} came along: {left_out}")
+        print(printable(f"warning: no image of {count(len(gone), 'class')} came along: {', '.join(gone[:10])}"))
     if values[0] is None:
         return False
     try:

@@ -54,7 +54,7 @@ def command(
     if not out.lower().endswith(".png"):
         raise cli.UsageError(f"--out={out}: the picture is a PNG; use a name that ends in .png")
 
-    import torch
+    from torch import from_numpy
 
     from formats.network_files import load_network
     from torch_utils import distributed as dist
@@ -70,11 +70,10 @@ def command(
     plan = plan_sampling(loaded, steps=steps)
     dist.print0(f"Sampling {loaded.source if network else BUNDLED.name} with {plan.text} ...")
     start = time.monotonic()
-    images = torch.from_numpy(
-        sample(loaded, seeds, steps=steps, class_idx=class_idx, labels=labels, device=where)
-    ).permute(0, 3, 1, 2)
+    images = sample(loaded, seeds, steps=steps, class_idx=class_idx, labels=labels, device=where).transpose(0, 3, 1, 2)
     if dist.is_main():
-        pictures.save_png(out, pictures.tile(images, columns=math.ceil(math.sqrt(len(seeds))), gap=2))
+        columns = math.ceil(math.sqrt(len(seeds)))
+        pictures.save_png(out, pictures.tile(from_numpy(images), columns, gap=2))
     dist.print0(f"{count(len(seeds), 'image')} in {out}, made in {time.monotonic() - start:.1f} s on {where.type}")
     dist.shutdown()
 

@@ -101,7 +101,12 @@ def read_packed(path: str, limit: int | None = None, by_name: bool = False) -> S
             are_numbers = all(re.fullmatch("[0-9]{1,18}", folder) for folder in folders)
             classes = sorted(folders, key=int) if are_numbers and not by_name else folders
             note = "labels from top-level folders"
-            remarks += _folder_remarks(classes)
+            if classes != folders:
+                order = f"{_some(classes)}; in EDM it is that of names: {_some(folders)}"
+                remarks.append(f"classes are in the order of their numbers: {order} (--class-order=name)")
+            if len(parts := [top for top in classes if top.lower() in PARTS]) > 1:
+                advice = "if they are parts of one set, convert one at a time"
+                remarks.append(f"note: {_some(parts)} count as classes; {advice}")
             number = {folder: index for index, folder in enumerate(classes)}
             labels = {name: number[top] for name, top in tops.items()}
 
@@ -118,17 +123,6 @@ def read_packed(path: str, limit: int | None = None, by_name: bool = False) -> S
                 yield Picture(name, pixels, labels[name] if labels else None, found)
 
     return Source(len(names), pictures(), note, classes, remarks)
-
-
-def _folder_remarks(classes: Sequence[str]) -> list[str]:
-    """What may be meant otherwise: the order of the classes, and parts of a set that are taken for classes."""
-    remarks = []
-    if sorted(classes) != list(classes):
-        order = f"{_some(classes)}; in EDM it is that of names: {_some(sorted(classes))}"
-        remarks.append(f"classes are in the order of their numbers: {order} (--class-order=name)")
-    if len(parts := [top for top in classes if top.lower() in PARTS]) > 1:
-        remarks.append(f"note: {_some(parts)} count as classes; if they are parts of one set, convert one at a time")
-    return remarks
 
 
 def _some(words: Sequence[str]) -> str:
@@ -198,12 +192,10 @@ def read_mnist(path: str) -> Source:
     """MNIST and its relatives: ...-images-idx3-ubyte.gz with ...-labels-idx1-ubyte.gz beside it, padded to 32x32."""
     folder, name = os.path.split(path)
     wanted = re.sub("images(.*)idx3", r"labels\1idx1", name, flags=re.IGNORECASE)
-    beside = [
-        file for file in sorted(os.listdir(folder or ".")) if _spelling(file) == _spelling(wanted) != _spelling(name)
-    ]
+    beside = [file for file in os.listdir(folder or ".") if _spelling(file) == _spelling(wanted) != _spelling(name)]
     if not beside:
         raise UserError(f"{path}: the labels, {wanted}, must lie beside it")
-    labels_name = wanted if wanted in beside else beside[0]
+    labels_name = wanted if wanted in beside else min(beside)
     images, labels = _read_idx(path, axes=3), _read_idx(os.path.join(folder, labels_name), axes=1)
     if len(labels) != len(images) or images.shape[1:] != (28, 28):
         raise UserError(f"{path} holds {list(images.shape)} pixels for {len(labels)} labels; expected N of 28x28 for N")
