@@ -60,12 +60,11 @@ def command(src: str, dst: str, half: bool | None, like: str | None, overwrite: 
     if is_url(dst, allow_file_urls=True):
         raise cli.UsageError(f"DST={dst}: is an address; give a path to write to")
     check_target(dst)
-    if os.path.lexists(dst):
-        local = None if is_url(src) else local_path(src)
-        if local is not None and os.path.exists(local) and os.path.exists(dst) and os.path.samefile(local, dst):
-            raise cli.UsageError(f"SRC and DST are the same file, {dst}")
-        if not overwrite:
-            raise cli.UserError(f"{dst} exists already; choose another name, or --overwrite")
+    local = "" if is_url(src) else local_path(src)
+    if os.path.exists(local) and os.path.exists(dst) and os.path.samefile(local, dst):
+        raise cli.UsageError(f"SRC and DST are the same file, {dst}")
+    if os.path.lexists(dst) and not overwrite:
+        raise cli.UserError(f"{dst} exists already; choose another name, or --overwrite")
 
     from formats.network_files import convert_network, load_network, with_weights
 

@@ -298,8 +298,7 @@ def _fail(prog: str, exc: BaseException) -> int:
         status = 128 + exc.signal
     if isinstance(exc, FailedElsewhere):
         time.sleep(3)  # a launcher kills all processes when the first one ends: let that be the one with the message
-        return status
-    if isinstance(exc, Stopped) and not str(exc):
+    if isinstance(exc, FailedElsewhere) or (isinstance(exc, Stopped) and not str(exc)):
         return status
     if interrupted and sys.stderr.isatty():
         print(file=sys.stderr)  # after the ^C that the terminal shows
@@ -328,8 +327,7 @@ def _message(exc: BaseException) -> str:
         return _system_message(exc)
     text = str(exc)
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(text):
-        advice = "out of memory: train.py takes --batch-gpu=auto and --recompute=1, the others a smaller --batch"
-        return f"{advice}. {text}".strip()
+        return f"out of memory: train.py takes --batch-gpu=auto and --recompute=1, the others a smaller --batch. {text}"
     if isinstance(exc, ModuleNotFoundError):
         return missing_package(exc)
     if isinstance(exc, RecursionError):
@@ -347,14 +345,13 @@ _LOST_PEER = re.compile(  # the words of Gloo, NCCL and torch's rendezvous store
 
 
 def _system_message(exc: OSError) -> str:
+    where = f": {exc.filename}" if exc.filename else ""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {exc.filename}" if exc.filename else ""
+        where = where.replace(":", " while writing", 1)
         return f"the disk is full{where}; free some space and start again, what existed before is intact"
-    if isinstance(exc, BrokenPipeError):
-        return "the program that read the output has ended (broken pipe)"
     if isinstance(exc, (FileExistsError, NotADirectoryError)):
-        return f"Not a directory: {exc.filename} (a part of that path is a file); use another path"
-    return f"{exc.strerror or exc}: {exc.filename}" if exc.filename else str(exc.strerror or exc)
+        return f"Not a directory{where} (a part of that path is a file); use another path"
+    return f"{exc.strerror or exc}{where}"
 
 
 def world_size() -> int:

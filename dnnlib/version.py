@@ -14,18 +14,11 @@ def git_revision() -> str | None:
     """The commit of this working copy, with '+' where files differ from it; None without git."""
     if not (ROOT / ".git").exists():
         return None  # git would answer for a repository further up
-    revision = _git("rev-parse", "--short=12", "HEAD")
-    if not revision:
-        return None
-    return revision + "+" if _git("status", "--porcelain", "--untracked-files=no") else revision
-
-
-def _git(*words: str) -> str | None:
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True)
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def describe() -> list[str]:
