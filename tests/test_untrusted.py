@@ -11,13 +11,14 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,34 +68,19 @@ def png(width: int, height: int, depth: int = 8, colour: int = 2, data: bytes = 
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def jpeg(width: int, height: int) -> bytes:
-    """A JPEG file that claims another size than it has."""
-    data = bytearray(picture(kind="jpeg"))
-    place = data.index(b"\xff\xc0")
-    data[place + 5 : place + 9] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
-def bmp(width: int, height: int) -> bytes:
-    data = bytearray(picture(kind="bmp"))
-    data[18:26] = struct.pack("<ii", width, height)
-    return bytes(data)
-
-
-def gif(width: int, height: int) -> bytes:
-    data = bytearray(picture("P", kind="gif"))
-    data[6:10] = struct.pack("<HH", width, height)
-    return bytes(data)
+def patched(data: bytes, place: int, kind: str, *values: int) -> bytes:
+    """`data` with other numbers at a place."""
+    return data[:place] + struct.pack(kind, *values) + data[place + struct.calcsize(kind) :]
 
 
 def tiff(tag: int, value: int) -> bytes:
     """A TIFF file with another value in one of its entries."""
-    data = bytearray(picture(kind="tiff"))
+    data = picture(kind="tiff")
     start = struct.unpack_from("<I", data, 4)[0]
     for entry in range(start + 2, start + 2 + 12 * struct.unpack_from("<H", data, start)[0], 12):
         if struct.unpack_from("<H", data, entry)[0] == tag:
-            struct.pack_into("<HII", data, entry + 2, 4, 1, value)
-    return bytes(data)
+            data = patched(data, entry + 2, "<HII", 4, 1, value)
+    return data
 
 
 def floats() -> bytes:
@@ -103,7 +89,7 @@ def floats() -> bytes:
     return buffer.getvalue()
 
 
-GOOD = picture()
+GOOD, JPEG, BMP, GIF = picture(), picture(kind="jpeg"), picture(kind="bmp"), picture("P", kind="gif")
 BAD_IMAGES: dict[str, bytes] = {
     "empty": b"",
     "signature alone": GOOD[:8],
@@ -127,12 +113,12 @@ BAD_IMAGES: dict[str, bytes] = {
     "png of which nothing is data": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)),
     "palette png without palette": png(8, 8, colour=3),
     "cut jpeg": picture(kind="jpeg", size=64)[:700],
-    "jpeg without its end and its tables": picture(kind="jpeg")[:2] + picture(kind="jpeg")[-100:],
-    "jpeg of 65535 pixels a side": jpeg(65535, 65535),
-    "bmp of a million pixels a side": bmp(1_000_000, 1_000_000),
-    "bmp of a negative width": bmp(-8, 8),
-    "gif of 65535 pixels a side": gif(65535, 65535),
-    "cut gif": picture("P", kind="gif")[:100],
+    "jpeg without its end and its tables": JPEG[:2] + JPEG[-100:],
+    "jpeg of 65535 pixels a side": patched(JPEG, JPEG.index(b"\xff\xc0") + 5, ">HH", 65535, 65535),
+    "bmp of a million pixels a side": patched(BMP, 18, "<ii", 1_000_000, 1_000_000),
+    "bmp of a negative width": patched(BMP, 18, "<ii", -8, 8),
+    "gif of 65535 pixels a side": patched(GIF, 6, "<HH", 65535, 65535),
+    "cut gif": GIF[:100],
     "cut webp": picture(kind="webp", size=64)[:200],
     "tiff of a million pixels a side": tiff(256, 1_000_000),
     "tiff with data beyond its end": tiff(273, 2**31),
@@ -165,33 +151,16 @@ def pack(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_STO
     return path
 
 
-def patch_entries(path: Path, change: Callable[[bytearray, int, bool], None]) -> None:
-    """Changes every entry's two headers: `change(data, start, local)`."""
-    data = bytearray(path.read_bytes())
-    for sign, local in ((b"PK\x03\x04", True), (b"PK\x01\x02", False)):
-        place = data.find(sign)
-        while place >= 0:
-            change(data, place, local)
-            place = data.find(sign, place + 4)
+def patch_entries(path: Path, local: int, central: int, kind: str, value: int) -> None:
+    """Changes a number in every entry's two headers."""
+    data = path.read_bytes()
+    for sign, place in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
+        for match in re.finditer(sign, data):
+            data = patched(data, match.start() + place, kind, value)
     path.write_bytes(data)
 
 
-def encrypt(data: bytearray, start: int, local: bool) -> None:
-    data[start + (6 if local else 8)] |= 1
-
-
-def claim(size: int) -> Callable[[bytearray, int, bool], None]:
-    def change(data: bytearray, start: int, local: bool) -> None:
-        struct.pack_into("<I", data, start + (22 if local else 24), size)
-
-    return change
-
-
-def method(number: int) -> Callable[[bytearray, int, bool], None]:
-    def change(data: bytearray, start: int, local: bool) -> None:
-        struct.pack_into("<H", data, start + (8 if local else 10), number)
-
-    return change
+FLAGS, METHOD, SIZE = (6, 8, "<H"), (8, 10, "<H"), (22, 24, "<I")  # places in the two headers, and the kind of number
 
 
 def labels(value: Any) -> bytes:
@@ -251,15 +220,15 @@ def archives(folder: Path) -> dict[str, tuple[Path, str]]:
     def add(name: str, words: str, files: dict[str, bytes] = TWO, change: Any = None, **options: Any) -> None:
         path = pack(folder / f"{len(made):03}.zip", files, **options)
         if change is not None:
-            patch_entries(path, change)
+            patch_entries(path, *change)
         made[name] = path, words
 
     packed = {"compression": zipfile.ZIP_DEFLATED}
-    add("encrypted", "encrypted", change=encrypt)
-    add("unknown compression", "can't be read", change=method(77))
-    add("wrong compression", "can't be read", change=method(zipfile.ZIP_DEFLATED))
-    add("a claim of 4 GB", "can't be read", change=claim(2**32 - 2), **packed)
-    add("a claim of too little", "a.png", change=claim(20), **packed)
+    add("encrypted", "encrypted", change=(*FLAGS, 1))
+    add("unknown compression", "can't be read", change=(*METHOD, 77))
+    add("wrong compression", "can't be read", change=(*METHOD, zipfile.ZIP_DEFLATED))
+    add("a claim of 4 GB", "can't be read", change=(*SIZE, 2**32 - 2), **packed)
+    add("a claim of too little", "a.png", change=(*SIZE, 20), **packed)
     add("a bomb of zeros", "a.png", {"a.png": bytes(200_000_000)}, **packed)
     add("a bomb of zeros that is too large", "claims to hold", {"a.png": bytes(300_000_000)}, **packed)
     add("a bomb of labels", "claims to hold", {**TWO, "dataset.json": bytes(300_000_000)}, **packed)
