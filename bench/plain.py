@@ -1,4 +1,4 @@
-"""The straightforward way to do each part of the work: eager, contiguous, fp32, parameter by parameter, PNG by PNG.
+"""The straightforward way to do each part of the work: eager, contiguous, fp32, parameter by parameter.
 
 What `bench.run` measures this project against, and checks its results with: therefore it states the formulas of the ODE
 once more, on purpose, and shares none with `training.solvers`.
@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from formats.network_files import load_network
 from training import networks
 from training.draws import StepDraws
 from training.grids import NoiseGrid
@@ -62,26 +60,25 @@ def ode_step(net: Any, x: Tensor, t: Tensor, s: Tensor, solver: str) -> Tensor:
     return ahead
 
 
+@dataclass
 class PlainTraining:
     """Training steps with this project's random numbers (seed 0), and EDM's arithmetic, one parameter at a time.
 
     teacher, grid, solver: for steps of distillation, in which two steps become one; teacher in eval mode.
     """
 
-    def __init__(
-        self,
-        net: Any,
-        ema: Any,
-        batch: int,
-        lr: float,
-        teacher: Any = None,
-        grid: NoiseGrid | None = None,
-        solver: str = "heun",
-    ) -> None:
-        self.net, self.ema, self.batch, self.teacher, self.grid, self.solver = net, ema, batch, teacher, grid, solver
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, foreach=False, fused=False)
-        self.step_count = 0
-        self.device = next(net.parameters()).device
+    net: Any
+    ema: Any
+    batch: int
+    lr: float
+    teacher: Any = None
+    grid: NoiseGrid | None = None
+    solver: str = "heun"
+    step_count: int = 0
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.lr, foreach=False, fused=False)
+        self.device = next(self.net.parameters()).device
 
     def step(self, images: Tensor) -> float:
         """One step over uint8 images [N, C, H, W]; returns the mean loss."""
@@ -128,17 +125,3 @@ def sample(net: Any, seeds: Sequence[int], grid: NoiseGrid, device: torch.device
     for t, s in pairwise(levels):
         x = ode_step(net, x, t, s, "euler")
     return x
-
-
-def generate(network: Path, folder: Path, count: int, device: torch.device, batch: int = 64) -> None:
-    """Images of a student's file, one PNG after the other."""
-    file = load_network(network)
-    assert file.sampling is not None
-    net = file.net.to(device)
-    folder.mkdir(exist_ok=True)
-    for start in range(0, count, batch):
-        seeds = range(start, min(start + batch, count))
-        images = sample(net, seeds, file.sampling.grid, device)
-        pixels = (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for seed, image in zip(seeds, pixels, strict=True):
-            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(folder / f"{seed:06d}.png")

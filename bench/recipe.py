@@ -17,14 +17,15 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dnnlib import cli
-from ladders.results import Rung
+from dnnlib.util import count
 from training.weighting import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,11 +68,9 @@ SCREENS: dict[str, Screen] = {
             "longer last stages": "--duration=0.03,0.03,0.05,0.05",
             "longer first stage": "--duration=0.07,0.03,0.03,0.03",
             "from 32": "--num_steps=32 --duration=0.032",
-            "from 64": "--num_steps=64 --duration=0.02667",
             "16 -> 4 -> 1": "--ratio=4 --duration=0.08",
             "16 -> 4 -> 1, equal time": "--ratio=4 --duration=0.049",
             "8 -> 1": "--num_steps=8 --duration=0.0533",
-            "16 -> 1 at once": "--ratio=16 --duration=0.16",
             "16 -> 1, self-teacher": "--ratio=16 --self-teacher --duration=0.16",
             "16 -> 1, self-teacher, equal time": "--ratio=16 --self-teacher --duration=0.147",
             "16 -> 4 -> 1, self-teacher": "--ratio=4 --self-teacher --duration=0.08",
@@ -85,7 +84,6 @@ SCREENS: dict[str, Screen] = {
             "geomean, longer first stage": "--weighting=geomean --duration=0.07,0.03,0.03,0.03",
         },
     ),
-    "budgets": (LADDER, {f"{kimg} kimg a stage": f"--duration={kimg / 1000}" for kimg in (10, 20, 40, 80)}),
 }
 
 
@@ -113,40 +111,24 @@ def run_ladder(folder: Path, options: Sequence[str], measured: Path | None = Non
     return done.returncode == 0
 
 
-@dataclass
-class Group:
-    """Ladders of one kind: by a student's number of steps, one value for every seed."""
-
-    name: str
-    seeds: int = 0
-    distances: dict[int, list[float]] = field(default_factory=dict)  # over the teacher's; none where not measured
-    errors: dict[int, list[float]] = field(default_factory=dict)  # end-point RMSE
-
-
-def read_group(name: str, folders: Iterable[Path]) -> Group:
-    """The ladders in `folders`."""
-    group = Group(name)
-    for folder in folders:
-        teacher, *students = [Rung(**line) for line in json.loads((folder / "ladder.json").read_text(encoding="utf-8"))]
-        group.seeds += 1
-        for rung in students:
-            group.errors.setdefault(rung.steps, []).append(rung.endpoint_rmse)
-            if rung.fd is not None and teacher.fd:
-                group.distances.setdefault(rung.steps, []).append(rung.fd / teacher.fd)
-    return group
-
-
-def to_markdown(groups: Sequence[Group]) -> str:
-    """A row for every group, a column for every number of steps: distance over the teacher's, then end-point RMSE."""
-    steps = sorted({count for group in groups for count in group.errors}, reverse=True)
-    rows = [["ladder", "seeds", *(f"{count} step{'s' * (count > 1)}" for count in steps)], ["---"] * (2 + len(steps))]
-    for group in groups:
-        cells = [group.name, str(group.seeds)]
-        for count in steps:
-            distance = [f"{spread(group.distances[count], 3)}x"] if count in group.distances else []
-            error = [spread(group.errors[count], 4)] if count in group.errors else []
-            cells.append("<br>".join(distance + error))
-        rows.append(cells)
+def to_markdown(variants: Mapping[str, Sequence[Path]]) -> str:
+    """A row for every variant, which has a ladder's folder for every seed, and a column for every number of steps:
+    distance over the teacher's where it was measured, then end-point RMSE."""
+    table: dict[str, dict[int, str]] = {}
+    for name, folders in variants.items():
+        ladders = [json.loads((folder / "ladder.json").read_text(encoding="utf-8")) for folder in folders]
+        pairs = [(teacher, student) for teacher, *students in ladders for student in students]
+        table[f"{name} | {len(folders)}"] = cells = {}
+        for steps in {student["steps"] for _, student in pairs}:
+            same = [(teacher, student) for teacher, student in pairs if student["steps"] == steps]
+            measured = [(teacher, student) for teacher, student in same if None not in (teacher["fd"], student["fd"])]
+            cells[steps] = spread([student["endpoint_rmse"] for _, student in same], 4)
+            if measured:
+                ratios = [student["fd"] / teacher["fd"] for teacher, student in measured]
+                cells[steps] = f"{spread(ratios, 3)}x<br>{cells[steps]}"
+    columns = sorted({steps for cells in table.values() for steps in cells}, reverse=True)
+    rows = [["ladder | seeds", *(count(steps, "step") for steps in columns)], ["---"] * (2 + len(columns))]
+    rows += [[name, *(cells.get(steps, "") for steps in columns)] for name, cells in table.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -167,49 +149,39 @@ def spread(values: Sequence[float], digits: int) -> str:
 @click.option("--eval-num", help="Images that measure a rung", metavar="INT", type=cli.Whole(min=2), default=2000)
 @click.option("--only", help="Variants whose names contain this", metavar="TEXT", default="")
 @click.option("--extra", help="Further options of distill.py, for all runs; they win", metavar="TEXT", default="")
-def command(
-    screens: tuple[str, ...],
-    teacher: str,
-    data: str,
-    detector: str,
-    outdir: str,
-    seeds: list[int],
-    jobs: int,
-    eval_num: int,
-    only: str,
-    extra: str,
-) -> None:
+def command(screens: tuple[str, ...], outdir: str, seeds: list[int], jobs: int, only: str, **given: Any) -> None:
     """Run the named screens, by default all, and print how good each variant's students are."""
     variants = list(plan(screens or list(SCREENS), only))
     if not variants:
         raise cli.UsageError(f"--only={only}: no variant of these screens has that in its name")
-    common = [f"--data={data}", f"--transfer={teacher}", f"--detector={detector}", f"--eval-num={eval_num}"]
+    names = {"data": "data", "teacher": "transfer", "detector": "detector", "eval_num": "eval-num"}
+    common = [f"--{name}={given[own]}" for own, name in names.items()]
     common += ["--eval-batch=125", "--eval-sets=1", "--curve=0", "--tick=10", "--save-every=5"]
+    extra = given["extra"].split()
 
-    first = Path(outdir, f"teacher-{eval_num}")  # a ladder of next to no training: what it measures is good for all
-    if not run_ladder(first, [*common, *SHORT.split(), "--duration=0.001", "--seed=0", *extra.split()]):
+    # a ladder of next to no training: what it measures is good for all
+    first = Path(outdir, f"teacher-{given['eval_num']}")
+    if not run_ladder(first, [*common, *SHORT.split(), "--duration=0.001", "--seed=0", *extra]):
         raise cli.UserError(f"the teacher can't be measured: {first}/log.txt has the reason")
+    failed: list[Path] = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        runs: dict[str, dict[str, list[Path]]] = {}  # screen -> variant -> folders
-        results = {}
+        runs: dict[str, dict[str, dict[Path, Any]]] = {}  # screen -> variant -> folder -> whether it succeeds
         for screen, variant, folder, options in variants:
-            for seed in seeds:
-                place = Path(outdir, folder, f"seed{seed}")
-                words = [*common, *options, f"--seed={seed}", *extra.split()]
-                results[place] = pool.submit(run_ladder, place, words, first)
-                runs.setdefault(screen, {}).setdefault(variant, []).append(place)
+            places = {seed: Path(outdir, folder, f"seed{seed}") for seed in seeds}
+            runs.setdefault(screen, {})[variant] = {
+                place: pool.submit(run_ladder, place, [*common, *options, f"--seed={seed}", *extra], first)
+                for seed, place in places.items()
+            }
         for screen, folders in runs.items():
-            good = {name: [place for place in places if results[place].result()] for name, places in folders.items()}
-            print(f"{screen}\n\n{to_markdown([read_group(*each) for each in good.items()])}\n", flush=True)
-    failed = [place for place, result in results.items() if not result.result()]
+            good = {name: [place for place in places if places[place].result()] for name, places in folders.items()}
+            failed += [place for name, places in folders.items() for place in places if place not in good[name]]
+            print(f"{screen}\n\n{to_markdown(good)}\n", flush=True)
     if failed:
-        raise cli.UserError(f"{len(failed)} of {len(results)} runs failed; log.txt has the reason: {failed[0]}/log.txt")
+        total = len(variants) * len(seeds)
+        raise cli.UserError(f"{len(failed)} of {total} runs failed; log.txt has the reason: {failed[0]}/log.txt")
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,16 +9,13 @@ medians and the median of the pairs' ratios.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,13 +26,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import generate
 from bench import plain
 from dnnlib import cli
 from engine import setup
 from formats.network_files import load_network, save_network
 from torch_utils import distributed as dist
-from training.dataset import ImageFolderDataset
 from training.grids import Sampling, network_grid
 from training.loader import Loader
 from training.recipe import Options
@@ -53,65 +48,57 @@ COMMON |= {"dropout": 0.0, "augment": 0.0, "duration": 100.0}
 
 @dataclass
 class Pair:
-    """What a case compares. `check` gets both results and describes their distance, or raises AssertionError."""
+    """What a case compares: two functions that return numbers."""
 
     plain: Callable[[], Any]
     fast: Callable[[], Any]
-    check: Callable[[Any, Any], str]
+    limit: float  # of the difference, relative to the largest number
     amount: int  # images of one run
 
 
+@dataclass
 class Setting:
     """What cases share: data, a teacher of random weights, and a student of 4 steps of the same weights."""
 
-    def __init__(self, size: str, device: torch.device, precision: str, compile: bool, folder: Path) -> None:
-        self.device, self.precision, self.compile, self.folder = device, precision, compile, folder
-        self.batch, self.data = SIZES[size]["batch"], folder / "data.zip"
-        self.network = {name: SIZES[size][name] for name in ("cbase", "cres", "blocks")}
-        self.images, side, channels = SIZES[size]["images"]
+    size: str
+    device: torch.device
+    precision: str
+    compile: bool
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.network = dict(SIZES[self.size])
+        self.batch, (self.images, side, channels) = self.network.pop("batch"), self.network.pop("images")
+        self.data, self.teacher, self.student = (
+            self.folder / name for name in ("data.zip", "teacher.pkl", "student.pkl")
+        )
         write_images(self.data, self.images, side, channels)
         run = self.prepare(None)
         torch.manual_seed(0)
-        net = build_network(run.config.network_kwargs, run.dataset.resolution, run.dataset.num_channels, 0)
+        net = build_network(run.config.network_kwargs, side, channels, 0)
         with torch.no_grad():  # initial zeros make half of a network idle
             for parameter in net.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-        self.teacher, self.student = folder / "teacher.pkl", folder / "student.pkl"
         save_network(self.teacher, net)
         save_network(self.student, net, sampling=Sampling(network_grid(net, 16).every(4), "euler", 4))
 
     def prepare(self, solver: str | None) -> setup.Run:
         """A run of training from scratch, or of distillation with a teacher that is run by `solver`."""
-        options: dict[str, Any] = {**COMMON, "batch": self.batch, "precision": self.precision, "compile": self.compile}
-        if solver is None:
-            options |= self.network
-        else:
-            options |= {"precond": "edm_distillation", "transfer": str(self.teacher), "num_steps": 16}
+        options = self.network
+        if solver is not None:
+            options = {"precond": "edm_distillation", "transfer": str(self.teacher), "num_steps": 16}
             options |= {"teacher_solver": solver, "intervals": "uniform"}
+        options = {**COMMON, **options, "batch": self.batch, "precision": self.precision, "compile": self.compile}
         return setup.prepare(Options(outdir=str(self.folder / f"run-{solver}"), data=str(self.data), **options))
 
 
 def write_images(path: Path, count: int, side: int, channels: int) -> None:
-    """A zip of smooth random pictures, so that PNGs are of a usual size."""
-    rng = np.random.default_rng(0)
+    """A zip of random pictures."""
+    shape = [count, side, side, 3] if channels == 3 else [count, side, side]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for number in range(count):
-            small = Image.fromarray(rng.integers(0, 256, [4, 4, 3], dtype=np.uint8))
-            picture = small.resize((side, side), Image.Resampling.BICUBIC).convert("L" if channels == 1 else "RGB")
+        for number, image in enumerate(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)):
             with archive.open(f"{number:05d}.png", "w") as file:
-                picture.save(file, "PNG", compress_level=0)
-
-
-def within(limit: float) -> Callable[[Any, Any], str]:
-    """A check that numbers or tensors differ by less than `limit`, relative to the largest."""
-
-    def check(a: Any, b: Any) -> str:
-        a, b = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (a, b))
-        difference = float((a - b).abs().max() / a.abs().max())
-        assert difference < limit, f"{a} and {b} differ by {difference}"
-        return f"{difference:.1e}"
-
-    return check
+                Image.fromarray(image).save(file, "PNG", compress_level=0)
 
 
 def training(setting: Setting, solver: str | None = None) -> Pair:
@@ -128,8 +115,7 @@ def training(setting: Setting, solver: str | None = None) -> Pair:
     loaders = [Loader(run.dataset, seed=0, batch_size=setting.batch) for _ in range(2)]
 
     def plainly() -> float:
-        with plain.plain_layers():
-            return reference.step(next(loaders[0]).images)
+        return reference.step(next(loaders[0]).images)
 
     def quickly() -> float:
         trainer.step(loaders[1])
@@ -137,7 +123,7 @@ def training(setting: Setting, solver: str | None = None) -> Pair:
         trainer.stats.reset()
         return loss
 
-    return Pair(plainly, quickly, within(1e-4 if setting.precision == "fp32" else 0.1), setting.batch)
+    return Pair(plainly, quickly, 1e-4 if setting.precision == "fp32" else 0.1, setting.batch)
 
 
 def sampling(setting: Setting) -> Pair:
@@ -148,45 +134,13 @@ def sampling(setting: Setting) -> Pair:
     count = 256 if setting.device.type == "cpu" else 2048
 
     def plainly() -> Any:
-        with plain.plain_layers():
-            return torch.cat(
-                [plain.sample(net, range(i, i + 64), grid, setting.device).cpu() for i in range(0, count, 64)]
-            )
+        batches = [plain.sample(net, range(i, i + 64), grid, setting.device) for i in range(0, count, 64)]
+        return torch.cat(batches).cpu()
 
     def quickly() -> Any:
         return torch.cat([batch.images.cpu() for batch in iterate_images(student, range(count), device=setting.device)])
 
-    return Pair(plainly, quickly, within(1e-3), count)
-
-
-def generating(setting: Setting, name: str) -> Pair:
-    """Images of a student, from its file to PNGs in a folder or zip."""
-    folder, out, count = setting.folder / "plain", setting.folder / name, min(1024, setting.images)
-    words = [f"--network={setting.student}", f"--outdir={out}", f"--seeds=0-{count - 1}"]
-    words += [
-        f"--device={setting.device.type}",
-        f"--precision={setting.precision}",
-        f"--compile={int(setting.compile)}",
-    ]
-
-    def plainly() -> Path:
-        with plain.plain_layers():
-            plain.generate(setting.student, folder, count, setting.device)
-        return folder
-
-    def quickly() -> Path:
-        shutil.rmtree(out, ignore_errors=True) if out.suffix != ".zip" else out.unlink(missing_ok=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert generate.main(words) == 0
-        return out
-
-    def check(a: Path, b: Path) -> str:
-        one, other = (ImageFolderDataset(str(path)).images(range(count)).astype(int) for path in (a, b))
-        difference = abs(one - other)
-        assert difference.max() <= (1 if setting.precision == "fp32" else 16), difference.max()
-        return f"{(difference > 0).mean():.1e} of values differ"
-
-    return Pair(plainly, quickly, check, count)
+    return Pair(plainly, quickly, 1e-3, count)
 
 
 CASES: dict[str, Callable[[Setting], Pair]] = {
@@ -194,25 +148,26 @@ CASES: dict[str, Callable[[Setting], Pair]] = {
     "distil-heun": partial(training, solver="heun"),
     "distil-euler": partial(training, solver="euler"),
     "sample": sampling,
-    "generate-folder": partial(generating, name="folder"),
-    "generate-zip": partial(generating, name="images.zip"),
 }
 
 
 def measure(name: str, pair: Pair, seconds: float) -> None:
     """Warms up, checks, then alternates for as long as `seconds` allow, three times at least; prints a row."""
-    agreement = pair.check(pair.plain(), pair.fast())
+    plainly = plain.plain_layers()(pair.plain)
+    a, b = (torch.as_tensor(each(), dtype=torch.float64, device="cpu") for each in (plainly, pair.fast))
+    difference = float((a - b).abs().max() / a.abs().max())
+    assert difference < pair.limit, f"{a} and {b} differ by {difference}"
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
-        pair.plain()
+        plainly()
         middle = time.perf_counter()
         pair.fast()
         times.append((middle - start, time.perf_counter() - middle))
     slow, quick = (pair.amount / statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(a / b for a, b in times)
-    print(f"{name:15s} {slow:10.4g} {quick:10.4g} {ratio:6.2f}  {agreement}", flush=True)
+    print(f"{name:15s} {slow:10.4g} {quick:10.4g} {ratio:6.2f}  {difference:.1e}", flush=True)
 
 
 @cli.command(name="run")
@@ -223,7 +178,7 @@ def measure(name: str, pair: Pair, seconds: float) -> None:
 @click.option("--compile", help="torch.compile in the fast path", type=cli.Bool(), default=False)
 @cli.device_option
 def command(cases: str, size: str, seconds: float, precision: str, compile: bool, device: str) -> None:
-    """Time training, distillation, sampling and the writing of images against the plain way to do it."""
+    """Time training, distillation and sampling against the plain way to do it."""
     names = cases.split(",")
     for name in names:
         if name not in CASES:
@@ -240,10 +195,7 @@ def command(cases: str, size: str, seconds: float, precision: str, compile: bool
             measure(name, CASES[name](setting), seconds)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return cli.run(command, args)
-
+main = partial(cli.run, command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,6 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
 from formats.building import PRECONDS, SETTINGS
@@ -30,14 +29,7 @@ from training.training_loop import NETWORKS
 
 
 class EDMStudent(ModelMixin, ConfigMixin):
-    """A network together with the noise grid that it was distilled for.
-
-    class_name  one of EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond
-    arguments   its constructor's
-    settings    its attributes that may have been changed since
-    levels      of the grid, from the first noise level to 0
-    solver      'euler' for students
-    """
+    """A network (class, constructor's arguments, attributes changed since) and the noise levels of its grid."""
 
     @register_to_config
     def __init__(
@@ -52,13 +44,12 @@ class EDMStudent(ModelMixin, ConfigMixin):
         if class_name not in PRECONDS:
             raise ValueError(f"{class_name} is none of {', '.join(PRECONDS)}")
         self.net = NETWORKS[class_name](**arguments)
-        for name in SETTINGS:
-            if name in settings:
-                setattr(self.net, name, settings[name])
+        for name in settings.keys() & set(SETTINGS):
+            setattr(self.net, name, settings[name])
         self.grid = NoiseGrid(tuple(levels))
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The denoiser D(x; sigma, class): float32 [N, C, H, W], as `training.networks` has it."""
+        """The denoiser D(x; sigma, class): float32 [N, C, H, W]."""
         images: Tensor = self.net(x, sigma, class_labels)
         return images
 
@@ -101,26 +92,24 @@ class EDMStudentPipeline(DiffusionPipeline):
         class_labels  one class for all or one each, for a network with classes; None: classes are drawn
         output_type   'pil', 'np' (float32 [N, H, W, C] in [0, 1]) or 'pt' (float32 [N, C, H, W] in [-1, 1])
         """
-        net, device = self.student.net, self._execution_device
+        net, device, labels = self.student.net, self._execution_device, None
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type={output_type!r} is none of 'pil', 'np', 'pt'")
         if class_labels is not None and not net.label_dim:
             raise ValueError("this network has no classes")
         shape = (batch_size, net.img_channels, net.img_resolution, net.img_resolution)
         latents = randn_tensor(shape, generator=generator, device=device)
-        labels = None
         if net.label_dim:
-            one = generator[0] if isinstance(generator, list) else generator
-            where = one.device if one is not None else device
-            drawn = class_labels is None
-            chosen = torch.randint(net.label_dim, [batch_size], generator=one, device=where) if drawn else class_labels
-            classes = torch.as_tensor(chosen).expand(batch_size)
-            labels = torch.eye(net.label_dim, device=device)[classes.to(device)]
+            if class_labels is None:
+                one = generator[0] if isinstance(generator, list) else generator
+                where = one.device if one is not None else device
+                class_labels = torch.randint(net.label_dim, [batch_size], generator=one, device=where)
+            classes = torch.as_tensor(class_labels, device=device).expand(batch_size)
+            labels = torch.eye(net.label_dim, device=device)[classes]
         raw = grid_sampler(net, latents, self.student.grid.levels, self.student.config.solver, labels)
         images: Any = raw.float()
         if output_type == "np":
             images = ((images + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         elif output_type == "pil":
-            pixels = to_uint8(raw).permute(0, 2, 3, 1).cpu().numpy()
-            images = [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pixels]
+            images = self.numpy_to_pil(to_uint8(raw).permute(0, 2, 3, 1).cpu().numpy() / 255)  # with EDM's rounding
         return ImagePipelineOutput(images=images) if return_dict else (images,)

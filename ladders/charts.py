@@ -22,10 +22,11 @@ def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
     return figure, np.atleast_1d(figure.subplots(1, panels))
 
 
-def style(axis: Any, x_label: str) -> None:
+def style(axis: Any, x_label: str, y_label: str = "") -> None:
     """Small print, a faint grid, no frame."""
     axis.tick_params(labelsize=8)
     axis.set_xlabel(x_label, fontsize=9)
+    axis.set_ylabel(y_label, fontsize=9)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -82,7 +82,8 @@ class Ladder:
         self.curve: list[CurvePoint] = []
 
     def check(self) -> Run:
-        """The first stage. Raises UsageError or UserError for options and data that won't do."""
+        """The first stage, and a few lines about what is going to happen. Raises UsageError or UserError for options
+        and data that won't do."""
         first = prepare(self.stage_options(0, self.teacher))
         assert first.stage is not None
         first.dataset.close()
@@ -93,10 +94,6 @@ class Ladder:
         problem = dist.broadcast_object(self.find_changes() if dist.is_main() else None)
         if problem is not None:
             raise UserError(f"{problem}. Use those of before, or a new --outdir")
-        return first
-
-    def announce(self, first: Run) -> None:
-        """What is going to happen, in a few lines."""
         self.log(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
         self.log(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
         if self.options.detector == "inception" and not inception_fits(first.dataset):
@@ -106,44 +103,38 @@ class Ladder:
         runs = [replace(first, config=replace(self.config, duration=each)) for each in self.durations]
         need = sum(disk_need(each).total for each in runs)
         self.log(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
+        return first
 
     def print_costs(self) -> None:
         """`--dry-run`: what each stage and its measurement cost. Nothing is written."""
         first = self.check()
-        self.announce(first)
-        for line in describe_cost(first)[:2]:
-            self.log(line)
-        sets, size, flops, total = self.options.eval_sets, self.options.eval_num, first.cost.flops, 0.0
-        form = "{:<12} {:>9} {:>14} {:>10}   {:>12} {:>10}   {}"
-        self.log("")
-        self.log(form.format("", "training", "", "", "measuring", "", "").rstrip())
-        self.log(form.format("stage", "kimg", "calls an image", "FLOP", "images", "FLOP", "done before"))
-        teacher: str | None = self.teacher.sha256
+        sets, size, flops = self.options.eval_sets, self.options.eval_num, first.cost.flops
+        rows: list[Sequence[object]] = [("", "training", "", "", "measuring", "", "")]
+        rows.append(("stage", "kimg", "calls an image", "FLOP", "images", "FLOP", "done before"))
+        total, teacher = 0.0, self.teacher.sha256
         for index, steps in enumerate(self.chain[1:]):
             kimg = max(int(self.durations[index] * 1000), 1)
             calls = training_calls("euler" if index else self.solver, self.ratios[index], self.base.self_teacher)
             costs = kimg * 1000 * calls * flops, sets * size * steps * flops
             total += sum(costs)
-            record = self.record_of(index, teacher)
-            teacher = record["sha256"] if record else None
+            record = self.record_of(index, teacher) or {"sha256": None}
+            teacher, done = record["sha256"], f"{record['kimg']:g} kimg" if "kimg" in record else "-"
             row = (f"{self.chain[index]} -> {steps}", kimg, f"{calls:g}", f"{costs[0]:.3g}", f"{sets} x {size}")
-            self.log(form.format(*row, f"{costs[1]:.3g}", f"{record['kimg']:g} kimg" if record else "-"))
-        rest = [("the teacher", sets, sets * nfe(self.chain[0], self.solver))]
-        if self.has_curve:
-            points = curve_plan(self.chain[1:])
-            rest.append(("its curve", len(points), sum(nfe(steps, solver) for solver, steps in points)))
-        for name, times, calls in rest:
-            total += size * calls * flops
-            self.log(form.format(name, "", "", "", f"{times} x {size}", f"{size * calls * flops:.3g}", "").rstrip())
-        self.log(f"All together:            {total:.3g} FLOP")
+            rows.append((*row, f"{costs[1]:.3g}", done))
+        points = curve_plan(self.chain[1:]) if self.has_curve else []
+        for name, networks in {"the teacher": [(self.solver, self.chain[0])] * sets, "its curve": points}.items():
+            cost = size * flops * sum(nfe(steps, solver) for solver, steps in networks)
+            total += cost
+            if networks:
+                rows.append((name, "", "", "", f"{len(networks)} x {size}", f"{cost:.3g}", ""))
+        table = ["{:<12} {:>9} {:>14} {:>10}   {:>12} {:>10}   {}".format(*row).rstrip() for row in rows]
+        for line in [*describe_cost(first)[:2], "", *table, f"All together:            {total:.3g} FLOP"]:
+            self.log(line)
 
     def run(self) -> list[Rung]:
         """Everything; returns the rungs, the teacher first."""
-        first = self.check()
-        self.announce(first)
-        self.measuring = Measuring(
-            self.options, self.teacher, self.chain[0], self.solver, self.config, self.outdir, self.log
-        )
+        self.check()
+        self.measuring = Measuring(self.options, self.first, self.config, self.outdir, self.log)
         if dist.is_main():
             for folder in (self.outdir / "rungs", *map(self.stage_dir, range(len(self.recipes)))):
                 check_no_link(folder)
@@ -239,21 +230,9 @@ class Ladder:
         return None
 
     def record_of(self, index: int, teacher: str | None) -> dict[str, Any] | None:
-        """What stage `index` has noted, if it had this teacher, by its SHA-256 (`check` has compared its options);
-        without a student where its file is not there, and then with the kimg of the newest state."""
-        folder = self.stage_dir(index)
-
-        def read() -> dict[str, Any] | None:
-            record = read_record(folder / "stage.json")
-            if record is None or record["teacher"] != teacher:
-                return None
-            if record["student"] is None or not (folder / record["student"]).is_file():
-                states = list_states(folder)
-                kimg = images_seen(states[0]) / 1000 if states else 0.0
-                record |= {"student": None, "sha256": None, "kimg": kimg}
-            return record
-
-        return dist.from_rank0(read)
+        """The record of stage `index`, if it had this teacher, by its SHA-256 (`check` has compared its options)."""
+        record = dist.from_rank0(lambda: read_record(self.stage_dir(index) / "stage.json"))
+        return record if record is not None and record["teacher"] == teacher else None
 
     def train_stage(self, index: int, teacher: NetworkFile) -> tuple[NetworkFile, float]:
         """The student of stage `index`, and the kimg it was trained for."""
@@ -344,17 +323,16 @@ def one_per_stage(name: str, values: list[float], chain: Sequence[int]) -> list[
 def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
     """(what for, command) after a ladder: images of its last student, a report, and a detector where there is none."""
     last, data, file = ladder.rungs[-1], str(ladder.config.dataset_kwargs["path"]), ladder.outdir / "detector.pt"
-    images = [*launched("generate.py"), f"--network={last.network}", f"--outdir={ladder.outdir / 'images'}"]
-    images += ["--seeds=0-63", *([f"--labels={data}"] if ladder.measuring.labels is not None else [])]
-    commands = [
-        (f"images of the student of {count(last.steps, 'step')}", [*images, *trusting(ladder.base)]),
-        ("all about this ladder on one page", [*launched("report.py", alone=True), str(ladder.outdir)]),
-    ]
+    images = [f"--network={last.network}", f"--outdir={ladder.outdir / 'images'}", "--seeds=0-63"]
+    images += [*([f"--labels={data}"] if ladder.measuring.labels is not None else []), *trusting(ladder.base)]
+    commands = {
+        f"images of the student of {count(last.steps, 'step')}": [*launched("generate.py"), *images],
+        "all about this ladder on one page": [*launched("report.py", alone=True), str(ladder.outdir)],
+    }
     if last.fd is None and has_classes(data):
-        detector = [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={file}"]
         title = f"a detector of its own, then the same command with --detector={file} adds distances"
-        commands.append((title, detector))
-    return [(title, shlex.join(words)) for title, words in commands]
+        commands[title] = [*launched("fid.py", alone=True), "detector", f"--data={data}", f"--dest={file}"]
+    return [(title, shlex.join(words)) for title, words in commands.items()]
 
 
 def to_json(rows: Sequence[Any]) -> bytes:
@@ -363,17 +341,22 @@ def to_json(rows: Sequence[Any]) -> bytes:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What `write_record` wrote, or None where there is no such file or it can't be read."""
+    """What a stage has noted of itself, or None where there is no such file or it can't be read; without a student
+    where its file is not there, and then with the kimg of the newest state."""
     try:
         record = read_json(path)
-        if not {"options", "teacher", "kimg", "student", "sha256"} <= record.keys():
-            return None
+        student, kimg, _ = record["student"], record["kimg"], (record["teacher"], record["sha256"])
         if not record["options"].keys() >= set(map(flag, ALTERING)):  # of a version that left some out
             run = read_json(path.with_name("training_options.json"))
             values = {**asdict(Options("", "")), **run[COMMAND_LINE]}
             record["options"] = {**{flag(name): values[name] for name in ALTERING}, **record["options"]}
-        is_sound = isinstance(record["kimg"], (int, float)) and 0 <= record["kimg"] < 1e15
-        # a name, not a path: where its content is another, the file is renamed
-        return record if is_sound and record["student"] in (None, Path(record["student"] or "").name) else None
+        if student not in (None, Path(student or "").name):  # a path, and what has other content is renamed
+            return None
+        if not isinstance(kimg, (int, float)) or not 0 <= kimg < 1e15:
+            return None
     except (AttributeError, KeyError, TypeError):
         return None
+    if student is None or not (path.parent / student).is_file():
+        states = list_states(path.parent)
+        record |= {"student": None, "sha256": None, "kimg": images_seen(states[0]) / 1000 if states else 0.0}
+    return record

@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import stdev
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.atomic import atomic_write, write_text
-from dnnlib.errors import UsageError, UserError, printable, public_url
+from dnnlib.errors import UsageError, UserError, printable
 from dnnlib.util import count, open_file, open_url, parse_json, read_json
 from formats.network_files import NetworkFile
 from metrics import detectors, statistics
@@ -55,8 +56,8 @@ PATIENCE = 4.0  # seconds of silence after which a try (of three) to download th
 class MeasuredSet:
     """What one seed set of a network came to, and what that depends on: a file in `rungs/`.
 
-    images: of the first set, float32 [M, C, H, W] on the CPU for the first seeds: of the teacher as many as students
-    are compared with, of a student those to be shown. Of the other sets and of the teacher's curve none.
+    images: of a first set, float32 [M, C, H, W] on the CPU for the first seeds: of the teacher as many as students
+    are compared with, of a student those to be shown; otherwise none.
     """
 
     key: dict[str, Any]
@@ -74,24 +75,24 @@ class Measuring:
     Construction finds detector and reference, and refuses what doesn't fit by UsageError or UserError; nothing is
     written. `open` comes next, once the ladder's folder is locked.
 
-    teacher, steps, solver: the first teacher, and how it is run. config: of the first stage.
+    teacher: the first one, with the grid that it is sampled on. config: of the first stage.
     """
 
     def __init__(
         self,
         options: LadderOptions,
         teacher: NetworkFile,
-        steps: int,
-        solver: Solver,
         config: TrainConfig,
         outdir: Path,
         log: Callable[[str], None],
     ) -> None:
-        self.options, self.teacher, self.steps, self.solver, self.config = options, teacher, steps, solver, config
-        self.folder, self.data, self.log = outdir / "rungs", str(config.dataset_kwargs["path"]), log
+        self.options, self.teacher, self.config, self.log = options, teacher, config, log
+        self.folder, self.data = outdir / "rungs", str(config.dataset_kwargs["path"])
         self.teacher_images: Tensor | None = None  # what students are compared with, once it is measured
         self.floor: Floor | None = None
         self.news = False  # whether anything has been measured
+        values = teacher.net.img_channels * teacher.net.img_resolution**2
+        self.compared = min(options.eval_num, END_POINT_IMAGES, max(END_POINT_VALUES // values, SHOWN))
         if options.ref is not None and options.detector == "none":
             raise UsageError("--ref is for Fréchet distances, --detector=none measures none; leave one of them out")
         self.reference = None if options.ref is None else statistics.load_reference(options.ref)
@@ -99,7 +100,7 @@ class Measuring:
             statistics.check_same_detector(detectors.INCEPTION, self.reference.detector_id)
         self.detector = self.find_detector()
         self.detector_id = self.detector.id if self.detector else detectors.INCEPTION
-        self.reference_id, self.reference_source = str(config.data_fingerprint), options.ref and public_url(options.ref)
+        self.reference_id = str(config.data_fingerprint)
         if self.reference is not None:
             statistics.check_same_detector(self.detector_id, self.reference.detector_id)
             if self.detector is not None:
@@ -108,9 +109,8 @@ class Measuring:
             self.reference_id = hashlib.sha256(content).hexdigest()
         self.labels: Labels | None = None  # vectors to draw from, where the data set has no classes
         if config.dataset_kwargs["use_labels"]:
-            dataset = ImageFolderDataset(self.data, use_labels=True)
-            self.labels = vector_labels(dataset)
-            dataset.close()
+            with closing(ImageFolderDataset(self.data, use_labels=True)) as dataset:
+                self.labels = vector_labels(dataset)
 
     def find_detector(self) -> Detector | None:
         """The detector that --detector names, or None where that is Inception and its weights can't be had."""
@@ -119,7 +119,8 @@ class Measuring:
             problem = dist.broadcast_object(try_inception() if dist.is_main() else None)
         if spec != "none" and problem is None:
             return detectors.load_detector(spec, dist.device())
-        known = dist.broadcast_object(load_set(set_path(self.folder, self.steps, 0)) if dist.is_main() else None)
+        assert self.teacher.sampling is not None
+        known = dist.from_rank0(lambda: load_set(self.set_path(self.teacher)))
         if known is not None and known.key["detector"] not in (None, detectors.INCEPTION):
             raise UserError(
                 f"{self.folder.parent} was measured with a --detector ({known.key['detector']}), and would lose its "
@@ -139,49 +140,48 @@ class Measuring:
         name, size = f"{self.reference_id} {self.detector_id}", self.options.eval_num
         path = self.folder / f"reference-{short_hash(name)}.npz"
         floor_path = self.folder / f"floor-{short_hash(f'{name} {size}')}.json"
-        self.reference_source = str(path)
-        known = (load_stats(path), load_floor(floor_path)) if dist.is_main() else None
-        self.reference, self.floor = dist.broadcast_object(known)
-        if self.detector is None or (self.reference is not None and self.floor is not None):
+        known, self.floor = dist.from_rank0(lambda: (load_stats(path), load_floor(floor_path)))
+        self.reference = known  # where there is one, what is measured stands on it
+        if self.detector is None or (known is not None and self.floor is not None):
             return
-        what = "the reference statistics of" if self.reference is None else f"how far {size} images drawn are from"
+        what = "the reference statistics of" if known is None else f"how far {size} images drawn are from"
         self.log(f"Computing {what} {self.data}...")
+        draws, batch = DRAWS if self.detector.dim <= WIDE else FEW_DRAWS, self.options.eval_batch
         stats, distances = statistics.dataset_against_itself(
-            self.data,
-            self.detector,
-            draws=DRAWS if self.detector.dim <= WIDE else FEW_DRAWS,
-            images=size,
-            batch=self.options.eval_batch,
+            self.data, self.detector, draws=draws, images=size, batch=batch
         )
-        self.floor = Floor(size, distances)
-        is_new, self.reference = self.reference is None, self.reference or stats  # what is measured stands on the old
+        self.reference, self.floor = known or stats, Floor(size, distances)
         if dist.is_main():
-            if is_new:
+            if known is None:
                 stats.save(path)
             write_text(floor_path, json.dumps(asdict(self.floor)) + "\n")
 
+    def set_path(self, network: NetworkFile, number: int = 0) -> Path:
+        """The file of a network's seed set `number`."""
+        assert network.sampling is not None
+        return self.folder / f"steps-{network.sampling.grid.steps}{f'-set-{number + 1}' * (number > 0)}.npz"
+
     def measure(self, network: NetworkFile, kimg: float) -> tuple[Rung, Tensor]:
         """A network's rung, and the images of its first seed set. kimg: it was trained for."""
-        plan, options = plan_sampling(network), self.options
-        kept = self.compared() if self.teacher_images is None else min(SHOWN, self.compared())
-        sets: list[MeasuredSet] = []
+        plan, options, sets = plan_sampling(network), self.options, list[MeasuredSet]()
+        kept = self.compared if self.teacher_images is None else min(SHOWN, self.compared)
         for number in range(options.eval_sets):
-            path = set_path(self.folder, plan.steps, number)
-            found = self.recall(path, self.key(network, number), kept * (number == 0))
+            path, kept = self.set_path(network, number), kept * (number == 0)
+            found = self.recall(path, self.key(network, number), kept)
             if found is None and number and self.detector is None:
                 break  # without distances, the first set says all there is to say
-            sets.append(found or self.measure_set(path, network, number, kept * (number == 0)))
-        if len(sets) < options.eval_sets or any(each.fd is None for each in sets):
-            sets = [replace(sets[0], fd=None)]
+            sets.append(found or self.measure_set(path, network, number, kept))
+        first, distances = sets[0], [each.fd for each in sets if each.fd is not None]
+        if len(distances) < options.eval_sets:
+            sets, distances = [first], []
         if self.teacher_images is None:
-            self.teacher_images = sets[0].images
-        assert sets[0].endpoint_rmse is not None
-        distances = [each.fd for each in sets if each.fd is not None]
+            self.teacher_images = first.images
+        assert first.endpoint_rmse is not None
         rung = Rung(
             steps=plan.steps,
             nfe=plan.nfe,
             fd=math.fsum(distances) / len(distances) if distances else None,
-            endpoint_rmse=sets[0].endpoint_rmse,
+            endpoint_rmse=first.endpoint_rmse,
             sec_per_kimg=sum(each.seconds for each in sets) / max(sum(each.timed for each in sets), 1) * 1000,
             kimg=kimg,
             network=str(network.source),
@@ -190,7 +190,7 @@ class Measuring:
             images=options.eval_num,
             detector=self.detector_id if distances else None,
         )
-        return rung, sets[0].images
+        return rung, first.images
 
     def curve(self, students: Sequence[int]) -> list[CurvePoint]:
         """The first teacher itself at the cost of students of so many steps, on fresh grids and of the first seed set
@@ -216,15 +216,16 @@ class Measuring:
     def key(self, network: NetworkFile, number: int) -> dict[str, Any]:
         """What the numbers of a network's seed set `number` depend on. Latents are drawn on the device: each kind of
         device has its own."""
-        assert network.sampling is not None
+        own, first = network.sampling, self.teacher.sampling
+        assert own is not None and first is not None
         return {
             "network": network.sha256,
-            "levels": list(network.sampling.grid.levels),
-            "solver": network.sampling.solver,
-            "teacher": [self.teacher.sha256, self.steps, self.solver],
+            "levels": list(own.grid.levels),
+            "solver": own.solver,
+            "teacher": [self.teacher.sha256, first.grid.steps, first.solver],
             "first_seed": number * self.options.eval_num,
             "images": self.options.eval_num,
-            "compared": self.compared(),
+            "compared": self.compared,
             "batch": self.options.eval_batch,
             "device": dist.device().type,
             "detector": self.detector_id,
@@ -232,21 +233,14 @@ class Measuring:
             **({} if self.labels is None else {"labels": self.labels.digest()}),
         }
 
-    def compared(self) -> int:
-        """How many images of each rung are compared with the teacher's: those of the first seeds."""
-        net = self.teacher.net
-        size = net.img_channels * net.img_resolution**2
-        return min(self.options.eval_num, END_POINT_IMAGES, max(END_POINT_VALUES // size, SHOWN))
-
     def recall(self, path: Path, key: dict[str, Any], kept: int = 0) -> MeasuredSet | None:
         """What the file holds, if that was measured in the same way, with `kept` images.
 
         While the detector can't be had, what was measured without it stands, and what was measured with it anyway.
         """
-        known: MeasuredSet | None = dist.broadcast_object(load_set(path) if dist.is_main() else None)
+        known, net = dist.from_rank0(lambda: load_set(path)), self.teacher.net
         if known is None or known.key not in (key, without_detector(key) if self.detector is None else key):
             return None
-        net = self.teacher.net
         shape = (kept, net.img_channels, net.img_resolution, net.img_resolution)
         return known if not kept or (known.endpoint_rmse is not None and known.images.shape == shape) else None
 
@@ -259,29 +253,31 @@ class Measuring:
         kept: so many of the first images are part of the result. is_curve: images that no measure can make sense of
         are a result too, a `problem`; otherwise they raise UserError.
         """
-        key, size, plan = self.key(network, number), self.options.eval_num, plan_sampling(network)
+        key, size, plan, detector = (
+            self.key(network, number),
+            self.options.eval_num,
+            plan_sampling(network),
+            self.detector,
+        )
         self.explain(path, key)
         set_precision(replace(self.config, precision="fp32"))  # whatever the training before it has set
-        sets = self.options.eval_sets if self.detector is not None and not is_curve else 1
+        sets = self.options.eval_sets if detector is not None and not is_curve else 1
         who = "the teacher itself" if is_curve else network.source
         which = f" (set {number + 1} of {sets})" if sets > 1 else ""
-        calls = count(plan.nfe, "network call")
-        self.log(f"Measuring {who}, {count(plan.steps, 'step')}: {size} images{which}, {calls} (NFE) for each...")
-        seeds = range(number * size, (number + 1) * size)
-        batches = iterate_images(
-            network, seeds, max_batch=self.options.eval_batch, device=dist.device(), labels=self.labels
-        )
-        watch = Watch(self.compared() if number == 0 else 0)
-        title = f"{count(plan.steps, 'step')}, NFE {plan.nfe}"
+        steps, calls = count(plan.steps, "step"), count(plan.nfe, "network call")
+        self.log(f"Measuring {who}, {steps}: {size} images{which}, {calls} (NFE) for each...")
+        seeds, batch = range(number * size, (number + 1) * size), self.options.eval_batch
+        batches = iterate_images(network, seeds, max_batch=batch, device=dist.device(), labels=self.labels)
+        watch = Watch(0 if number else self.compared)
+        title = f"{steps}, NFE {plan.nfe}"
         seen = show_progress(watch.pass_on(batches), lambda batch: len(batch.seeds), size, self.log, title)
         images = (pictures.to_uint8(batch.images) for batch in seen)
-        stats, fd, error = None, None, None
-        if self.detector is not None:
-            stats = statistics.statistics_of_images(images, self.detector, warn=not self.news)
+        fd = error = stats = None
+        if detector is not None:
+            stats = statistics.statistics_of_images(images, detector, warn=not self.news)
         else:
             key = without_detector(key)
-            for _ in images:
-                pass
+            deque(images, maxlen=0)
         network.net.cpu()  # makes room for training
         seconds, timed, first, problem = watch.totals()
         if problem is not None and not is_curve:
@@ -326,11 +322,8 @@ class Watch:
         self.bad: str | None = None
 
     def pass_on(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
+        start = time.perf_counter()
+        for batch in batches:
             if batch.images.is_cuda:
                 torch.cuda.synchronize(batch.images.device)
             self.spent.append((time.perf_counter() - start, len(batch.seeds)))
@@ -342,6 +335,7 @@ class Watch:
                 pairs = zip(batch.seeds, batch.images.cpu().numpy(), strict=True)
                 self.kept |= {seed: image for seed, image in pairs if seed < self.first}
             yield batch
+            start = time.perf_counter()
 
     def totals(self) -> tuple[float, int, Tensor, str | None]:
         """Of all processes: the slowest one's seconds and everybody's images, less each one's first batch, in which a
@@ -381,11 +375,6 @@ def try_inception() -> str | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files in rungs/
-
-
-def set_path(folder: Path, steps: int, number: int) -> Path:
-    """The file of a network's seed set `number`."""
-    return folder / f"steps-{steps}{f'-set-{number + 1}' * (number > 0)}.npz"
 
 
 def short_hash(text: str) -> str:

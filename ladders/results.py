@@ -91,20 +91,28 @@ def plus_minus(mean: float, std: float) -> str:
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
-def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> str:
-    """The ladder as text; below it the teacher itself at the students' costs, and the data itself."""
-    form = "{:>6} {:>5} {:>16} {:>14} {:>9} {:>8}  {}".format
-    lines = [form("steps", "NFE", "fd", "endpoint_rmse", "s/kimg", "kimg", "network")]
-    for rung in rungs:
-        numbers = (rung.steps, rung.nfe, spread(rung), f"{rung.endpoint_rmse:.4f}", f"{rung.sec_per_kimg:.3g}")
-        lines.append(form(*numbers, f"{rung.kimg:g}", rung.network))
+COLUMNS = ("steps", "NFE", "fd", "endpoint_rmse", "s/kimg", "kimg", "network")
+
+
+def table_rows(rungs: Sequence[Rung], curve: Sequence[CurvePoint], floor: Floor | None) -> list[list[str]]:
+    """The ladder, the teacher itself at the students' costs, and the data itself: a row for each, by `COLUMNS`."""
+    rows: list[list[Any]] = [
+        [r.steps, r.nfe, spread(r), f"{r.endpoint_rmse:.4f}", f"{r.sec_per_kimg:.3g}", f"{r.kimg:g}", r.network]
+        for r in rungs
+    ]
     for point in curve:
         name = f"the teacher itself, {point.solver.capitalize()}"
-        lines.append(form(point.steps, point.nfe, spread(point), f"{point.endpoint_rmse:.4f}", "", "", name))
+        rows.append([point.steps, point.nfe, spread(point), f"{point.endpoint_rmse:.4f}", "", "", name])
     if floor is not None:
         name = f"the data itself: {floor.images} images drawn from it, {len(floor.distances)} times"
-        lines.append(form("", "", plus_minus(floor.mean, floor.std), "", "", "", name))
-    return "\n".join(lines)
+        rows.append(["", "", plus_minus(floor.mean, floor.std), "", "", "", name])
+    return [[str(cell) for cell in row] for row in rows]
+
+
+def format_table(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor: Floor | None = None) -> str:
+    """The same as text."""
+    form = "{:>6} {:>5} {:>16} {:>14} {:>9} {:>8}  {}".format
+    return "\n".join(form(*row) for row in [COLUMNS, *table_rows(rungs, curve, floor)])
 
 
 def to_csv(rows: Sequence[Any]) -> str:
@@ -138,43 +146,42 @@ def ladder_figure(rungs: Sequence[Rung], curve: Sequence[CurvePoint] = (), floor
 
     rungs: the teacher first. curve: the teacher itself with fewer steps. floor: how far the data are from themselves.
     """
-    measured = [rung for rung in rungs if rung.fd is not None]
-    has_errors = len(rungs) > 1 or not measured
-    panels = bool(measured) + has_errors
+    first, measured = rungs[0], [rung for rung in rungs if rung.fd is not None]
+    panels = bool(measured) + (len(rungs) > 1 or not measured)
     # Tried out: the legend, two columns of small print at most, leaves the panels nearly square.
     figure, axes = new_figure(3.9 * max(panels, 1.2), 3.8, panels)
-    solver = "Heun step" if rungs[0].nfe > rungs[0].steps else "step"
-    teacher = f"teacher, {count(rungs[0].steps, solver)} (NFE {rungs[0].nfe})"
+    teacher = f"teacher, {count(first.steps, 'Heun step' if first.nfe > first.steps else 'step')} (NFE {first.nfe})"
     students = f"students ({' → '.join(str(rung.steps) for rung in rungs)} steps)"
     if measured:
-        _plot_distances(axes[0], measured, rungs[0], teacher, students, floor)
+        _plot_distances(axes[0], measured, first, teacher, students, floor)
         points = [(point.solver, point.nfe, point.fd) for point in curve if point.fd is not None]
-        _finish(axes[0], rungs, [rung.nfe for rung in measured], points)
-    if has_errors:
-        is_named = any(rung.fd is not None for rung in rungs[1:])
-        _plot_errors(axes[-1], rungs, f"{teacher}: 0 by definition", None if is_named else students)
-        shown = [(point.solver, point.nfe, min(point.endpoint_rmse, FARTHEST)) for point in curve]
-        _finish(axes[-1], rungs, [rung.nfe for rung in rungs[1:] or rungs], shown)
+        _finish(axes[0], f"Fréchet distance ({features_of(first)})", rungs, measured, points)
+    if panels > 1 or not measured:
+        axis, shown = axes[-1], rungs[1:] or rungs
+        if len(rungs) > 1:  # the teacher's own error is 0 by definition, which is no place on a logarithmic axis
+            label = None if any(rung.fd is not None for rung in shown) else students
+            axis.plot([r.nfe for r in shown], [r.endpoint_rmse for r in shown], label=label, **STUDENTS)
+        else:
+            marks = {**TEACHER, "marker": "D", "clip_on": False}
+            axis.plot([first.nfe], [0.0], label=f"{teacher}: 0 by definition", **marks)
+        points = [(point.solver, point.nfe, min(point.endpoint_rmse, FARTHEST)) for point in curve]
+        _finish(axis, "end-point RMSE to the teacher (in [-1, 1])", rungs, shown, points)
         for point in curve:
             if point.endpoint_rmse > FARTHEST:
                 place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
                 colour = CURVES.get(point.solver, CURVES["euler"])["color"]
-                axes[-1].annotate(f"↑ {point.endpoint_rmse:.3g}", (point.nfe, FARTHEST), color=colour, **place)
-    known: dict[str, Any] = {}
-    for axis in axes:
-        known |= dict(reversed(pair) for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+                axis.annotate(f"↑ {point.endpoint_rmse:.3g}", (point.nfe, FARTHEST), color=colour, **place)
+    known = {label: mark for axis in axes for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     ranks = ("students", "teacher,", "the data", "")
     order = sorted(known, key=lambda label: next(i for i, start in enumerate(ranks) if label.startswith(start)))
-    figure.legend(  # below the panels, where there are no data to cover
-        [known[label] for label in order],
-        order,
-        loc="outside lower center",
-        ncols=panels,
-        frameon=False,
-        fontsize=8,
-        handlelength=3.2,
-    )
+    legend = {"loc": "outside lower center", "ncols": panels, "frameon": False, "fontsize": 8, "handlelength": 3.2}
+    figure.legend([known[label] for label in order], order, **legend)  # below, where there are no data to cover
     return figure
+
+
+def features_of(teacher: Rung) -> str:
+    """Whose features the distances of a ladder are of."""
+    return "Inception" if (teacher.detector or "").startswith("inception") else "own detector"
 
 
 def _plot_distances(
@@ -183,12 +190,14 @@ def _plot_distances(
     """Distances with error bars, where there are several seed sets, and the data's own."""
     if first.fd is not None:
         axis.axhline(first.fd, **TEACHER)
-    sets = max(len(rung.fd_sets) for rung in measured)
-    by = f", mean ± std of {sets} x {first.images} images" if sets > 1 else f", by {first.images} images"
-    label = students + by * (first.images is not None)
-    own = [rung for rung in measured if rung is first]
-    others = [rung for rung in measured if rung is not first]
-    for group, name, marks in ((own, teacher, {**TEACHER, "marker": "D", "markersize": 5}), (others, label, STUDENTS)):
+    if first.images is not None:
+        sets = max(len(rung.fd_sets) for rung in measured)
+        students += f", mean ± std of {sets} x {first.images} images" if sets > 1 else f", by {first.images} images"
+    own, others = ([rung for rung in measured if (rung is first) is whose] for whose in (True, False))
+    for group, name, marks in (
+        (own, teacher, {**TEACHER, "marker": "D", "markersize": 5}),
+        (others, students, STUDENTS),
+    ):
         if group:
             spreads = None if any(rung.fd_std is None for rung in group) else [rung.fd_std for rung in group]
             place = [rung.nfe for rung in group], [rung.fd for rung in group]
@@ -196,36 +205,26 @@ def _plot_distances(
     if floor is not None:
         axis.axhspan(floor.mean - floor.std, floor.mean + floor.std, **BAND)
         axis.axhline(floor.mean, label=f"the data itself ({floor.images} images drawn from it, ± std)", **FLOOR)
-    features = "Inception" if (first.detector or "").startswith("inception") else "own detector"
-    axis.set_ylabel(f"Fréchet distance ({features})", fontsize=9)
 
 
-def _plot_errors(axis: Any, rungs: Sequence[Rung], teacher: str, students: str | None) -> None:
-    """End-point errors. The teacher's own is 0 by definition, which is no place on a logarithmic axis: it is left out
-    where there is a student."""
-    if len(rungs) > 1:
-        axis.plot([r.nfe for r in rungs[1:]], [r.endpoint_rmse for r in rungs[1:]], label=students, **STUDENTS)
-    else:
-        axis.plot([rungs[0].nfe], [0.0], label=teacher, clip_on=False, **{**TEACHER, "marker": "D"})
-    axis.set_ylabel("end-point RMSE to the teacher (in [-1, 1])", fontsize=9)
-
-
-def _finish(axis: Any, rungs: Sequence[Rung], drawn: Sequence[int], curve: Sequence[tuple[str, int, float]]) -> None:
+def _finish(
+    axis: Any, title: str, rungs: Sequence[Rung], drawn: Sequence[Rung], curve: Sequence[tuple[str, int, float]]
+) -> None:
     """The teacher's own curve, and the axes: logarithmic, as wide as what is drawn, with the rungs' numbers below."""
     for solver, marks in CURVES.items():
-        chosen = [(nfe, value) for name, nfe, value in curve if name == solver]
+        chosen = sorted((nfe, value) for name, nfe, value in curve if name == solver)
         if chosen:
             label = f"teacher itself with fewer {solver.capitalize()} steps"
-            axis.plot(*zip(*sorted(chosen), strict=True), label=label, **marks)
-    drawn = [*drawn, *(nfe for _, nfe, _ in curve)]
-    low, high = min(drawn), max(drawn)
+            axis.plot(*zip(*chosen, strict=True), label=label, **marks)
+    calls = {rung.nfe for rung in drawn} | {nfe for _, nfe, _ in curve}
+    low, high = min(calls), max(calls)
     ticks = sorted({rung.nfe for rung in rungs if low <= rung.nfe <= high})
     axis.set_xscale("log", base=2)
     margin = 1.35 if high >= 2 * low else 2
     axis.set_xlim(low / margin, high * margin)
     axis.minorticks_off()
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    others = sorted({*drawn} - {*ticks})  # of the teacher itself: 3, 7, 15; no room for numbers
+    others = sorted(calls - {*ticks})  # of the teacher itself: 3, 7, 15; no room for numbers
     axis.set_xticks(others, [""] * len(others), minor=True)
     scale_y(axis)
-    style(axis, "network calls per image (NFE)")
+    style(axis, "network calls per image (NFE)", title)

@@ -14,8 +14,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +37,6 @@ LARGEST, SMALLEST = 1e15, 1e-30  # a number beyond is left out, one nearer to 0 
 SHOTS = 40  # pictures of a kind
 WIDEST, HEAVIEST = 2000, 1_500_000  # pixels, bytes: a picture beyond is shown smaller
 KINDS = {"samples": "snapshots, --snap", "targets": "--targets"}  # pictures, and what makes them
-STAGE = re.compile(r"stage-(\d+)-\d+to\d+")
 JUMP = re.compile(r"Loss/interval/(\d{1,3})", re.ASCII)
 SERIES = LOSS, SPEED, TIME, KIMG, SKIPPED, HOST, GPU = (
     *("Loss/loss", "Timing/sec_per_kimg", "Timing/total_sec", "Progress/kimg"),
@@ -48,7 +46,7 @@ SERIES = LOSS, SPEED, TIME, KIMG, SKIPPED, HOST, GPU = (
 
 @dataclass
 class Picture:
-    """A picture for the page, as a data URI."""
+    """A picture for the page. uri: its file, as a data URI."""
 
     caption: str
     uri: str
@@ -64,8 +62,18 @@ class Run:
     name: str
     options: dict[str, Any]
     ticks: list[dict[str, float]]
-    written: float | None  # time of the last tick, seconds since 1970
+    written: float  # time of the last tick, seconds since 1970; 0 where unknown
     pictures: dict[str, list[Picture]]  # of each kind, the oldest first
+
+    def __post_init__(self) -> None:
+        self.distillation = mapping(self.options.get("distillation"))
+        steps, ratio = (number(self.distillation.get(name), least=1) for name in ("num_steps", "ratio"))
+        self.ratio = int(ratio or 0)
+        self.steps = (int(steps), int(steps // ratio)) if steps and ratio and steps >= ratio else None  # teacher's, own
+        found = self.distillation.get("lineage")
+        self.lineage = [mapping(entry) for entry in found[:MAX_ROWS]] if isinstance(found, list) else []
+        names = {name for tick in self.ticks for name in tick}
+        self.jumps = dict(sorted((int(match[1]), name) for name in names if (match := JUMP.fullmatch(name))))
 
     def series(self, name: str) -> np.ndarray:
         """A value per tick, NaN where one has none."""
@@ -76,45 +84,20 @@ class Run:
         return next((tick[name] for tick in reversed(self.ticks) if name in tick), None)
 
     @property
-    def jumps(self) -> dict[int, str]:
-        """The series of a student's jumps."""
-        names = {name for tick in self.ticks for name in tick}
-        return dict(sorted((int(match[1]), name) for name in names if (match := JUMP.fullmatch(name))))
-
-    @property
-    def kimg(self) -> float:
-        return self.last(KIMG) or 0.0
-
-    @property
     def state(self) -> str:
         """A few words: how far it is."""
-        total = number(self.options.get("total_kimg"))
+        kimg, total = self.last(KIMG) or 0.0, number(self.options.get("total_kimg"))
         if not self.ticks:
             return "no tick yet"
-        if total and self.kimg >= total:
-            return f"finished, {show_kimg(self.kimg)} kimg"
-        return f"{show_kimg(self.kimg)}{f' of {show_kimg(total)}' if total else ''} kimg so far"
-
-    @property
-    def distillation(self) -> dict[str, Any]:
-        return mapping(self.options.get("distillation"))
-
-    @property
-    def steps(self) -> tuple[int, int] | None:
-        """Of teacher and student."""
-        steps, ratio = (number(self.distillation.get(name)) for name in ("num_steps", "ratio"))
-        return (int(steps), int(steps // ratio)) if steps and ratio and steps >= ratio >= 1 else None
+        if total and kimg >= total:
+            return f"finished, {show_kimg(kimg)} kimg"
+        return f"{show_kimg(kimg)}{f' of {show_kimg(total)}' if total else ''} kimg so far"
 
     @property
     def rate(self) -> float | None:
         """Median seconds per 1000 images of the ticks; the first one, in which things warm up, apart."""
         values = [tick[SPEED] for tick in self.ticks[1:] or self.ticks if SPEED in tick]
         return median(values) if values else None
-
-    @property
-    def lineage(self) -> list[dict[str, Any]]:
-        found = self.distillation.get("lineage")
-        return [mapping(entry) for entry in found[:MAX_ROWS]] if isinstance(found, list) else []
 
 
 @dataclass
@@ -124,13 +107,13 @@ class Subject:
     folder: Path
     name: str
     is_ladder: bool
+    problems: list[str]
     runs: list[Run]
     rungs: list[Rung] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
     floor: Floor | None = None
     plan: list[int] = field(default_factory=list)
     samples: Picture | None = None
-    problems: list[str] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,14 +164,14 @@ def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
         found[each.heading] = (mapping(options.get(outer)) if outer else options).get(inner)
     found["teacher"] = options.get("transfer") or found["teacher"]
     size = data.get("resolution")
-    rows: list[tuple[str, Any]] = [
-        ("data", found.pop("data")),
-        ("images", f"{data.get('max_size')}, {size} x {size}" if size else None),
-        ("network", " ".join(str(net[key]) for key in ("class_name", "model_type") if key in net)),
-        ("loss", loss.get("class_name")),
-        *found.items(),
-    ]
-    return [(name, show_setting(value)) for name, value in rows if name and value not in (None, "")]
+    rows = {
+        "data": found.pop("data"),
+        "images": f"{data.get('max_size')}, {size} x {size}" if size else None,
+        "network": " ".join(str(net[key]) for key in ("class_name", "model_type") if key in net),
+        "loss": loss.get("class_name"),
+        **found,
+    }
+    return [(name, show_setting(value)) for name, value in rows.items() if name and value not in (None, "")]
 
 
 def show_setting(value: Any) -> str:
@@ -202,6 +185,15 @@ def show_kimg(kimg: float) -> str:
     return f"{kimg:,.0f}" if kimg >= 1000 else f"{kimg:.4g}"
 
 
+def every(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them at equal distances, the last one among them."""
+    return list(items[::-1][:: max(-(-len(items) // most), 1)][::-1])
+
+
+def picture_of(caption: str, data: bytes, kind: str, size: tuple[int, int]) -> Picture:
+    return Picture(caption, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", *size)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -211,15 +203,11 @@ class Reader:
     """Reads files that lie in `root`, links followed; what can't be read is a line in `problems`."""
 
     root: Path
-    problems: list[str]
+    problems: list[str] = field(default_factory=list)
     prefix: str = ""
 
     def note(self, problem: str) -> None:
         self.problems.append(f"{self.prefix}{problem}")
-
-    def quiet(self) -> Reader:
-        """For files that may be missing."""
-        return Reader(self.root, [])
 
     def bytes(self, path: Path, kind: str) -> bytes:
         """The content; empty where it can't be read."""
@@ -227,12 +215,11 @@ class Reader:
             if data := read_file(path, kind, within=self.root):
                 return data
             self.note(f"{path.name} is empty")
-        except FileNotFoundError:
-            self.note(f"{path.name} is not there")
         except UserError as exc:
             self.note(str(exc).replace(str(path), path.name, 1))
         except OSError as exc:
-            self.note(f"{path.name} can't be read ({exc.strerror})")
+            missing = isinstance(exc, FileNotFoundError)
+            self.note(f"{path.name} is not there" if missing else f"{path.name} can't be read ({exc.strerror})")
         return b""
 
     def json(self, path: Path, kind: type) -> Any:
@@ -244,7 +231,7 @@ class Reader:
             if isinstance(content, kind):
                 return content
             self.note(f"{path.name} is not what a run writes")
-        except (ValueError, RecursionError):
+        except ValueError:
             if data:
                 self.note(f"{path.name} is damaged or cut short")
         return kind()
@@ -269,41 +256,35 @@ class Reader:
                     raise ValueError("too large")
                 picture.load()
                 if max(width, height) <= WIDEST and len(data) <= HEAVIEST:
-                    return Picture(caption, data_uri(data, "png"), width, height)
-                small = picture.convert("RGB")
-                small.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
-                buffer = io.BytesIO()
-                small.save(buffer, format="WEBP", quality=85)
-                caption += f"; {width} x {height} pixels, shown smaller"
-                return Picture(caption, data_uri(buffer.getvalue(), "webp"), *small.size)
+                    return picture_of(caption, data, "png", picture.size)
+                small, buffer = picture.convert("RGB"), io.BytesIO()
+            small.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
+            small.save(buffer, format="WEBP", quality=85)
+            caption += f"; {width} x {height} pixels, shown smaller"
+            return picture_of(caption, buffer.getvalue(), "webp", small.size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             if data:
                 self.note(f"{path.name} can't be shown: damaged, or of more than {MAX_PIXELS >> 20} megapixels")
         return None
 
-    def ticks(self, path: Path) -> tuple[list[dict[str, float]], float | None]:
+    def ticks(self, path: Path) -> tuple[list[dict[str, float]], float]:
         """The means that each line of stats.jsonl holds, and when the last one was written. Lines that are no
         statistics are counted; the last one may be half written."""
         rows: list[dict[str, float]] = []
-        written, bad = None, 0
-        file = io.BytesIO(self.bytes(path, "a log"))
-        for line in islice(iter(partial(file.readline, MAX_LINE), b""), MAX_TICKS):
+        written, lines = 0.0, self.bytes(path, "a log").splitlines()
+        for line in lines[:MAX_TICKS]:
             try:
-                values = mapping(json.loads(line))
+                values = mapping(json.loads(line[:MAX_LINE]))
             except (ValueError, RecursionError):
-                values = {}
+                continue
             names = [name for name in values if name in SERIES or JUMP.fullmatch(name)]
             means = {name: number(mapping(values[name]).get("mean")) for name in names}
             row = {name: mean for name, mean in means.items() if mean is not None}
             if KIMG in row and (not rows or row[KIMG] > rows[-1][KIMG]):
                 rows.append(row)
                 written = number(values.get("timestamp")) or written
-            else:
-                bad += 1
-        if bad:
-            self.note(f"{count(bad, 'line')} of {path.name} can't be read: left out")
-        if file.read(1):
-            self.note(f"{path.name} has more than {MAX_TICKS} lines: the rest is left out")
+        if left := len(lines) - len(rows):
+            self.note(f"{count(left, 'line')} of {path.name} can't be read, or {MAX_TICKS} are read: left out")
         return rows, written
 
     def run(self, folder: Path, name: str, room: float) -> Run:
@@ -326,34 +307,22 @@ class Reader:
         """How far as many images drawn from the data set as have `measured` the rungs are from all of it; the newest
         file that holds it counts."""
         paths = sorted(self.root.glob("rungs/floor-*.json"), key=lambda path: path.lstat().st_mtime)
-        for content in [self.quiet().json(path, dict) for path in reversed(paths[-MAX_ROWS:])]:
+        for content in [Reader(self.root).json(path, dict) for path in reversed(paths[-MAX_ROWS:])]:
             distances = numbers(content.get("distances"))
             if distances and measured and content.get("images") == measured:
                 return Floor(measured, distances)
         return None
 
-    def stages(self) -> list[Path]:
-        """The stages' folders in their order, without links to elsewhere."""
-        found = [(int(match[1]), path) for path in self.root.glob("stage-*") if (match := STAGE.fullmatch(path.name))]
-        inside = [path for _, path in sorted(found) if path.is_dir() and not path.is_symlink()]
-        if len(inside) < len(found) or len(inside) > MAX_ROWS:
-            self.note(f"stages beyond {MAX_ROWS}, and links to other folders, are left out")
-        return inside[:MAX_ROWS]
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
 
 def list_pictures(folder: Path, kind: str) -> list[tuple[int, Path]]:
     """(kimg, file) of `kind`-KKKKKK.png, the oldest first."""
-    name = re.compile(rf"{kind}-(\d{{1,12}})\.png", re.ASCII)
-    return sorted((int(match[1]), path) for path in folder.glob("*.png") if (match := name.fullmatch(path.name)))
+    return numbered(folder, rf"{kind}-(\d{{1,12}})\.png")
 
 
-def every(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them at equal distances, the last one among them."""
-    return list(items[::-1][:: max(-(-len(items) // most), 1)][::-1])
+def numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """(number, path) of what has a name of this kind in `folder`, in the order of the numbers."""
+    name = re.compile(pattern, re.ASCII)
+    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := name.fullmatch(path.name)))
 
 
 def read(folder: Path, megabytes: float = 20) -> Subject:
@@ -364,39 +333,38 @@ def read(folder: Path, megabytes: float = 20) -> Subject:
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "there is no such folder"
         raise UserError(f"{folder}: {what}; name a run directory of train.py, or a ladder of distill.py")
-    names = {path.name for path in folder.iterdir()}
-    stages, reader = Reader(folder, []).stages(), Reader(folder, [])
+    names, reader = {path.name for path in folder.iterdir()}, Reader(folder)
+    stages = numbered(folder, r"stage-(\d{1,9})-\d+to\d+")
     is_ladder = bool({"ladder.json", "rungs"} & names or stages)
     if not is_ladder and not names & {"training_options.json", "stats.jsonl", "log.txt"}:
         inside = next(folder.glob("*/training_options.json"), None)
         hint = f"did you mean {inside.parent}?" if inside else "it has neither training_options.json nor ladder.json"
         raise UserError(f"{folder} is neither a run of train.py nor a ladder of distill.py; {hint}")
-    subject = Subject(folder, printable(folder.resolve().name), is_ladder, [], problems=reader.problems)
-    films = sum(bool(list_pictures(each, kind)) for each in stages or [folder] for kind in KINDS)
+    name, inside = (
+        printable(folder.resolve().name),
+        [each for each in stages if each[1].is_dir() and not each[1].is_symlink()][:MAX_ROWS],
+    )
+    if len(inside) < len(stages):
+        reader.note(f"stages beyond {MAX_ROWS}, and links to other folders, are left out")
+    runs = [(path, f"Stage {index}", f"{path.name}: ") for index, path in inside] if is_ladder else [(folder, name, "")]
+    films = sum(bool(list_pictures(path, kind)) for path, *_ in runs for kind in KINDS)
     room = megabytes * 1e6 * 3 / 4 / max(films, 1)  # base64 takes a third more
+    found = [Reader(folder, reader.problems, prefix).run(path, title, room) for path, title, prefix in runs]
+    subject = Subject(folder, name, is_ladder, reader.problems, found)
     if is_ladder:
-        _read_ladder(subject, reader, room)
-    else:
-        subject.runs = [reader.run(folder, subject.name, room)]
+        subject.rungs = reader.rows(folder / "ladder.json", Rung)
+        if os.path.lexists(folder / "teacher-curve.json"):  # a distilled teacher has none
+            subject.curve = reader.rows(folder / "teacher-curve.json", CurvePoint)
+        caption = "A row for every network of the ladder, from the same latents"
+        subject.samples = reader.picture(folder / "samples.png", caption)
+        subject.floor = reader.floor(subject.rungs[0].images if subject.rungs else None)
+        plan = Reader(folder).json(folder / "ladder-options.json", dict).get("steps")
+        subject.plan = [int(each) for each in numbers(plan)]
+        if not runs:
+            reader.note("no stage has begun yet")
+        if subject.rungs and all(rung.fd is None for rung in subject.rungs):
+            reader.note("no Fréchet distances: the same distill.py command with --detector=FILE adds them")
     if (more := len(subject.problems) - MAX_PROBLEMS) > 0:
         subject.problems[MAX_PROBLEMS:] = [f"and {more} more of that kind"]
     subject.problems = [printable(problem) for problem in subject.problems]
     return subject
-
-
-def _read_ladder(subject: Subject, reader: Reader, room: float) -> None:
-    root = subject.folder
-    for path in reader.stages():
-        stage = Reader(root, reader.problems, f"{path.name}: ")
-        subject.runs.append(stage.run(path, f"Stage {path.name.split('-')[1]}", room))
-    subject.rungs = reader.rows(root / "ladder.json", Rung)
-    if os.path.lexists(root / "teacher-curve.json"):  # a distilled teacher has none
-        subject.curve = reader.rows(root / "teacher-curve.json", CurvePoint)
-    caption = "A row for every network of the ladder, from the same latents"
-    subject.samples = reader.picture(root / "samples.png", caption)
-    subject.floor = reader.floor(subject.rungs[0].images if subject.rungs else None)
-    subject.plan = [int(each) for each in numbers(reader.quiet().json(root / "ladder-options.json", dict).get("steps"))]
-    if not subject.runs:
-        reader.note("no stage has begun yet")
-    if subject.rungs and all(rung.fd is None for rung in subject.rungs):
-        reader.note("no Fréchet distances: the same distill.py command with --detector=FILE adds them")

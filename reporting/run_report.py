@@ -21,7 +21,7 @@ from markupsafe import Markup
 from dnnlib.errors import printable
 from dnnlib.util import count, format_time
 from ladders import charts
-from ladders.results import ladder_figure, plus_minus, spread
+from ladders.results import COLUMNS, ladder_figure, table_rows
 
 from . import run_files
 from .run_files import Picture, Run, Subject, number, show_kimg
@@ -53,16 +53,14 @@ def render(subject: Subject) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    samples = [Part(pictures=[subject.samples])] if subject.samples else []
+    drawn = "The same latents in every picture of a run; drawn from the EMA of the weights."
+    shown = "What each jump starts from, what it is asked for, and what the student answers."
     sections = {
         "Results": results(subject),
-        "Samples": [
-            *([Part(pictures=[subject.samples])] if subject.samples else []),
-            *film(subject, "samples", "The same latents in every picture of a run; drawn from the EMA of the weights."),
-        ],
+        "Samples": samples + film(subject, "samples", drawn),
         "Loss": [part for run in subject.runs for part in losses(run)],
-        "Targets": film(
-            subject, "targets", "What each jump starts from, what it is asked for, and what the student answers."
-        ),
+        "Targets": film(subject, "targets", shown),
         "Speed and memory": speed(subject),
         "Lineage": lineage(subject),
         "Settings and environment": [part for run in subject.runs for part in settings(run, subject.is_ladder)],
@@ -90,10 +88,6 @@ def show(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def show_duration(seconds: float | None) -> str:
-    return "–" if seconds is None else format_time(seconds)
-
-
 def name_of(run: Run) -> str:
     return f"{run.name}, {run.steps[0]} → {run.steps[1]} steps" if run.steps else run.name
 
@@ -108,20 +102,17 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
     """What stands at the head of the page."""
     if not subject.runs:
         return []
-    last, chain, of = subject.runs[-1], chain_of(subject), f" of {len(subject.plan) - 1}" if subject.plan else ""
-    stage = f"stage {len(subject.runs)}{of}: " if subject.is_ladder else ""
-    seconds = sum(run.last(run_files.TIME) or 0.0 for run in subject.runs)
-    written = max(run.written or 0.0 for run in subject.runs)
-    found = [
-        ("steps", " → ".join(map(str, chain)) if subject.is_ladder or last.steps else ""),
-        ("networks measured", str(len(subject.rungs)) if subject.is_ladder else ""),
-        ("state", f"{stage}{last.state}"),
-        ("loss, last tick", show(last.last(run_files.LOSS))),
-        ("seconds per kimg", show(last.rate)),
-        ("training time, to the last tick", show_duration(seconds)),
-        ("last tick", show_time(written)),
-    ]
-    return [(name, value) for name, value in found if value]
+    last, of = subject.runs[-1], f" of {len(subject.plan) - 1}" if subject.plan else ""
+    found = {
+        "steps": " → ".join(map(str, chain_of(subject))) if subject.is_ladder or last.steps else "",
+        "networks measured": str(len(subject.rungs)) if subject.is_ladder else "",
+        "state": f"stage {len(subject.runs)}{of}: {last.state}" if subject.is_ladder else last.state,
+        "loss, last tick": show(last.last(run_files.LOSS)),
+        "seconds per kimg": show(last.rate),
+        "training time, to the last tick": format_time(sum(run.last(run_files.TIME) or 0.0 for run in subject.runs)),
+        "last tick": show_time(max(run.written for run in subject.runs)),
+    }
+    return [(name, value) for name, value in found.items() if value]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,14 +127,14 @@ def picture_of(figure: Any, caption: str) -> Picture:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "edm-distill"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     width, height = (round(100 * inches) for inches in figure.get_size_inches())
-    return Picture(caption, run_files.data_uri(buffer.getvalue(), "svg+xml"), width, height)
+    return run_files.picture_of(caption, buffer.getvalue(), "svg+xml", (width, height))
 
 
-def chart(run: Run, caption: str, curves: Sequence[tuple[np.ndarray, Any, str]]) -> list[Picture]:
-    """Curves (values of every tick, colour, label or '') against the images trained; none where there are no values."""
+def chart(run: Run, caption: str, curves: Sequence[tuple[str, Any, str]]) -> list[Picture]:
+    """Curves (name of a series, colour, label or '') against the images trained; none where there are no values."""
     figure, (axis,) = charts.new_figure(5.2, 2.9)
-    for values, colour, label in curves:
-        charts.plot(axis, run.series(run_files.KIMG), values, label, colour, band=len(curves) == 1)
+    for name, colour, label in curves:
+        charts.plot(axis, run.series(run_files.KIMG), run.series(name), label, colour, band=len(curves) == 1)
     if not any(np.isfinite(line.get_ydata()).any() for line in axis.get_lines()):
         return []
     charts.style(axis, "images trained, kimg")
@@ -158,95 +149,64 @@ def results(subject: Subject) -> list[Part]:
     """The ladder's figure, and a row for every network."""
     if not subject.rungs:
         return []
-    teacher, floor = subject.rungs[0], subject.floor
-    words = "Every network is measured in the same way, the teacher first"
-    if teacher.images:
-        words += f", by {teacher.images} images"
+    teacher, shown = subject.rungs[0], (subject.rungs, subject.curve, subject.floor)
+    words = "Every network is measured in the same way, the teacher first; ± and bars are one standard deviation"
     if teacher.detector:
-        inception = teacher.detector.startswith("inception")
-        words += f", in the features of {'Inception' if inception else f'an own detector ({teacher.detector})'}"
-    if floor is not None:
-        distance = plus_minus(floor.mean, floor.std)
-        words += f". For comparison, {floor.images} images drawn from the data are {distance} from all of it"
-    if any(rung.fd_std for rung in subject.rungs):
-        words += ". ± and bars: one standard deviation over seed sets"
-    columns = ["network", "steps", "NFE", "Fréchet distance", "end-point RMSE", "sampling, s/kimg", "trained, kimg"]
-    rows = [
-        [
-            f"{'student' if index else 'teacher'}, {'/'.join(rung.network.split('/')[-2:])}",
-            *(str(rung.steps), str(rung.nfe), spread(rung), show(rung.endpoint_rmse)),
-            *(show(rung.sec_per_kimg, 3), show(rung.kimg)),
-        ]
-        for index, rung in enumerate(subject.rungs)
-    ]
-    for point in subject.curve:
-        name = f"teacher itself with fewer {point.solver.capitalize()} steps"
-        rows.append([name, str(point.steps), str(point.nfe), show(point.fd), show(point.endpoint_rmse), "–", "–"])
-    figure = ladder_figure(subject.rungs, subject.curve, floor)
-    picture = picture_of(figure, "Quality against network calls per image")
-    return [Part(words=f"{words}.", pictures=[picture], columns=columns, rows=rows)]
+        words += f". fd: Fréchet distance in the features of {teacher.detector}, by {teacher.images} images"
+    rows = [[name, *numbers] for *numbers, name in table_rows(*shown)]
+    picture = picture_of(ladder_figure(*shown), "Quality against network calls per image")
+    return [Part(words=f"{words}.", pictures=[picture], columns=[COLUMNS[-1], *COLUMNS[:-1]], rows=rows)]
 
 
 def film(subject: Subject, kind: str, words: str) -> list[Part]:
     """The newest pictures of a kind, and folded away the earlier ones of each run, the newest first."""
-    runs = [run for run in subject.runs if run.pictures[kind]]
-    for run in runs:
+    newest, parts = [], []
+    for run in subject.runs:
         for picture in run.pictures[kind]:
             picture.caption = f"{kind.capitalize()} of {name_of(run)}, after {picture.caption}"
-    parts = [Part(words=words, pictures=[run.pictures[kind][-1] for run in runs])] if runs else []
-    for run in runs:
-        *earlier, _ = run.pictures[kind]
+        *earlier, last = run.pictures[kind] or [None]
+        newest += [last] if last else []
         heading = f"{run.name}: {len(earlier)} earlier, the newest first"
         parts += [Part(heading, pictures=earlier[::-1], folded=True)] if earlier else []
-    return parts
+    return [Part(words=words, pictures=newest), *parts] if newest else []
 
 
 def losses(run: Run) -> list[Part]:
     """Charts of the loss and of each jump's."""
     from matplotlib import colormaps
 
-    pictures = chart(run, "Loss", [(run.series(run_files.LOSS), charts.BLUE, "")])
-    jumps, names = run.jumps, jump_names(run)
-    if len(jumps) > 1:
-        drawn = run_files.every(list(jumps), LINES)
-        colours = colormaps["viridis"](np.linspace(0, 0.85, len(drawn)))
+    pictures = chart(run, "Loss", [(run_files.LOSS, charts.BLUE, "")])
+    drawn = run_files.every(list(run.jumps), LINES)
+    if len(run.jumps) > 1:
+        levels = run.distillation.get("teacher_levels")  # '80 → 24.4': a jump by its noise levels
+        ends = map(number, levels[:: run.ratio]) if isinstance(levels, list) and run.ratio else []
+        names = [None if None in pair else "{:.4g} → {:.4g}".format(*pair) for pair in pairwise(ends)]
         named = drawn if len(drawn) <= 8 else [drawn[0], drawn[-1]]
-        curves = [
-            (run.series(jumps[jump]), colour, names.get(jump, f"jump {jump}") if jump in named else "")
-            for jump, colour in zip(drawn, colours, strict=True)
-        ]
-        part = f" ({len(drawn)} of {len(jumps)})" if len(jumps) > len(drawn) else ""
-        pictures += chart(run, f"Loss of each jump{part}", curves)
+        labels = [(names[jump : jump + 1] or [None])[0] or f"jump {jump}" if jump in named else "" for jump in drawn]
+        colours = colormaps["viridis"](np.linspace(0, 0.85, len(drawn)))
+        part = f" ({len(drawn)} of {len(run.jumps)})" if len(run.jumps) > len(drawn) else ""
+        series = [run.jumps[jump] for jump in drawn]
+        pictures += chart(run, f"Loss of each jump{part}", list(zip(series, colours, labels, strict=True)))
     return [Part(name_of(run), pictures=pictures)] if pictures else []
-
-
-def jump_names(run: Run) -> dict[int, str]:
-    """'80 → 24.4' for each jump of a student, by its noise levels."""
-    given, ratio = run.distillation.get("teacher_levels"), number(run.distillation.get("ratio"))
-    if not isinstance(given, list) or not ratio or ratio < 1:
-        return {}
-    pairs = enumerate(pairwise(number(level) for level in given[:: int(ratio)]))
-    return {index: f"{t:.4g} → {s:.4g}" for index, (t, s) in pairs if t is not None and s is not None}
 
 
 def speed(subject: Subject) -> list[Part]:
     """A row for every run, and a chart of its speed."""
+    runs, parts = [run for run in subject.runs if run.ticks], []
+    for run in runs:
+        pictures = chart(run, "Speed, seconds per kimg,", [(run_files.SPEED, charts.BLUE, "")])
+        parts.append(Part(f"{run.name}, over the course of training", pictures=pictures, folded=subject.is_ladder))
     columns: dict[str, Callable[[Run], str]] = {
         "run": lambda run: run.name,
-        "kimg": lambda run: show_kimg(run.kimg),
+        "kimg": lambda run: show_kimg(run.last(run_files.KIMG) or 0.0),
         "seconds per kimg (median)": lambda run: show(run.rate),
-        "training time": lambda run: show_duration(run.last(run_files.TIME)),
+        "training time": lambda run: format_time(run.last(run_files.TIME) or 0.0),
         "host memory, GiB": lambda run: show(run.last(run_files.HOST), 3),
         "GPU memory, GiB": lambda run: show(run.last(run_files.GPU) or None, 3),
         "steps skipped": lambda run: show(run.last(run_files.SKIPPED)),
     }
-    runs = [run for run in subject.runs if run.ticks]
-    rows = [[value(run) for value in columns.values()] for run in runs]
-    parts = [Part(columns=list(columns), rows=rows)] if rows else []
-    for run in runs:
-        pictures = chart(run, "Speed, seconds per kimg,", [(run.series(run_files.SPEED), charts.BLUE, "")])
-        parts.append(Part(f"{run.name}, over the course of training", pictures=pictures, folded=subject.is_ladder))
-    return parts
+    rows = [[cell(run) for cell in columns.values()] for run in runs]
+    return [Part(columns=list(columns), rows=rows), *parts] if runs else []
 
 
 def lineage(subject: Subject) -> list[Part]:

@@ -136,7 +136,7 @@ def test_a_ladder(climbed, capsys):
     assert len(set(headings)) == 7
     rungs = json.loads((climbed / "ladder.json").read_text())
     for rung in rungs:
-        assert f"{rung['fd']:.4g}" in page.text and f"{rung['endpoint_rmse']:.4g}" in page.text
+        assert f"{rung['fd']:.4g}" in page.text and f"{rung['endpoint_rmse']:.4f}" in page.text
     assert "4 → 2 → 1" in page.text and "heun" in page.text
     stages = sorted(climbed.glob("stage-*"))
     shots = sum(len(list(stage.glob(f"{kind}-*.png"))) for stage in stages for kind in ("samples", "targets"))
