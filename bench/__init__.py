@@ -1,4 +1,1 @@
-"""Benchmarks. Start them as `python -m bench.run --help`.
-
-`run` times every part of the work against the plain way to do it (`plain`); `recipe` trains and compares variants.
-"""
+"""Benchmarks. Start them as `python -m bench.run --help` and `python -m bench.recipe --help`."""

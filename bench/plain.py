@@ -36,11 +36,8 @@ def plain_layers() -> Iterator[None]:
         similarity = (q.float() @ k.float().transpose(-2, -1)) / math.sqrt(q.shape[-1])
         return F.softmax(similarity, dim=-1).to(v.dtype) @ v
 
-    ways = {
-        "upsample": partial(resample, F.conv_transpose2d, 4),
-        "downsample": partial(resample, F.conv2d, 1),
-        "attend": attend,
-    }
+    up, down = partial(resample, F.conv_transpose2d, 4), partial(resample, F.conv2d, 1)
+    ways = {"upsample": up, "downsample": down, "attend": attend}
     usual = {name: getattr(networks, name) for name in ways}
     vars(networks).update(ways)
     try:

@@ -76,14 +76,6 @@ SCREENS: dict[str, Screen] = {
             "16 -> 4 -> 1, self-teacher": "--ratio=4 --self-teacher --duration=0.08",
         },
     ),
-    "finalists": (
-        LADDER,
-        {
-            "geomean": "--weighting=geomean",
-            "landing": "--weighting=landing",
-            "geomean, longer first stage": "--weighting=geomean --duration=0.07,0.03,0.03,0.03",
-        },
-    ),
 }
 
 

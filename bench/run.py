@@ -68,11 +68,13 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.network = dict(SIZES[self.size])
-        self.batch, (self.images, side, channels) = self.network.pop("batch"), self.network.pop("images")
-        self.data, self.teacher, self.student = (
-            self.folder / name for name in ("data.zip", "teacher.pkl", "student.pkl")
-        )
-        write_images(self.data, self.images, side, channels)
+        self.batch, (number, side, channels) = self.network.pop("batch"), self.network.pop("images")
+        self.data, self.teacher, self.student = (self.folder / name for name in ("data.zip", "teacher.pkl", "net.pkl"))
+        shape = [number, side, side, 3] if channels == 3 else [number, side, side]
+        with zipfile.ZipFile(self.data, "w", zipfile.ZIP_STORED) as archive:
+            for index, image in enumerate(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)):
+                with archive.open(f"{index:05d}.png", "w") as file:
+                    Image.fromarray(image).save(file, "PNG", compress_level=0)
         run = self.prepare(None)
         torch.manual_seed(0)
         net = build_network(run.config.network_kwargs, side, channels, 0)
@@ -90,15 +92,6 @@ class Setting:
             options |= {"teacher_solver": solver, "intervals": "uniform"}
         options = {**COMMON, **options, "batch": self.batch, "precision": self.precision, "compile": self.compile}
         return setup.prepare(Options(outdir=str(self.folder / f"run-{solver}"), data=str(self.data), **options))
-
-
-def write_images(path: Path, count: int, side: int, channels: int) -> None:
-    """A zip of random pictures."""
-    shape = [count, side, side, 3] if channels == 3 else [count, side, side]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for number, image in enumerate(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)):
-            with archive.open(f"{number:05d}.png", "w") as file:
-                Image.fromarray(image).save(file, "PNG", compress_level=0)
 
 
 def training(setting: Setting, solver: str | None = None) -> Pair:

@@ -27,18 +27,15 @@ from training.pictures import to_uint8
 from training.samplers import grid_sampler
 from training.training_loop import NETWORKS
 
+Options = dict[str, Any]
+
 
 class EDMStudent(ModelMixin, ConfigMixin):
     """A network (class, constructor's arguments, attributes changed since) and the noise levels of its grid."""
 
     @register_to_config
     def __init__(
-        self,
-        class_name: str,
-        arguments: dict[str, Any],
-        settings: dict[str, Any],
-        levels: list[float],
-        solver: str = "euler",
+        self, class_name: str, arguments: Options, settings: Options, levels: list[float], solver: str = "euler"
     ) -> None:
         super().__init__()
         if class_name not in PRECONDS:

@@ -11,14 +11,14 @@ import contextlib
 import io
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dnnlib.atomic import atomic_write, check_no_link, locked, write_text
+from dnnlib.atomic import atomic_write, check_no_link, locked
 from dnnlib.errors import UsageError, UserError
 from dnnlib.util import count, read_json
 from engine.costs import describe_cost, disk_need, free_disk, gib, training_calls
@@ -35,7 +35,7 @@ from training.recipe import LadderOptions, Options, flag
 from training.samplers import nfe
 from training.steps import plan_ladder
 
-from .measuring import SEEDS, SHOWN, Measuring, curve_plan
+from .measuring import SHOWN, Log, Measuring, curve_plan
 from .results import CurvePoint, Rung, describe, ladder_figure, to_csv
 
 LONGEST = 1e6  # Mimg, as in train.py
@@ -48,16 +48,9 @@ class Ladder:
     before anything is trained or measured.
     """
 
-    def __init__(
-        self, stage_options: Options, options: LadderOptions, log: Callable[[str], None] = dist.print0
-    ) -> None:
+    def __init__(self, stage_options: Options, options: LadderOptions, log: Log = dist.print0) -> None:
         assert stage_options.transfer is not None
         self.base, self.options, self.log = stage_options, options, log
-        if options.eval_sets * options.eval_num > SEEDS:
-            raise UsageError(
-                f"--eval-sets={options.eval_sets} of --eval-num={options.eval_num} images need more seeds than the "
-                f"{SEEDS} there are; use fewer"
-            )
         if not stage_options.outdir:
             raise UsageError("--outdir is empty")
         self.outdir = Path(stage_options.outdir)
@@ -97,9 +90,8 @@ class Ladder:
         self.log(f"Ladder:                  {' -> '.join(map(str, self.chain))} steps, {self.solver} teacher")
         self.log(f"Results:                 {self.outdir}/ladder.json, ladder.csv, ladder.png, samples.png")
         if self.options.detector == "inception" and not inception_fits(first.dataset):
-            self.log(
-                "Note: Inception, made for photographs, says little of such images: see --detector, fid.py detector"
-            )
+            note = "Inception, made for photographs, says little of such images: see --detector, fid.py detector"
+            self.log(f"Note: {note}")
         runs = [replace(first, config=replace(self.config, duration=each)) for each in self.durations]
         need = sum(disk_need(each).total for each in runs)
         self.log(f"Disk of all stages:      at most {gib(need)}, {gib(free_disk(str(self.outdir)))} free")
@@ -142,9 +134,9 @@ class Ladder:
         with contextlib.ExitStack() as lock:
             dist.from_rank0(lambda: lock.enter_context(locked(self.outdir)))
             self.measuring.open()
-            if self.options.command_line is not None and dist.is_main():
-                given = json.dumps({COMMAND_LINE: self.options.command_line, "steps": self.chain}, indent=2)
-                write_text(self.outdir / "ladder-options.json", given + "\n")
+            if self.options.command_line is not None:
+                given = {COMMAND_LINE: self.options.command_line, "steps": self.chain}
+                self.write(self.outdir / "ladder-options.json", to_json(given))
             self.add_rung(self.first, kimg=0)
             network = self.first
             for index in range(len(self.ratios)):
@@ -261,52 +253,42 @@ class Ladder:
         command = train_command(options, dist.device().type)  # whose kind alters the result
         self.log(f"The same stage by itself (name another --outdir): {command}")
         self.log("")
-        record = {
-            "options": self.recipes[index],
-            "teacher": teacher.sha256,
-            "kimg": run.config.total_kimg,
-            "train_command": command,
-            "student": None,
-            "sha256": None,
-        }
-        self.write_record(folder, record)
+        record = {"options": self.recipes[index], "teacher": teacher.sha256, "kimg": run.config.total_kimg}
+        record |= {"train_command": command, "student": None, "sha256": None}
+        self.write(folder / "stage.json", to_json(record))
         path = train(options, run)
         run.dataset.close()
         student = load_everywhere(str(path), self.base.trust_network_code)
-        self.write_record(folder, {**record, "student": path.name, "sha256": student.sha256})
+        self.write(folder / "stage.json", to_json({**record, "student": path.name, "sha256": student.sha256}))
         return student, run.config.total_kimg
-
-    def write_record(self, folder: Path, record: dict[str, Any]) -> None:
-        if dist.is_main():
-            write_text(folder / "stage.json", json.dumps(record, indent=2) + "\n")
 
     # -- files -------------------------------------------------------------------------------------------------------
 
+    def write(self, path: Path, data: bytes) -> None:
+        if dist.is_main() and not (path.is_file() and path.read_bytes() == data):
+            with atomic_write(path) as file:
+                file.write(data)
+
     def write_files(self) -> None:
-        """All that people and programs read of the rungs so far; a file that says the same already is left alone."""
+        """All that people and programs read of the rungs so far; a file that has this content already is left alone."""
         if not dist.is_main():
             return
-        rungs, curve, figure, sheet = self.rungs, self.curve, io.BytesIO(), io.BytesIO()
-        ladder_figure(rungs, curve, self.measuring.floor).savefig(figure, format="png")
-        names = [f"{count(rung.steps, 'step')}, {rung.nfe} NFE" for rung in rungs]
+        figure, sheet, curve = io.BytesIO(), io.BytesIO(), self.outdir / "teacher-curve.json"
+        ladder_figure(self.rungs, self.curve, self.measuring.floor).savefig(figure, format="png")
+        names = [f"{count(rung.steps, 'step')}, {rung.nfe} NFE" for rung in self.rungs]
         rows = [pictures.to_uint8(images[:SHOWN]) for images in self.images]
         title = "A column is one latent, a row is one network"
         pictures.labelled_rows(rows, [f"teacher: {names[0]}", *names[1:]], title).save(sheet, format="PNG")
-        contents = {
-            "teacher-curve.csv": to_csv(curve).encode() if curve else None,
-            "teacher-curve.json": to_json(curve) if curve else None,  # or what an earlier start has left goes
-            "ladder.csv": to_csv(rungs).encode(),
-            "ladder.png": figure.getvalue(),
-            "samples.png": sheet.getvalue(),
-            "ladder.json": to_json(rungs),  # last: where it is, the others are
-        }
-        for name, data in contents.items():
-            path = self.outdir / name
-            if data is None:
-                path.unlink(missing_ok=True)
-            elif not path.is_file() or path.read_bytes() != data:
-                with atomic_write(path) as file:
-                    file.write(data)
+        if self.curve:
+            self.write(curve.with_suffix(".csv"), to_csv(self.curve).encode())
+            self.write(curve, to_json([asdict(point) for point in self.curve]))
+        else:  # what an earlier start has left goes
+            curve.unlink(missing_ok=True)
+            curve.with_suffix(".csv").unlink(missing_ok=True)
+        self.write(self.outdir / "ladder.csv", to_csv(self.rungs).encode())
+        self.write(self.outdir / "ladder.png", figure.getvalue())
+        self.write(self.outdir / "samples.png", sheet.getvalue())
+        self.write(self.outdir / "ladder.json", to_json([asdict(rung) for rung in self.rungs]))  # after the others
 
 
 def one_per_stage(name: str, values: list[float], chain: Sequence[int]) -> list[float]:
@@ -335,9 +317,8 @@ def next_commands(ladder: Ladder) -> list[tuple[str, str]]:
     return [(title, shlex.join(words)) for title, words in commands.items()]
 
 
-def to_json(rows: Sequence[Any]) -> bytes:
-    """Dataclass values as a JSON list."""
-    return (json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n").encode()
+def to_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -48,24 +48,20 @@ END_POINT_VALUES = 1 << 25  # fewer of large images: 128 MiB of them are kept
 SHOWN = 16  # images of every rung in samples.png
 DRAWS, FEW_DRAWS, WIDE = 10, 3, 512  # from the data set; few where a detector has more than WIDE features
 ABSURD = 100.0  # an end-point error of images that have left [-1, 1] for good
-SEEDS = 1 << 32  # different ones
 PATIENCE = 4.0  # seconds of silence after which a try (of three) to download the Inception weights is given up
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class MeasuredSet:
-    """What one seed set of a network came to, and what that depends on: a file in `rungs/`.
-
-    images: of a first set, float32 [M, C, H, W] on the CPU for the first seeds: of the teacher as many as students
-    are compared with, of a student those to be shown; otherwise none.
-    """
+    """What one seed set of a network came to, and what that depends on: a file in `rungs/`."""
 
     key: dict[str, Any]
     fd: float | None
     endpoint_rmse: float | None  # of a first set
     seconds: float  # spent sampling `timed` images
     timed: int
-    images: Tensor
+    images: Tensor  # the first ones of a first set, float32 [M, C, H, W] on the CPU: to be compared with, or shown
     problem: str | None = None  # why there are no numbers
 
 
@@ -79,12 +75,7 @@ class Measuring:
     """
 
     def __init__(
-        self,
-        options: LadderOptions,
-        teacher: NetworkFile,
-        config: TrainConfig,
-        outdir: Path,
-        log: Callable[[str], None],
+        self, options: LadderOptions, teacher: NetworkFile, config: TrainConfig, outdir: Path, log: Log = dist.print0
     ) -> None:
         self.options, self.teacher, self.config, self.log = options, teacher, config, log
         self.folder, self.data = outdir / "rungs", str(config.dataset_kwargs["path"])
@@ -119,7 +110,6 @@ class Measuring:
             problem = dist.broadcast_object(try_inception() if dist.is_main() else None)
         if spec != "none" and problem is None:
             return detectors.load_detector(spec, dist.device())
-        assert self.teacher.sampling is not None
         known = dist.from_rank0(lambda: load_set(self.set_path(self.teacher)))
         if known is not None and known.key["detector"] not in (None, detectors.INCEPTION):
             raise UserError(
@@ -234,15 +224,21 @@ class Measuring:
         }
 
     def recall(self, path: Path, key: dict[str, Any], kept: int = 0) -> MeasuredSet | None:
-        """What the file holds, if that was measured in the same way, with `kept` images.
+        """What the file holds, if that was measured in the same way, with `kept` images; the first time that it was
+        not, one line says how.
 
         While the detector can't be had, what was measured without it stands, and what was measured with it anyway.
         """
         known, net = dist.from_rank0(lambda: load_set(path)), self.teacher.net
-        if known is None or known.key not in (key, without_detector(key) if self.detector is None else key):
-            return None
-        shape = (kept, net.img_channels, net.img_resolution, net.img_resolution)
-        return known if not kept or (known.endpoint_rmse is not None and known.images.shape == shape) else None
+        if known is None or known.key in (key, without_detector(key) if self.detector is None else key):
+            shape = (kept, net.img_channels, net.img_resolution, net.img_resolution)
+            is_whole = not kept or (known and known.endpoint_rmse is not None and known.images.shape == shape)
+            return known if is_whole else None
+        own = {"network", "levels", "solver", "teacher"}  # another network, not another way
+        ways = differences(*({name: each[name] for name in each.keys() - own} for each in (known.key, key)))
+        if ways and not self.news:
+            self.log(f"Measured before in another way, so all is measured again: {', '.join(ways)}")
+        return None
 
     def measure_set(
         self, path: Path, network: NetworkFile, number: int = 0, kept: int = 0, is_curve: bool = False
@@ -253,24 +249,19 @@ class Measuring:
         kept: so many of the first images are part of the result. is_curve: images that no measure can make sense of
         are a result too, a `problem`; otherwise they raise UserError.
         """
-        key, size, plan, detector = (
-            self.key(network, number),
-            self.options.eval_num,
-            plan_sampling(network),
-            self.detector,
-        )
-        self.explain(path, key)
+        key, plan = self.key(network, number), plan_sampling(network)
+        options, detector, size = self.options, self.detector, self.options.eval_num
         set_precision(replace(self.config, precision="fp32"))  # whatever the training before it has set
-        sets = self.options.eval_sets if detector is not None and not is_curve else 1
+        sets = options.eval_sets if detector is not None and not is_curve else 1
         who = "the teacher itself" if is_curve else network.source
         which = f" (set {number + 1} of {sets})" if sets > 1 else ""
         steps, calls = count(plan.steps, "step"), count(plan.nfe, "network call")
         self.log(f"Measuring {who}, {steps}: {size} images{which}, {calls} (NFE) for each...")
-        seeds, batch = range(number * size, (number + 1) * size), self.options.eval_batch
-        batches = iterate_images(network, seeds, max_batch=batch, device=dist.device(), labels=self.labels)
+        seeds = range(number * size, (number + 1) * size)
+        batches = iterate_images(network, seeds, max_batch=options.eval_batch, device=dist.device(), labels=self.labels)
         watch = Watch(0 if number else self.compared)
-        title = f"{steps}, NFE {plan.nfe}"
-        seen = show_progress(watch.pass_on(batches), lambda batch: len(batch.seeds), size, self.log, title)
+        passed = watch.pass_on(batches)
+        seen = show_progress(passed, lambda batch: len(batch.seeds), size, self.log, f"{steps}, NFE {plan.nfe}")
         images = (pictures.to_uint8(batch.images) for batch in seen)
         fd = error = stats = None
         if detector is not None:
@@ -299,21 +290,10 @@ class Measuring:
         self.news = True
         return found
 
-    def explain(self, path: Path, key: dict[str, Any]) -> None:
-        """One line, the first time, where something was measured before in another way."""
-        before = load_set(path) if dist.is_main() and not self.news else None
-        if before is not None:
-            own = {"network", "levels", "solver", "teacher"}  # another network, not another way
-            ways = differences(*({n: each[n] for n in each.keys() - own} for each in (before.key, key)))
-            if ways:
-                self.log(f"Measured before in another way, so all is measured again: {', '.join(ways)}")
-
 
 class Watch:
-    """Notes of a measurement what features do not say: time, the images of the first seeds, images that are no numbers.
-
-    The last become zeros, for other processes wait for this one's share of the statistics.
-    """
+    """Notes the time, the images of the first seeds, and those that are no numbers; they become zeros, for other
+    processes wait for this one's share of the statistics."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -362,10 +342,7 @@ def curve_plan(students: Sequence[int]) -> list[tuple[Solver, int]]:
 
 
 def try_inception() -> str | None:
-    """Fetches the Inception weights into the download cache; the reason in words where they can't be had.
-
-    Gives up within seconds where there is no network: a ladder can do without.
-    """
+    """Fetches the Inception weights into the download cache, or gives up within seconds and returns the reason."""
     try:
         open_url(detectors.INCEPTION_URL, num_attempts=3, return_filename=True, timeout=PATIENCE, kind="a detector")
     except UserError as exc:
@@ -406,7 +383,6 @@ def load_set(path: Path) -> MeasuredSet | None:
             {"network", "detector", "reference"} <= found.key.keys()
             and all(isinstance(each, (int, float)) and 0 <= each < math.inf for each in numbers)
             and isinstance(found.timed, int)
-            and found.timed <= SEEDS
             and isinstance(found.problem or "", str)
             and found.images.dtype == torch.float32
         )

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
@@ -27,10 +28,8 @@ from dnnlib.util import count, read_file
 from ladders.results import CurvePoint, Floor, Rung
 from training.recipe import Options, entries
 
-MAX_LINE = 1 << 22  # bytes of a line of stats.jsonl
-MAX_TICKS = 100_000
-MAX_ROWS = 64  # stages, rungs and others of a list
-MAX_PROBLEMS = 40
+MAX_LINE, MAX_TICKS = 1 << 22, 100_000  # bytes of a line of stats.jsonl, and lines
+MAX_ROWS, MAX_PROBLEMS = 64, 40  # of a list: stages, rungs and others
 MAX_DEPTH = 32  # of JSON: options are five deep
 MAX_PIXELS = 1 << 26
 LARGEST, SMALLEST = 1e15, 1e-30  # a number beyond is left out, one nearer to 0 is 0
@@ -86,8 +85,8 @@ class Run:
     @property
     def state(self) -> str:
         """A few words: how far it is."""
-        kimg, total = self.last(KIMG) or 0.0, number(self.options.get("total_kimg"))
-        if not self.ticks:
+        kimg, total = self.last(KIMG), number(self.options.get("total_kimg"))
+        if kimg is None:
             return "no tick yet"
         if total and kimg >= total:
             return f"finished, {show_kimg(kimg)} kimg"
@@ -147,16 +146,14 @@ READERS: dict[str, Callable[[Any], Any]] = {  # of the fields of Rung and CurveP
 
 
 def row_of(kind: type, row: Any) -> Any:
-    """A row of ladder.json as a Rung, or of teacher-curve.json as a CurvePoint; None where a value is none of its
-    kind."""
+    """A row of ladder.json or teacher-curve.json as a Rung or CurvePoint; None where a value is none of its kind."""
     values = {each.name: READERS[str(each.type).split(" |")[0]](mapping(row).get(each.name)) for each in fields(kind)}
     needed = [each.name for each in fields(kind) if "None" not in str(each.type)]
     return None if any(values[name] is None for name in needed) else kind(**values)
 
 
 def settings_of(options: dict[str, Any]) -> list[tuple[str, str]]:
-    """The options of a run by their titles in the table, and what follows from data and network. What the file does
-    not have is left out."""
+    """What the file has of the options of a run, by their titles in the table, and of data and network."""
     data, net, loss = (mapping(options.get(f"{name}_kwargs")) for name in ("dataset", "network", "loss"))
     found = {}
     for each in entries(Options):
@@ -224,21 +221,16 @@ class Reader:
 
     def json(self, path: Path, kind: type) -> Any:
         """The content if it is of this kind (dict or list); otherwise an empty one."""
-        data = self.bytes(path, "a run's JSON")
-        try:
-            depth = max(accumulate((each in b"[{") - (each in b"]}") for each in data), default=0)
+        data, content = self.bytes(path, "a run's JSON"), None
+        depth = max(accumulate((each in b"[{") - (each in b"]}") for each in data), default=0)
+        with suppress(ValueError):
             content = json.loads(data) if depth <= MAX_DEPTH else None
-            if isinstance(content, kind):
-                return content
-            self.note(f"{path.name} is not what a run writes")
-        except ValueError:
-            if data:
-                self.note(f"{path.name} is damaged or cut short")
-        return kind()
+        if data and not isinstance(content, kind):
+            self.note(f"{path.name} is not what a run writes: damaged, cut short or of something else")
+        return content if isinstance(content, kind) else kind()
 
     def rows(self, path: Path, kind: type) -> list[Any]:
-        """The rows of ladder.json or teacher-curve.json that are whole; none where the first one is not, for it is the
-        teacher's."""
+        """The whole rows of ladder.json or teacher-curve.json; none where the first, which is the teacher's, is not."""
         content = self.json(path, list)
         found = [row_of(kind, row) for row in content[:MAX_ROWS]]
         whole = [row for row in found if row is not None and found[0] is not None]
@@ -268,8 +260,7 @@ class Reader:
         return None
 
     def ticks(self, path: Path) -> tuple[list[dict[str, float]], float]:
-        """The means that each line of stats.jsonl holds, and when the last one was written. Lines that are no
-        statistics are counted; the last one may be half written."""
+        """The means that each line of stats.jsonl holds, and when the last one was written; it may be half written."""
         rows: list[dict[str, float]] = []
         written, lines = 0.0, self.bytes(path, "a log").splitlines()
         for line in lines[:MAX_TICKS]:
@@ -306,23 +297,22 @@ class Reader:
     def floor(self, measured: int | None) -> Floor | None:
         """How far as many images drawn from the data set as have `measured` the rungs are from all of it; the newest
         file that holds it counts."""
-        paths = sorted(self.root.glob("rungs/floor-*.json"), key=lambda path: path.lstat().st_mtime)
-        for content in [Reader(self.root).json(path, dict) for path in reversed(paths[-MAX_ROWS:])]:
+        paths = sorted(self.root.glob("rungs/floor-*.json"), key=lambda path: path.lstat().st_mtime, reverse=True)
+        for content in [Reader(self.root).json(path, dict) for path in paths[:MAX_ROWS]]:
             distances = numbers(content.get("distances"))
             if distances and measured and content.get("images") == measured:
                 return Floor(measured, distances)
         return None
 
 
-def list_pictures(folder: Path, kind: str) -> list[tuple[int, Path]]:
-    """(kimg, file) of `kind`-KKKKKK.png, the oldest first."""
-    return numbered(folder, rf"{kind}-(\d{{1,12}})\.png")
-
-
 def numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     """(number, path) of what has a name of this kind in `folder`, in the order of the numbers."""
     name = re.compile(pattern, re.ASCII)
     return sorted((int(match[1]), path) for path in folder.iterdir() if (match := name.fullmatch(path.name)))
+
+
+def list_pictures(folder: Path, kind: str) -> list[tuple[int, Path]]:
+    return numbered(folder, rf"{kind}-(\d{{1,12}})\.png")
 
 
 def read(folder: Path, megabytes: float = 20) -> Subject:

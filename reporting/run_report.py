@@ -46,13 +46,8 @@ class Part:
 
 def render(subject: Subject) -> str:
     """The whole page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     samples = [Part(pictures=[subject.samples])] if subject.samples else []
     drawn = "The same latents in every picture of a run; drawn from the EMA of the weights."
     shown = "What each jump starts from, what it is asked for, and what the student answers."
@@ -105,7 +100,6 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
     last, of = subject.runs[-1], f" of {len(subject.plan) - 1}" if subject.plan else ""
     found = {
         "steps": " → ".join(map(str, chain_of(subject))) if subject.is_ladder or last.steps else "",
-        "networks measured": str(len(subject.rungs)) if subject.is_ladder else "",
         "state": f"stage {len(subject.runs)}{of}: {last.state}" if subject.is_ladder else last.state,
         "loss, last tick": show(last.last(run_files.LOSS)),
         "seconds per kimg": show(last.rate),

@@ -55,12 +55,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = make_dataset(place / name, count=40, size=32, channels=3)
     net = small_network(32, 3, model_channels=4, channel_mult=[1, 1], attn_resolutions=[])
     load_recipe(net, 1)
-    for name in (
-        "edm-cifar10-32x32-uncond-vp.pkl",
-        "teacher.pkl",
-        "my-network-snapshot.pkl",
-        "training-runs/teacher.pkl",
-    ):
+    names = ("edm-cifar10-32x32-uncond-vp.pkl", "teacher.pkl", "my-network-snapshot.pkl", "training-runs/teacher.pkl")
+    for name in names:
         (place / name).parent.mkdir(exist_ok=True)
         save_network(place / name, net)
     detector = f"--detector={place / 'stand-in.pt'}"
@@ -72,11 +68,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40 + index, 60, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
     for name, given in {
-        "training-runs/00000-run/training_options.json": shlex.split(FRESH),
-        "ladder/ladder-options.json": ["--transfer=teacher.pkl", "--num_steps=32"],
+        "training-runs/00000-run/training_options.json": {"cbase": "4", "cres": "1,1", "blocks": "1", "warmup": "0"},
+        "ladder/ladder-options.json": {"transfer": "teacher.pkl", "num_steps": "32"},
     }.items():
-        values = {word[2:].partition("=")[0]: word.partition("=")[2] for word in given}
-        told = {"outdir": name.partition("/")[0], "data": "datasets/cifar10-32x32.zip", **values}
+        told = {"outdir": name.partition("/")[0], "data": "datasets/cifar10-32x32.zip", **given}
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(json.dumps({COMMAND_LINE: told}))
     return place
