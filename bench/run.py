@@ -46,14 +46,8 @@ COMMON: dict[str, Any] = {"seed": 0, "nosubdir": True, "cond": False, "lr": 5e-4
 COMMON |= {"dropout": 0.0, "augment": 0.0, "duration": 100.0}
 
 
-@dataclass
-class Pair:
-    """What a case compares: two functions that return numbers."""
-
-    plain: Callable[[], Any]
-    fast: Callable[[], Any]
-    limit: float  # of the difference, relative to the largest number
-    amount: int  # images of one run
+# Two functions that return numbers, the limit of their difference relative to the largest, and the images of one run.
+Pair = tuple[Callable[[], Any], Callable[[], Any], float, int]
 
 
 @dataclass
@@ -116,7 +110,7 @@ def training(setting: Setting, solver: str | None = None) -> Pair:
         trainer.stats.reset()
         return loss
 
-    return Pair(plainly, quickly, 1e-4 if setting.precision == "fp32" else 0.1, setting.batch)
+    return plainly, quickly, 1e-4 if setting.precision == "fp32" else 0.1, setting.batch
 
 
 def sampling(setting: Setting) -> Pair:
@@ -133,7 +127,7 @@ def sampling(setting: Setting) -> Pair:
     def quickly() -> Any:
         return torch.cat([batch.images.cpu() for batch in iterate_images(student, range(count), device=setting.device)])
 
-    return Pair(plainly, quickly, 1e-3, count)
+    return plainly, quickly, 1e-3, count
 
 
 CASES: dict[str, Callable[[Setting], Pair]] = {
@@ -146,21 +140,22 @@ CASES: dict[str, Callable[[Setting], Pair]] = {
 
 def measure(name: str, pair: Pair, seconds: float) -> None:
     """Warms up, checks, then alternates for as long as `seconds` allow, three times at least; prints a row."""
-    plainly = plain.plain_layers()(pair.plain)
-    a, b = (torch.as_tensor(each(), dtype=torch.float64, device="cpu") for each in (plainly, pair.fast))
+    plainly, quickly, limit, amount = pair
+    plainly = plain.plain_layers()(plainly)
+    a, b = (torch.as_tensor(each(), dtype=torch.float64, device="cpu") for each in (plainly, quickly))
     difference = float((a - b).abs().max() / a.abs().max())
-    assert difference < pair.limit, f"{a} and {b} differ by {difference}"
+    assert difference < limit, f"{a} and {b} differ by {difference}"
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         plainly()
         middle = time.perf_counter()
-        pair.fast()
+        quickly()
         times.append((middle - start, time.perf_counter() - middle))
-    slow, quick = (pair.amount / statistics.median(column) for column in zip(*times, strict=True))
+    slow, fast = (amount / statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(a / b for a, b in times)
-    print(f"{name:15s} {slow:10.4g} {quick:10.4g} {ratio:6.2f}  {difference:.1e}", flush=True)
+    print(f"{name:15s} {slow:10.4g} {fast:10.4g} {ratio:6.2f}  {difference:.1e}", flush=True)
 
 
 @cli.command(name="run")
@@ -173,14 +168,11 @@ def measure(name: str, pair: Pair, seconds: float) -> None:
 def command(cases: str, size: str, seconds: float, precision: str, compile: bool, device: str) -> None:
     """Time training, distillation and sampling against the plain way to do it."""
     names = cases.split(",")
-    for name in names:
-        if name not in CASES:
-            raise cli.UsageError(f"--cases: there is no case '{name}'; there are {', '.join(CASES)}")
+    if unknown := set(names) - CASES.keys():
+        raise cli.UsageError(f"--cases: there is no case '{unknown.pop()}'; there are {', '.join(CASES)}")
     where = dist.init(device)
-    print(
-        f"torch {torch.__version__}, {where.type}, {torch.get_num_threads()} threads, size {size}, here in {precision}"
-        f"{', compiled' * compile}; images a second"
-    )
+    how = f"here in {precision}{', compiled' * compile}; images a second"
+    print(f"torch {torch.__version__}, {where.type}, {torch.get_num_threads()} threads, size {size}, {how}")
     print(f"{'case':15s} {'plain':>10s} {'here':>10s} {'ratio':>6s}  difference")
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(size, where, precision, compile, Path(folder))

@@ -97,12 +97,12 @@ class EDMStudentPipeline(DiffusionPipeline):
         shape = (batch_size, net.img_channels, net.img_resolution, net.img_resolution)
         latents = randn_tensor(shape, generator=generator, device=device)
         if net.label_dim:
-            if class_labels is None:
+            chosen: Any = class_labels
+            if chosen is None:
                 one = generator[0] if isinstance(generator, list) else generator
                 where = one.device if one is not None else device
-                class_labels = torch.randint(net.label_dim, [batch_size], generator=one, device=where)
-            classes = torch.as_tensor(class_labels, device=device).expand(batch_size)
-            labels = torch.eye(net.label_dim, device=device)[classes]
+                chosen = torch.randint(net.label_dim, [batch_size], generator=one, device=where)
+            labels = torch.eye(net.label_dim, device=device)[torch.as_tensor(chosen, device=device).expand(batch_size)]
         raw = grid_sampler(net, latents, self.student.grid.levels, self.student.config.solver, labels)
         images: Any = raw.float()
         if output_type == "np":

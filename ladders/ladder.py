@@ -163,9 +163,7 @@ class Ladder:
         The first student has nothing to be compared with: the teacher's end-point error is 0 by definition.
         """
         factor, (before, after) = self.options.stop_if_worse, self.rungs[-2:]
-        if factor is None or index == 0:
-            return False
-        if not dist.broadcast_object(after.endpoint_rmse > factor * before.endpoint_rmse):
+        if not factor or not index or not dist.broadcast_object(after.endpoint_rmse > factor * before.endpoint_rmse):
             return False
         go_on = ", or leave out --stop-if-worse to go on" if index + 1 < len(self.ratios) else ""
         self.log(

@@ -327,8 +327,8 @@ def read(folder: Path, megabytes: float = 20) -> Subject:
     stages = numbered(folder, r"stage-(\d{1,9})-\d+to\d+")
     is_ladder = bool({"ladder.json", "rungs"} & names or stages)
     if not is_ladder and not names & {"training_options.json", "stats.jsonl", "log.txt"}:
-        inside = next(folder.glob("*/training_options.json"), None)
-        hint = f"did you mean {inside.parent}?" if inside else "it has neither training_options.json nor ladder.json"
+        run = next(folder.glob("*/training_options.json"), None)
+        hint = f"did you mean {run.parent}?" if run else "it has neither training_options.json nor ladder.json"
         raise UserError(f"{folder} is neither a run of train.py nor a ladder of distill.py; {hint}")
     name, inside = (
         printable(folder.resolve().name),

@@ -154,14 +154,16 @@ def results(subject: Subject) -> list[Part]:
 
 def film(subject: Subject, kind: str, words: str) -> list[Part]:
     """The newest pictures of a kind, and folded away the earlier ones of each run, the newest first."""
-    newest, parts = [], []
+    newest: list[Picture] = []
+    parts = []
     for run in subject.runs:
         for picture in run.pictures[kind]:
             picture.caption = f"{kind.capitalize()} of {name_of(run)}, after {picture.caption}"
-        *earlier, last = run.pictures[kind] or [None]
-        newest += [last] if last else []
-        heading = f"{run.name}: {len(earlier)} earlier, the newest first"
-        parts += [Part(heading, pictures=earlier[::-1], folded=True)] if earlier else []
+        taken = run.pictures[kind][::-1]
+        newest += taken[:1]
+        if taken[1:]:
+            heading = f"{run.name}: {len(taken) - 1} earlier, the newest first"
+            parts.append(Part(heading, pictures=taken[1:], folded=True))
     return [Part(words=words, pictures=newest), *parts] if newest else []
 
 
