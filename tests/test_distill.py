@@ -149,52 +149,41 @@ def test_files(climbed):
         assert len({*rung["fd_sets"]}) == 3, "other seeds, other images"
         assert rung["fd"] == pytest.approx(np.mean(rung["fd_sets"]), rel=1e-12)
         assert rung["fd_std"] == pytest.approx(np.std(rung["fd_sets"], ddof=1), rel=1e-9)
+        rung["fd_sets"] = " ".join(map(str, rung["fd_sets"]))
     with open(climbed / "ladder.csv", newline="") as file:
-        assert list(csv.DictReader(file)) == [
-            {**{name: str(value) for name, value in rung.items()}, "fd_sets": " ".join(map(str, rung["fd_sets"]))}
-            for rung in table
-        ]
+        assert list(csv.DictReader(file)) == [{name: str(value) for name, value in rung.items()} for rung in table]
 
     last = load_network(table[2]["network"])
     assert Path(table[2]["network"]) == climbed / "stage-2-2to1" / "network-snapshot-000002.pkl"
-    assert [(e["steps"], e["solver"], e["network"]) for e in last.sampling.lineage] == [
-        (4, "heun", table[0]["network"]),
-        (2, "euler", table[1]["network"]),
-    ]
+    files = [(entry["steps"], entry["solver"], entry["network"]) for entry in last.sampling.lineage]
+    assert files == [(4, "heun", table[0]["network"]), (2, "euler", table[1]["network"])]
     assert last.net.label_dim == 4, "conditional, as the teacher"
 
     with Image.open(climbed / "ladder.png") as plot, Image.open(climbed / "samples.png") as sheet:
         assert plot.width > 2 * plot.height, "two panels"
         pixels = np.asarray(sheet)
     tops = []
-    for rung in table:
-        steps = rung["steps"]
+    for path, steps in ((rung["network"], rung["steps"]) for rung in table):
         with np.load(climbed / "rungs" / f"steps-{steps}.npz") as measured:
             images = torch.from_numpy(measured["images"][:16])
-        final = images_of(rung["network"], steps, 16, heun=steps == 4)
+        final = images_of(path, steps, 16, heun=steps == 4)
         assert rms(images - final) < 1e-5 * rms(final)
         row = np.asarray(pictures.tile(pictures.to_uint8(images), columns=16, gap=2))
-        top = next(y for y in range(len(pixels)) if row[0].tobytes() in pixels[y].tobytes())
-        left = pixels[top].tobytes().index(row[0].tobytes()) // 3
-        assert (pixels[top : top + len(row), left : left + row.shape[1]] == row).all()
-        tops.append(top)
+        tops.append(next(y for y in range(len(pixels)) if row[0].tobytes() in pixels[y].tobytes()))
+        left = pixels[tops[-1]].tobytes().index(row[0].tobytes()) // 3
+        assert (pixels[tops[-1] :][: len(row), left : left + row.shape[1]] == row).all()
     assert tops == sorted(tops), "the same seeds for every rung, the teacher above"
 
 
 def test_a_stage_is_what_train_does(place, climbed, tmp_path):
     """The same numbers, bit for bit, as train.py's own runs one after the other."""
     teacher = place / "teacher.pkl"
-    for index, (duration, lr) in enumerate((("0.001", "5e-4"), ("0.002", "1e-4"))):
+    own = ("--num_steps=4 --duration=0.001 --lr=5e-4", "--duration=0.002 --lr=1e-4")
+    for index, stage in enumerate(climbed / name for name in ("stage-1-4to2", "stage-2-2to1")):
         args = [f"--data={place / 'data.zip'}", f"--transfer={teacher}", *COMMON[:3], "--precond=edm_distillation"]
-        steps = ["--num_steps=4"] if index == 0 else []
-        folder = tmp_path / str(index)
-        assert (
-            train.main([*args, *steps, f"--duration={duration}", f"--lr={lr}", f"--outdir={folder}", "--nosubdir"]) == 0
-        )
-        theirs, ours = (
-            path / f"network-snapshot-00000{index + 1}.pkl"
-            for path in (folder, next(climbed.glob(f"stage-{index + 1}-*")))
-        )
+        assert train.main([*args, *own[index].split(), f"--outdir={tmp_path / stage.name}", "--nosubdir"]) == 0
+        name = f"network-snapshot-00000{index + 1}.pkl"
+        theirs, ours = tmp_path / stage.name / name, stage / name
         a, b = load_network(theirs), load_network(ours)
         assert a.sampling.grid == b.sampling.grid and a.net.init_kwargs == b.net.init_kwargs
         assert same_network(theirs, ours)
@@ -259,10 +248,13 @@ def rms(x):
 
 
 def test_end_point_errors_are_those_of_independent_sampling(climbed):
-    table = rungs(climbed)
-    teacher = images_of(table[0]["network"], 4, NUM, heun=True)
+    check_errors(rungs(climbed), NUM)
+
+
+def check_errors(table, count, heun=True):
+    teacher = images_of(table[0]["network"], table[0]["steps"], count, heun=heun)
     for rung in table[1:]:
-        student = images_of(rung["network"], rung["steps"], NUM)
+        student = images_of(rung["network"], rung["steps"], count)
         assert rung["endpoint_rmse"] == pytest.approx(rms(student - teacher), rel=1e-5)
 
 
@@ -347,14 +339,9 @@ def test_the_data_itself(place, climbed, capsys, monkeypatch):
     detector = detectors.load_detector(str(place / "detector.pt"), "cpu")
     dataset = ImageFolderDataset(place / "data.zip")
     features = detector(torch.from_numpy(np.stack([dataset[i][0] for i in range(200)]))).double().numpy()
-    expected = []
-    for draw in range(10):
-        chosen = np.random.default_rng([0, draw]).integers(200, size=NUM)
-        a, b = (
-            Stats(part.mean(0), np.cov(part, rowvar=False), len(part), detector.id)
-            for part in (features[chosen], features)
-        )
-        expected.append(frechet_between(a, b))
+    chosen = [features[np.random.default_rng([0, draw]).integers(200, size=NUM)] for draw in range(10)]
+    own, *drawn = (Stats(x.mean(0), np.cov(x, rowvar=False), len(x), detector.id) for x in (features, *chosen))
+    expected = [frechet_between(each, own) for each in drawn]
     record = json.loads(next((climbed / "rungs").glob("floor-*.json")).read_text())
     assert record["images"] == NUM and record["distances"] == pytest.approx(expected, rel=1e-6)
     forbid_work(monkeypatch)
@@ -400,10 +387,7 @@ def test_network_calls_and_a_part_of_the_images(again, place, out, monkeypatch, 
     table = rungs(out)
     assert calls == [30] * (3 * (7 + 2 + 1) + (2 + 1)), "and one set of the teacher's Euler 2 and 1; Heun 1 is Euler 1"
     assert [rung["nfe"] for rung in table] == [7, 2, 1]
-    teacher = images_of(table[0]["network"], 4, 8, heun=True)
-    for rung in table[1:]:
-        student = images_of(rung["network"], rung["steps"], 8)
-        assert rung["endpoint_rmse"] == pytest.approx(rms(student - teacher), rel=1e-5)
+    check_errors(table, 8)
     with np.load(out / "rungs/steps-4.npz") as measured:
         assert len(measured["images"]) == 8, "no more images are kept than are compared"
 
@@ -421,8 +405,7 @@ def test_an_euler_teacher_and_a_student_as_first_teacher(place, climbed, tmp_pat
     assert distill.main([*args, f"--outdir={tmp_path / 'euler'}"]) == 0
     table = rungs(tmp_path / "euler")
     assert [(rung["steps"], rung["nfe"]) for rung in table] == [(2, 2), (1, 1)]
-    teacher = images_of(table[0]["network"], 2, NUM)
-    assert table[1]["endpoint_rmse"] == pytest.approx(rms(images_of(table[1]["network"], 1, NUM) - teacher), rel=1e-5)
+    check_errors(table, NUM, heun=False)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PAGES = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in (
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGES, re.MULTILINE | re.DOTALL)
 assert len(BLOCKS) >= 6
 BUNDLED = ROOT / "assets" / "digits-student.pkl"
+NETWORK = load_network(BUNDLED)
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +65,25 @@ def test_a_block_runs_as_it_stands(code: str, folder: Path, monkeypatch: pytest.
 
 def test_sample_gives_what_generate_writes(tmp_path: Path) -> None:
     seeds = [7, *range(3), 7]
-    images = sample(load_network(BUNDLED), seeds, device="cpu")
+    images = sample(NETWORK, seeds, device="cpu")
     assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 1)
     assert generate.main([f"--network={BUNDLED}", f"--outdir={tmp_path}", "--seeds=0-2,7", "--device=cpu"]) == 0
     for seed, image in zip(seeds, images, strict=True):
         with Image.open(tmp_path / f"{seed:06d}.png") as written:
             assert np.array_equal(np.asarray(written.convert("L")), image[..., 0])
-    raw = sample(load_network(BUNDLED), seeds, device="cpu", batch=2, raw=True)
+    raw = sample(NETWORK, seeds, device="cpu", batch=2, raw=True)
     assert raw.dtype == torch.float32 and raw.shape == (5, 1, 8, 8)
     assert np.abs((raw[:, 0].numpy() * 127.5 + 128).clip(0, 255) - images[..., 0]).max() < 1.01
 
 
-def test_sample_of_a_class(tmp_path: Path) -> None:
+def test_sample_of_a_class() -> None:
     net = small_network(label_dim=3)
     load_recipe(net, 1)
-    path = tmp_path / "net.pkl"
-    save_network(path, net)
-    network = load_network(path)
+    network = replace(NETWORK, net=net.eval(), sampling=None)
     a, b = (sample(network, [0, 1], class_idx=index, steps=3, raw=True, device="cpu") for index in (0, 2))
     assert not torch.equal(a, b)
     with pytest.raises(UsageError, match="classes are 0 to 2"):
         sample(network, [0], class_idx=3)
-
-
-NETWORK = load_network(BUNDLED)
 
 
 @pytest.mark.parametrize(
