@@ -63,12 +63,9 @@ class Stage:
 
     def describe(self) -> str:
         """One line for people: '32 heun steps -> 16, noise levels 80, 55.74, 38.07, ..., 0.004267, 0'."""
-        levels = self.sampling.grid.levels
-        shown = [f"{level:.4g}" for level in levels]
-        if len(shown) > 8:
-            shown = [*shown[:3], "...", *shown[-3:]]
+        student = self.sampling.grid
         how = " with a self-teacher" if self.self_teacher else ""
-        return f"{self.grid.steps} {self.solver} steps -> {len(levels) - 1}{how}, noise levels {', '.join(shown)}"
+        return f"{self.grid.steps} {self.solver} steps -> {student.steps}{how}, noise levels {student}"
 
 
 def plan_stage(

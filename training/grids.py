@@ -43,6 +43,11 @@ class NoiseGrid:
         """Number of jumps, one fewer than levels."""
         return len(self.levels) - 1
 
+    def __str__(self) -> str:
+        """'80, 55.74, 38.07, ..., 0.02, 0.004267, 0': all of up to eight levels, else both ends."""
+        shown = [f"{level:.4g}" for level in self.levels]
+        return ", ".join(shown if len(shown) <= 8 else [*shown[:3], "...", *shown[-3:]])
+
     def every(self, ratio: int) -> NoiseGrid:
         """The student's grid: every `ratio`-th level, g_0, g_K, ..., g_N = 0. Raises ValueError unless it divides."""
         if ratio < 1 or self.steps % ratio:

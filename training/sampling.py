@@ -151,7 +151,6 @@ def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
 def _student_plan(sampling: Sampling, steps: int | None, is_own: bool) -> Plan:
     grid, solver = sampling.grid, sampling.solver
     calls = nfe(grid.steps, solver)
-    shown = ", ".join(f"{level:.4g}" for level in grid.levels[:8]) + (", ..., 0" if grid.steps > 7 else "")
     whose = "the network's own" if is_own else "the given"
     note = f"; {steps} is its teacher's number of steps, it makes its own {grid.steps}"
     return Plan(
@@ -159,7 +158,7 @@ def _student_plan(sampling: Sampling, steps: int | None, is_own: bool) -> Plan:
         steps=grid.steps,
         nfe=calls,
         text=(
-            f"{whose} noise grid ({shown}): {count(grid.steps, 'step')} of {solver}, "
+            f"{whose} noise grid ({grid}): {count(grid.steps, 'step')} of {solver}, "
             f"distilled from {sampling.teacher_steps}, {count(calls, 'network call')} (NFE) per image"
             f"{'' if steps in (None, grid.steps) else note}"
         ),
