@@ -73,18 +73,24 @@ def karras_levels(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
         raise ValueError(f"rho={rho:g} gives no noise levels in float64") from None
 
 
+def clamped(net: Any, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """The part of a noise range that the network covers. Raises ValueError when nothing is left."""
+    low, high = max(sigma_min, float(net.sigma_min)), min(sigma_max, float(net.sigma_max))
+    if not 0 < low < high:
+        covers = f"this network covers {float(net.sigma_min):g} to {float(net.sigma_max):g}"
+        raise ValueError(f"noise levels from sigma_min {low:g} to sigma_max {high:g} leave nothing to sample; {covers}")
+    return low, high
+
+
 def network_grid(
-    net: Any, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0
+    net: Any, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> NoiseGrid:
     """The grid on which `net` is sampled and distilled: eq. 5, clamped to its range, rounded to levels it knows, and 0.
 
     `net` has `sigma_min`, `sigma_max` and `round_sigma` as EDM's networks have them. Raises ValueError when two levels
     fall together, naming the largest number of steps that works.
     """
-    low = max(0.002 if sigma_min is None else sigma_min, float(net.sigma_min))
-    high = min(80.0 if sigma_max is None else sigma_max, float(net.sigma_max))
-    if not 0 < low < high:
-        raise ValueError(f"noise levels from {high:g} down to {low:g} leave nothing to sample")
+    low, high = clamped(net, sigma_min, sigma_max)
 
     def levels(count: int) -> tuple[float, ...]:
         return (*rounded(net.round_sigma, karras_levels(count, low, high, rho)), 0.0)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .grids import check_count, karras_levels, rounded
+from .grids import check_count, clamped, karras_levels, rounded
 from .sampler_table import SOLVERS
 from .solvers import Denoiser, euler_jump, heun_step
 
@@ -291,20 +291,12 @@ def vp_betas(sigma_min: float, sigma_max: float, epsilon_s: float) -> tuple[floa
 def noise_range(
     net: Any, discretization: str, sigma_min: float | None, sigma_max: float | None, epsilon_s: float = 1e-3
 ) -> tuple[float, float]:
-    """(sigma_min, sigma_max), the discretization's own where None, clamped to what the network covers.
-
-    Raises ValueError when nothing is left.
-    """
+    """(sigma_min, sigma_max), the discretization's own where None, clamped to what the network covers."""
     _check_choice("discretization", discretization, ("vp", "ve", "iddpm", "edm"))
     vp = vp_schedule(beta_d=19.9, beta_min=0.1)
     own = {"vp": (vp.sigma(epsilon_s), vp.sigma(1)), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
     low, high = own[discretization]
-    low = max(low if sigma_min is None else sigma_min, float(net.sigma_min))
-    high = min(high if sigma_max is None else sigma_max, float(net.sigma_max))
-    if not 0 < low < high:
-        covers = f"this network covers {float(net.sigma_min):g} to {float(net.sigma_max):g}"
-        raise ValueError(f"noise levels from sigma_min {low:g} to sigma_max {high:g} leave nothing to sample; {covers}")
-    return low, high
+    return clamped(net, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
 
 
 def noise_levels(
