@@ -182,7 +182,12 @@ class ImageFolderDataset(Dataset):
             raise UserError(f"{self.path} holds {width}x{height} images, but resolution {resolution} is asked for")
         name = os.path.splitext(os.path.basename(os.path.abspath(self.path)))[0]
         shape = [len(self._image_fnames), channels, height, width]
-        super().__init__(name, shape, self._read_labels() if use_labels else None, **options)
+        array, labels = None, self._files.labels() if use_labels else None
+        if labels:
+            self._files.check_labels(labels, self._image_fnames)
+            values = [labels[each] for each in self._image_fnames]
+            array = label_array(values, self._image_fnames, self._files.where("dataset.json"))
+        super().__init__(name, shape, array, **options)
         self.notes = self._files.notes()
 
     def _load_raw_images(self, raw_indices: list[int]) -> np.ndarray:
@@ -196,14 +201,6 @@ class ImageFolderDataset(Dataset):
                 )
             image[:] = pixels
         return images
-
-    def _read_labels(self) -> np.ndarray | None:
-        labels = self._files.labels()
-        if not labels:
-            return None
-        self._files.check_labels(labels, self._image_fnames)
-        where = self._files.where("dataset.json")
-        return label_array([labels[name] for name in self._image_fnames], self._image_fnames, where)
 
     def close(self) -> None:
         self._files.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 
@@ -39,10 +38,8 @@ def tile(images: Tensor, columns: int, scale: int | None = None, gap: int = 0) -
 
 def save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
     """Writes a PNG in one piece."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
     with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+        picture.save(file, format="PNG")
 
 
 def labelled_rows(

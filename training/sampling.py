@@ -273,22 +273,23 @@ def iterate_images(
     network: NetworkFile,
     seeds: Sequence[int],
     *,
-    steps: int | None = None,
-    solver: str | None = None,
     max_batch: int = 64,
     device: torch.device | str,
     class_idx: Condition = None,
     labels: LabelSource = None,
+    is_shared: bool = True,
+    **options: Any,
 ) -> Iterator[Batch]:
-    """Images of `network` for `seeds`, in batches of at most `max_batch`; each process gets its own share of them.
+    """Images of `network` for `seeds`, in batches of at most `max_batch`; if `is_shared`, this process's share of them.
 
-    Moves the network to `device`. `steps` and `solver` as in `plan_sampling`, `class_idx` and `labels` as in
+    Moves the network to `device`. Options are those of `plan_sampling`, `class_idx` and `labels` those of
     `choose_labels`, whose errors are raised at once.
     """
-    plan = plan_sampling(network, steps=steps, solver=solver)
+    plan = plan_sampling(network, **options)
     chosen = choose_labels(network, class_idx, labels)
     net = network.net.to(device)
-    return (sample_batch(net, batch, plan, device, chosen) for batch in own_batches(seeds, max_batch))
+    batches = own_batches(seeds, max_batch) if is_shared else split_seeds(seeds, count_batches(len(seeds), max_batch))
+    return (sample_batch(net, batch, plan, device, chosen) for batch in batches)
 
 
 def sample(
@@ -316,13 +317,11 @@ def sample(
     """
     if len(seeds) == 0 or batch < 1:
         raise UsageError(f"seeds are {len(seeds)}, batch is {batch}: both must be at least 1")
-    plan = plan_sampling(network, **options)
-    drawn_from = choose_labels(network, class_idx, labels)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    net = network.net.to(where)
+    options |= {"max_batch": batch, "device": where, "class_idx": class_idx, "labels": labels}
     parts = []
-    for part in split_seeds(seeds, count_batches(len(seeds), batch)):
-        images = sample_batch(net, part, plan, where, drawn_from).checked(network.source)
+    for made in iterate_images(network, seeds, is_shared=False, **options):
+        images = made.checked(network.source)
         parts.append(images.cpu() if raw else to_uint8(images.double()).permute(0, 2, 3, 1).cpu())
     together = torch.cat(parts)
     return together if raw else together.numpy()
