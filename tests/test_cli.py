@@ -168,21 +168,6 @@ def test_version_names_the_commit_and_copes_without_git(tmp_path, monkeypatch):
     assert version.git_revision() is None
 
 
-@pytest.mark.parametrize(
-    ("module", "args", "words"),
-    [
-        (train, ["--arch=ddpmp"], "'ddpmp' is not one of 'ddpmpp', 'ncsnpp', 'adm'"),
-        (dataset_tool, ["--source=x", "--dest=y", "--transform=x"], "not one of 'center-crop', 'center-crop-wide'"),
-        (train, ["--trnsfer=4"], "'--trnsfer'. Did you mean '--transfer'?"),
-        (generate, ["--num_steps=18"], "Did you mean '--steps'?"),
-        (fid, ["cacl"], "Did you mean 'calc'?"),
-    ],
-)
-def test_near_misses_are_answered(module, args, words, capsys):
-    status, error = fails(capsys, module, *args)
-    assert status == 2 and words in error
-
-
 def test_contradictions_are_answered_before_torch_is_loaded():
     cases = {
         "--precond=edm_distillation": "needs a teacher",
@@ -342,11 +327,8 @@ EDM_FILE = {
 )
 def test_config_files_that_cannot_be_used(content, status, words, tmp_path, capsys):
     path = tmp_path / "options.json"
-    path.write_bytes(
-        content
-        if isinstance(content, bytes)
-        else (content if isinstance(content, str) else json.dumps(content)).encode()
-    )
+    text = content if isinstance(content, (bytes, str)) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     place = [] if "Missing" in words else ["--outdir=o", "--data=d"]
     found, error = fails(capsys, train, f"--config={path}", *place)
     assert (found, words in error) == (status, True), error
@@ -387,7 +369,6 @@ def test_a_pipe_is_refused(option, tmp_path, capsys):
 
 def test_config_that_is_not_there(tmp_path, capsys):
     assert "No such file or directory" in fails(capsys, train, f"--config={tmp_path / 'no.json'}")[1]
-    assert "Is a directory" in fails(capsys, train, f"--config={tmp_path}")[1]
     (tmp_path / "run.json").write_text(json.dumps({COMMAND_LINE: {}, "run_dir": "x"}))
     assert "no ladder-options.json" in fails(capsys, distill, f"--config={tmp_path / 'run.json'}")[1]
 
