@@ -441,39 +441,27 @@ def test_what_is_no_training_state(files, fails, tmp_path):
     def short(table: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor[:1] if tensor.ndim else tensor for name, tensor in table.items()}
 
-    moments = good["optimizer"]
-    position = good["position"]
+    moments, position, options = good["optimizer"], good["position"], good["options"]
+    wrong = [("nimg", "many"), ("step", -1), ("nimg", 10**30), ("tick", 2**70), ("skipped", 10**400)]
+    wrong += [("tick_start_nimg", position["nimg"] + 1), ("elapsed_sec", 1e308), ("elapsed_sec", math.nan)]
+    lacking: list[dict[str, Any]] = [{"position": {**position, name: value}} for name, value in wrong]
+    lacking += [{"scaler": {"scale": a, "growth": b}} for a, b in ((math.inf, 0), (1.0, 2**70), (10**400, 0))]
+    lacking += [{"position": {}}, {"position": 3}, {"options": {}}, {"options": {**options, "seed": 2**63}}]
+    lacking += [{"world_size": 0}, {"batch_gpu": 2**70}, {"net": {"a": 1}}]
     for change, words in (
+        *[({**good, **each}, "lacks something") for each in lacking],
         ([1, 2], "not a training state"),
         ({"a": 1}, "not a training state"),
         ({**good, "format": 9}, "format 9"),
-        ({**good, "position": {}}, "lacks something"),
-        ({**good, "position": 3}, "lacks something"),
-        ({**good, "position": {**position, "nimg": "many"}}, "lacks something"),
-        ({**good, "position": {**position, "step": -1}}, "lacks something"),
-        ({**good, "position": {**position, "nimg": 10**30}}, "lacks something"),
-        ({**good, "position": {**position, "tick": 2**70}}, "lacks something"),
-        ({**good, "position": {**position, "skipped": 10**400}}, "lacks something"),
-        ({**good, "position": {**position, "tick_start_nimg": position["nimg"] + 1}}, "lacks something"),
-        ({**good, "position": {**position, "elapsed_sec": 1e308}}, "lacks something"),
-        ({**good, "position": {**position, "elapsed_sec": math.nan}}, "lacks something"),
-        ({**good, "scaler": {"scale": math.inf, "growth": 0}}, "lacks something"),
-        ({**good, "scaler": {"scale": 1.0, "growth": 2**70}}, "lacks something"),
-        ({**good, "scaler": {"scale": 10**400, "growth": 0}}, "lacks something"),
-        ({**good, "options": {**good["options"], "seed": 2**63}}, "lacks something"),
-        ({**good, "options": {**good["options"], "ema": 1}}, "--ema"),
-        ({**good, "options": {**good["options"], "lr-decay": [], "duration": None}}, "--lr-decay"),
-        ({**good, "world_size": 0}, "lacks something"),
-        ({**good, "batch_gpu": 2**70}, "lacks something"),
-        ({**good, "options": {**good["options"], "lr": 10**400}}, "lr (was inf"),
+        ({**good, "options": {**options, "ema": 1}}, "--ema"),
+        ({**good, "options": {**options, "lr-decay": [], "duration": None}}, "--lr-decay"),
+        ({**good, "options": {**options, "lr": 10**400}}, "lr (was inf"),
         ({**good, "format": "\x1b[2J" + "9" * 10**6}, "format \\x1b[2J9"),
         ({**good, "net": {**good["net"], "\x1b[2J" * 10**5: torch.zeros(1)}}, "does not fit"),
-        ({**good, "net": {"a": 1}}, "lacks something"),
-        ({**good, "options": {}}, "lacks something"),
         ({**good, "net": short(good["net"])}, "does not fit"),
         ({**good, "optimizer": {**moments, "exp_avg": short(moments["exp_avg"])}}, "does not fit"),
         ({**good, "optimizer": {**moments, "exp_avg_sq": {}}}, "does not fit"),
-        ({**good, "options": {**good["options"], "lr": 1}}, "--lr (was not given, now 0.001)"),
+        ({**good, "options": {**options, "lr": 1}}, "--lr (was not given, now 0.001)"),
     ):
         torch.save(change, tmp_path / "bad.pt")
         fails(1, ["bad.pt", words], train, *run, f"--resume={tmp_path / 'bad.pt'}")

@@ -327,40 +327,32 @@ def test_cifar_unpacked(tmp_path, monkeypatch):
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path / "folder", filter="data")
     made = set()
-    for source in ("cifar-10-python.tar.gz", "cifar-10-python.tar", "folder", "folder/cifar-10-batches-py"):
+    for source in (path.name, "cifar-10-python.tar", "folder", "folder/cifar-10-batches-py"):
         assert tool(tmp_path / source, tmp_path / "out.zip") == 0
         made.add((tmp_path / "out.zip").read_bytes())
     assert len(made) == 1
 
 
 def test_mnist_refusals(tmp_path, capsys):
-    def refused(*words: str) -> None:
+    path, _ = mnist(tmp_path / "m")
+    labels_path = path.parent / "train-labels-idx1-ubyte.gz"
+    good, good_labels = path.read_bytes(), labels_path.read_bytes()
+    raw = gzip.decompress(good)
+    for content, labels_content, *words in (
+        (gzip.compress(raw[:-1]), good_labels, "train-images", "cut short"),
+        (good[:-20], good_labels, "train-images", "damaged"),
+        (gzip.compress(b"\0\0\x0d\x03" + raw[4:]), good_labels, "not an idx file"),
+        (gzip.compress(struct.pack(">IIII", 0x803, 2**31, 2**31, 2**31)), good_labels, "cut short"),
+        (gzip.compress(struct.pack(">IIII", 0x803, 0, 28, 28)), good_labels, "holds 0 bytes"),
+        (good, gzip.compress(struct.pack(">II", 0x801, 4) + bytes(4)), "for 4 labels"),
+        (good, b"", "train-labels", "not an idx file"),
+        (good, None, "train-labels-idx1-ubyte.gz, must lie beside it"),
+    ):
+        path.write_bytes(content)
+        labels_path.write_bytes(labels_content) if labels_content is not None else labels_path.unlink()
         assert tool(path, tmp_path / "out.zip") == 1
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and all(word in message for word in words), message
-
-    path, _ = mnist(tmp_path / "m")
-    labels_path = path.parent / "train-labels-idx1-ubyte.gz"
-    good, good_labels = gzip.decompress(path.read_bytes()), labels_path.read_bytes()
-    path.write_bytes(gzip.compress(good[:-1]))
-    refused("train-images", "cut short")
-    path.write_bytes(gzip.compress(good)[:-20])
-    refused("train-images", "damaged")
-    path.write_bytes(gzip.compress(b"\0\0\x0d\x03" + good[4:]))
-    refused("not an idx file")
-    path.write_bytes(gzip.compress(struct.pack(">IIII", 0x803, 2**31, 2**31, 2**31)))
-    refused("cut short")
-    path.write_bytes(gzip.compress(struct.pack(">IIII", 0x803, 0, 28, 28)))
-    refused("holds 0 bytes")
-    path.write_bytes(gzip.compress(good))
-    labels_path.write_bytes(gzip.compress(struct.pack(">II", 0x801, 4) + bytes(4)))
-    refused("for 4 labels")
-    labels_path.write_bytes(b"")
-    refused("train-labels", "not an idx file")
-    labels_path.unlink()
-    refused("train-labels-idx1-ubyte.gz, must lie beside it")
-    labels_path.write_bytes(good_labels)
-    assert tool(path, tmp_path / "out.zip") == 0
 
 
 def test_digits(tmp_path, capsys):
