@@ -39,6 +39,7 @@ from .measuring import SHOWN, Log, Measuring, curve_plan
 from .results import CurvePoint, Rung, describe, ladder_figure, to_csv
 
 LONGEST = 1e6  # Mimg, as in train.py
+SEEDS = 1 << 32  # different ones
 
 
 class Ladder:
@@ -51,6 +52,11 @@ class Ladder:
     def __init__(self, stage_options: Options, options: LadderOptions, log: Log = dist.print0) -> None:
         assert stage_options.transfer is not None
         self.base, self.options, self.log = stage_options, options, log
+        if options.eval_sets * options.eval_num > SEEDS:
+            raise UsageError(
+                f"--eval-sets={options.eval_sets} of --eval-num={options.eval_num} images need more seeds than the "
+                f"{SEEDS} there are; use fewer"
+            )
         if not stage_options.outdir:
             raise UsageError("--outdir is empty")
         self.outdir = Path(stage_options.outdir)

@@ -418,6 +418,7 @@ def test_an_euler_teacher_and_a_student_as_first_teacher(place, climbed, tmp_pat
         ("--num_steps=4 --duration=1,2,3", "--duration has 3 values for 2 stages"),
         ("--num_steps=4 --lr=1,2,3", "--lr has 3 values for 2 stages (4 -> 2 -> 1 steps); give one, or one for"),
         ("--num_steps=4 --duration=2000000", "--duration: 2e+06 million images are too many"),
+        ("--num_steps=4 --eval-sets=100000000", "--eval-sets=100000000 of --eval-num=50 images need more seeds"),
         ("--num_steps=4 --stop-if-worse=nan", "--stop-if-worse"),
         ("--num_steps=4 --lr=0", "not a list of positive numbers"),
         ("--num_steps=4 --ratio=two", "not a list of whole numbers"),
