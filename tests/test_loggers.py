@@ -6,8 +6,6 @@ import importlib.machinery
 import json
 import sys
 import types
-from pathlib import Path
-from typing import Any, cast
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,41 +21,41 @@ SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=8", "--tick=0.2", "-
 class FakeWandb(types.ModuleType):
     """As much of the package as is used; `fail` names the call that breaks."""
 
-    def __init__(self, fail: str = "") -> None:
+    def __init__(self, fail=""):
         super().__init__("wandb")
         self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         self.fail = fail
-        self.starts: list[dict[str, Any]] = []
-        self.rows: list[dict[str, float]] = []
-        self.metrics: list[tuple[str, str]] = []
+        self.starts = []
+        self.rows = []
+        self.metrics = []
         self.finished = 0
         self.step = 0
 
-    def init(self, **options: Any) -> FakeWandb:
+    def init(self, **options):
         if self.fail == "init":
             raise ConnectionError("no\nnetwork")
         self.starts.append(options)
         return self
 
-    def define_metric(self, name: str, step_metric: str) -> None:
+    def define_metric(self, name, step_metric):
         self.metrics.append((name, step_metric))
 
-    def log(self, row: dict[str, float], step: int) -> None:
+    def log(self, row, step):
         if self.fail == "log" and len(self.rows) == 1:
             raise OSError("disk full")
         self.rows.append(row)
         self.step = step
 
-    def finish(self) -> None:
+    def finish(self):
         self.finished += 1
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     return make_dataset(tmp_path / "data.zip")
 
 
-def run(data: Path, folder: Path, duration: float, *more: str) -> tuple[list[dict[str, Any]], str]:
+def run(data, folder, duration, *more):
     """(lines of stats.jsonl, log.txt) of a run of so many kimg."""
     args = [f"--data={data}", f"--outdir={folder}", "--nosubdir", f"--duration={duration / 1000}", *SMALL, *more]
     assert train.main(args) == 0
@@ -65,9 +63,7 @@ def run(data: Path, folder: Path, duration: float, *more: str) -> tuple[list[dic
     return stats, (folder / "log.txt").read_text()
 
 
-def test_wandb_gets_the_figures_and_goes_on_under_one_number(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_the_figures_and_goes_on_under_one_number(data, tmp_path, monkeypatch):
     folder = tmp_path / "ladder" / "stage-1"
     for duration, args in ((1, "--wandb=digits"), (2, "--wandb")):
         fake = FakeWandb()
@@ -85,7 +81,7 @@ def test_wandb_gets_the_figures_and_goes_on_under_one_number(
     assert 3 <= len(fake.rows) < len(stats)  # those after going on
 
 
-def test_what_a_resumed_run_repeats_is_shown_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_resumed_run_repeats_is_shown_once(data, tmp_path, monkeypatch):
     """Killed after the figures of steps that its newest state does not have."""
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -106,9 +102,7 @@ def test_what_a_resumed_run_repeats_is_shown_once(data: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("fail", "words"), [("init", "ConnectionError: no network"), ("log", "OSError: disk full")])
-def test_a_logger_that_fails_is_left_out_with_one_line(
-    fail: str, words: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_logger_that_fails_is_left_out_with_one_line(fail, words, data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fail))
     stats, log = run(data, tmp_path / "run", 1, "--wandb")
     assert log.count("Warning") == 1
@@ -117,9 +111,7 @@ def test_a_logger_that_fails_is_left_out_with_one_line(
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_missing_package_is_told_before_anything_is_written(
-    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_package_is_told_before_anything_is_written(name, data, tmp_path, monkeypatch, capsys):
     import importlib.util
 
     find = importlib.util.find_spec
@@ -129,13 +121,13 @@ def test_a_missing_package_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_is_started_before_the_first_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(config: Any, begin: int) -> Any:
+def test_nothing_is_started_before_the_first_figures(monkeypatch):
+    def make(config, begin):
         raise AssertionError("too early")
 
     monkeypatch.setitem(loggers.LOGGERS, "tensorboard", make)
-    lines: list[str] = []
-    each = Loggers(cast(Any, types.SimpleNamespace(tensorboard=True, wandb=None)), lines.append, begin=0)
+    lines = []
+    each = Loggers(types.SimpleNamespace(tensorboard=True, wandb=None), lines.append, begin=0)
     each.close()
     assert not lines
     each.write({"loss": 1.0}, 1)
