@@ -46,3 +46,16 @@ def data(tmp_path_factory):
     from helpers import make_dataset
 
     return make_dataset(tmp_path_factory.mktemp("data") / "blobs.zip", count=40)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A teacher of the published CIFAR networks' shape: augmentation labels, dropout, no gradients, EDM preconditioning."""
+    from formats.network_files import save_network
+    from helpers import load_recipe, small_network
+
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pkl"
+    net = small_network(augment_dim=9, dropout=0.13, use_fp16=True)
+    load_recipe(net, 3)
+    save_network(path, net)
+    return path

@@ -9,22 +9,11 @@ import torch
 
 from engine import costs
 from engine.setup import prepare
-from formats.network_files import load_network, save_network
+from formats.network_files import load_network
 from helpers import small_network
 from test_training import SMALL, assert_same_state, losses, run
 from training.recipe import Options
 from training.speed import recompute_blocks
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pkl"
-    torch.manual_seed(3)
-    net = small_network(dropout=0.1)
-    for parameter in net.parameters():  # fresh networks end in zeros, which no precision spoils
-        parameter.data += 0.02 * torch.randn(parameter.shape)
-    save_network(path, net)
-    return path
 
 
 def short(data, outdir, *extra):

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from engine.loop import check_same_weights
-from formats.network_files import save_network
-from helpers import load_recipe, make_dataset, small_network
+from helpers import make_dataset
 from test_training import SMALL, assert_same_state, finish, launch, losses, newest_nimg, run, stats, timeless, wait_for
 from torch_utils import distributed as dist
 
@@ -181,12 +180,9 @@ def test_two_and_three_processes_change_rounding_only(whole):
     assert_near(whole[1], whole[3])
 
 
-def test_two_processes_distil_a_published_shape(data, tmp_path):
-    net = small_network(augment_dim=9, dropout=0.13, use_fp16=True)
-    load_recipe(net, 3)
-    save_network(tmp_path / "teacher.pkl", net)
+def test_two_processes_distil_a_published_shape(data, teacher, tmp_path):
     args = [f"--data={data}", "--precond=edm_distillation", "--batch=48", "--batch-gpu=12", "--duration=0.001"]
-    args += ["--num_steps=4", f"--transfer={tmp_path / 'teacher.pkl'}", "--cond=0", "--arch=ddpmpp", "--tick=0.048"]
+    args += ["--num_steps=4", f"--transfer={teacher}", "--cond=0", "--arch=ddpmpp", "--tick=0.048"]
     args += ["--seed=5", "--lr=1e-4"]
     assert run(*args, f"--outdir={tmp_path / 'one'}", "--nosubdir") == 0
     finish(2, *args, f"--outdir={tmp_path / 'two'}", log=tmp_path / "two.txt")

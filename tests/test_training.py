@@ -39,16 +39,6 @@ SMALL = ["--cbase=16", "--cres=1,2", "--blocks=1", "--batch=12", "--tick=0.1", "
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A teacher of the published CIFAR networks' shape: augmentation labels, dropout, no gradients, EDM preconditioning."""
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pkl"
-    net = small_network(augment_dim=9, dropout=0.13, use_fp16=True)
-    load_recipe(net, 3)
-    save_network(path, net)
-    return path
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """The folder and the arguments of a run of 84 steps, ten ticks, to compare with and to copy."""
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -377,8 +367,8 @@ def test_a_second_control_c_stops_at_once(data, tmp_path, monkeypatch, capsys):
 
 
 def newest_nimg(run_dir):
-    names = [path.name for path in state.list_states(run_dir)]
-    return max((int(name.split("-")[-1].split(".")[0]) for name in names if "rolling" in name), default=0)
+    rolling = [path for path in state.list_states(run_dir) if "rolling" in path.name]
+    return max(map(state.images_seen, rolling), default=0)
 
 
 def wait_for(condition, job, seconds=200):
@@ -704,8 +694,6 @@ def test_bad_options_are_answered_in_one_line(data, teacher, tmp_path, capsys):
     odd = make_dataset(tmp_path / "odd.zip", size=9)
     distil = ["--precond=edm_distillation", "--batch=12", f"--transfer={teacher}"]
     for status, words, args in (
-        (2, "--num_steps is needed", [f"--data={data}", *distil]),
-        (2, "ratios that work: 3, 9", [f"--data={data}", *distil, "--num_steps=9"]),
         (2, "--cbase=128", [f"--data={data}", *distil, "--num_steps=4", "--cbase=128"]),
         (2, "--arch=adm", [f"--data={data}", *distil, "--num_steps=4", "--arch=adm"]),
         (1, "16x16", [f"--data={big}", *distil, "--num_steps=4"]),
