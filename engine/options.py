@@ -21,10 +21,7 @@ FILES = ("--data", "--transfer")  # compared by their content
 
 
 def check_options(options: Options, world_size: int) -> None:
-    """Refuses options that contradict each other or lack something, before anything else is looked at.
-
-    Raises UsageError or UserError with one helpful line.
-    """
+    """Raises UsageError or UserError for options that contradict each other or lack something."""
     check_batch(options.batch, options.batch_gpu, world_size)
     state = Path(options.resume or "latest")
     if options.resume not in (None, "latest") and (state.suffix in (".pkl", ".safetensors") or not state.is_file()):

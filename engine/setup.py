@@ -129,10 +129,8 @@ class Run:
 
 
 def prepare(options: Options) -> Run:
-    """Checks the options against each other, the data and the teacher, and works out every default.
-
-    Raises UsageError or UserError with one helpful line; nothing has been written by then.
-    """
+    """Checks the options against each other, the data and the teacher, and works out every default. Writes nothing.
+    Raises UsageError or UserError with one helpful line."""
     check_options(options, dist.get_world_size())
     stage = None
     transfer = load_everywhere(options.transfer, options.trust_network_code) if options.transfer is not None else None
@@ -186,9 +184,7 @@ def _open_data(options: Options, stage: Stage | None) -> ImageFolderDataset:
         raise UserError(f"--cond=0, but {stage.teacher.source} has {has}, and so has its student; leave it out")
     dataset = ImageFolderDataset(options.data, use_labels=cond, xflip=options.xflip, cache=options.cache)
     if cond and not dataset.has_labels and not classes:  # otherwise it is the teacher that wants labels
-        raise UserError(
-            f"--cond=1, but {options.data} has no labels: use --cond=0, or make it again from labelled images"
-        )
+        raise UserError(f"--cond=1, but {options.data} has no labels: use --cond=0, or a data set with labels")
     if stage is not None:
         check_compatible(stage.teacher, dataset)
     return dataset
@@ -335,14 +331,14 @@ def _seed(options: Options, run_dir: str) -> int:
 
 
 def find_state(options: Options, run: Run) -> tuple[Path, Kwargs] | None:
-    """The state to resume from, by `--resume` and `--nosubdir`; None for a fresh start.
+    """The state to resume from, by `--resume` and `--nosubdir`; None for a fresh start. `--resume=latest` without
+    `--nosubdir` takes the place of the newest numbered run of the same options.
 
-    `--resume=latest` without `--nosubdir` chooses the newest numbered run of the same options, and takes its place.
     Raises UserError, naming the options, where resuming, or starting afresh, would spoil a run of other options.
     """
     config, found = run.config, None
-    if options.resume not in (None, "latest"):
-        path = Path(str(options.resume))
+    if options.resume is not None and options.resume != "latest":
+        path = Path(options.resume)
         found = path, state.load_state(path)
         if options.seed is None:
             config.seed = found[1]["options"]["seed"]
@@ -411,9 +407,7 @@ def _identity_of(run_dir: Path) -> Kwargs:
 
 def train(options: Options, run: Run, announce: Callable[[], None] = lambda: None) -> Path:
     """Runs what `prepare` returned, resuming where there is a state, and returns the path of the final snapshot.
-
-    announce: called once the state is found, and so the run's own directory; nothing has been written by then.
-    """
+    `announce` is called once the state is found, and so the run's own directory, before anything is written."""
     found = find_state(options, run)
     announce()
     with contextlib.ExitStack() as stack:

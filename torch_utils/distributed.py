@@ -29,12 +29,11 @@ _control_group: dist.ProcessGroup | None = None  # Gloo, also beside NCCL: decis
 
 
 def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torch.device:
-    """Sets up this process and returns its device.
+    """Sets up this process and returns its device: 'auto' (CUDA where present), 'cuda' or 'cpu'. Under a launcher
+    (WORLD_SIZE > 1) joins the process group: NCCL with one GPU a process, or Gloo on the CPU.
 
-    device: 'auto' (CUDA where present), 'cuda' or 'cpu'. Under a launcher (WORLD_SIZE > 1) joins the process group:
-    NCCL on CUDA with one GPU a process, Gloo on the CPU. Raises UsageError for a device that isn't there, UserError for
-    more processes than GPUs, for a rendezvous that doesn't come about, and for processes that have other `options`
-    (by name, as the user knows them).
+    Raises UsageError for a device that isn't there, UserError for more processes than GPUs, for a rendezvous that
+    doesn't come about, and for processes with other `options` (by name, as the user knows them).
     """
     global _device, _control_group
     if device not in ("auto", "cuda", "cpu"):
@@ -42,7 +41,7 @@ def init(device: str = "auto", options: Mapping[str, Any] | None = None) -> torc
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if device == "cuda" and not use_cuda:
         raise UsageError(
-            "--device=cuda, but PyTorch finds no CUDA device; use --device=cpu, or a CUDA build of PyTorch"
+            "--device=cuda, but PyTorch finds no CUDA device; use --device=cpu, or another build of PyTorch"
         )
     world_size, rank = _whole("WORLD_SIZE", 1), _whole("RANK", 0)
     if rank >= max(world_size, 1):

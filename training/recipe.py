@@ -108,10 +108,8 @@ METAVARS: dict[Any, str] = {cli.Bool: "BOOL", cli.Whole: "INT", cli.Number: "FLO
 def option(
     default: Any, help: Any, type: click.ParamType | None = None, metavar: str | None = None, **more: Any
 ) -> Any:
-    """A field of a table of options, for which `Entry` has the arguments; without a default it must be given.
-
-    default: a pair where training from scratch and distillation have one each, as they are typed.
-    """
+    """A field of a table of options, for which `Entry` has the arguments. default: MISSING for what must be given, a
+    pair where training from scratch and distillation have one each, as they are typed."""
     varies = default if isinstance(default, tuple) else None
     entry = partial(Entry, varies=varies, help=help, type=type, metavar=metavar, **more)
     return field(default=None if varies else default, metadata={"entry": entry})
@@ -331,10 +329,8 @@ class Options:
         return replace(self, **values | ({"precision": "fp16"} if self.fp16 else {}))
 
     def within(self, key: str) -> Kwargs:
-        """The options that belong to a key of training_options.json, by the names that they have within it.
-
-        Those that are None are left out, and those of another --precond.
-        """
+        """The options that belong to a key of training_options.json, by their names within it, without those that are
+        None or of another --precond."""
         found = {
             each.place.partition(".")[2]: getattr(self, each.name)
             for each in entries(Options)
