@@ -11,6 +11,7 @@ altered since is noticed when it is read, and the one before is taken: that is w
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import zipfile
@@ -50,15 +51,15 @@ def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         ) from exc
 
 
-def check_archive(file: IO[bytes], stored: bool = False) -> None:
+def check_archive(file: IO[bytes], limit: float = math.inf) -> None:
     """Reads all of a file of `torch.save` and compares each part with its CRC-32. Raises BadZipFile.
 
-    stored: no part may be compressed, so that all parts together are no larger than the file.
+    limit: bytes that all parts together may have.
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            if stored and any(part.compress_type for part in archive.infolist()):
-                raise zipfile.BadZipFile("its parts are compressed")
+            if sum(part.file_size for part in archive.infolist()) > limit:
+                raise zipfile.BadZipFile("its parts are larger than itself")
             broken = archive.testzip()
     except (OSError, MemoryError, zipfile.BadZipFile):
         raise

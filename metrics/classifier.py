@@ -206,7 +206,7 @@ def classifier_from_file(content: bytes, source: str) -> Classifier:
     The tensors in it must be those of the network that it declares, before memory is taken for either.
     """
     try:
-        check_archive(io.BytesIO(content), stored=True)
+        check_archive(io.BytesIO(content), limit=len(content))
         found = load_tensors(io.BytesIO(content))
         if found["format"] != FORMAT:
             raise ValueError("something else, or another version")
