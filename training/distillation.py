@@ -40,8 +40,8 @@ from .weighting import WEIGHTINGS
 class Stage:
     """A teacher on `grid`, run by `solver`; its student takes every `ratio`-th level of that grid, by Euler jumps.
 
-    The student's grid is never a fresh one: a jump that it has not learnt cannot serve the next student as a step of
-    its teacher.
+    The student's grid is never a fresh one: the next stage would then use teacher steps that this student was never
+    trained on.
     """
 
     teacher: Any  # network_files.NetworkFile

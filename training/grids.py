@@ -40,7 +40,7 @@ class NoiseGrid:
 
     @property
     def steps(self) -> int:
-        """Number of jumps, one fewer than levels."""
+        """Number of steps, one fewer than levels."""
         return len(self.levels) - 1
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Which jump of a student an image is to train: uniformly, or more often where the loss is.
+"""Which jump of a student an image trains: all alike, or more often those with a large loss. An interval is a jump's index.
 
 A stage starts from a copy of its teacher and most of its jumps are nearly right at once; the others have nearly all of
 the loss. Drawing interval i with probability p_i and dividing its loss by n p_i leaves the expected gradient as it is:
@@ -19,7 +19,7 @@ from .draws import RandomSource
 
 MEMORY = 0.98  # of the running means per step: they look back some 50 steps
 UNIFORM_PART = 0.1  # of all draws, whatever the losses: nothing is forgotten, and 1 / (n p) is at most 10
-ENOUGH = 16.0  # images that every interval must have seen before its mean is believed
+ENOUGH = 16.0  # images, counted like the means, that every interval needs before `loss` leaves the uniform start
 
 
 class Intervals:
@@ -65,7 +65,7 @@ class Intervals:
         """Once a step: learns from what all processes have noted, and starts afresh.
 
         Returns what this process has noted: count, sum and sum of squares of each interval's losses, float64 [n, 3].
-        Losses that are no numbers leave the probabilities as they were.
+        A step with a loss that is not finite adds nothing to the means.
         """
         noted = self.new.clone()
         self.new.zero_()

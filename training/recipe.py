@@ -238,7 +238,7 @@ class Options:
     warmup: float = mimg(("10", "0"), "Learning-rate ramp", NOT_NEGATIVE, key="lr_rampup_kimg", title="warm-up, kimg")
     ema: float = mimg(
         0.5,
-        "EMA half-life, at most 5% of the images seen",
+        "EMA half-life; at most 5% of the images seen while a run is young",
         NOT_NEGATIVE,
         alters="ema.0",
         key="ema_halflife_kimg",

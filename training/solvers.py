@@ -1,4 +1,4 @@
-"""The steps of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma: the only place these formulas stand.
+"""The steps of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma: where the sampler of students, EDM's and the loss have them from.
 
 The samplers and the distillation loss both call them, so that training and sampling cannot disagree. All functions are
 pure; noise levels broadcast against images, and the caller chooses the precision (float64 for anything that lands in a
@@ -24,14 +24,14 @@ def slope(x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
 
 def euler_jump(x: Tensor, denoised: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """From level t to s < t along the straight line through `denoised`; s = 0 lands on `denoised` exactly."""
-    ratio = s / t
-    return ratio * x + (1 - ratio) * denoised
+    s_over_t = s / t
+    return s_over_t * x + (1 - s_over_t) * denoised
 
 
 def jump_target(x: Tensor, landing: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """The denoiser output that makes `euler_jump(x, ., t, s)` end at `landing`: its exact inverse in `denoised`."""
-    ratio = s / t
-    return (landing - ratio * x) / (1 - ratio)
+    s_over_t = s / t
+    return (landing - s_over_t * x) / (1 - s_over_t)
 
 
 def heun_step(denoise: Denoiser, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def teacher_landing(denoise: Denoiser, x: Tensor, levels: Tensor, solver: str) -
 
 
 def segment_landing(denoise: Denoiser, rest: Denoiser, x: Tensor, levels: Tensor, solver: str) -> Tensor:
-    """One step of the teacher, then one jump of a student that is its own teacher to the end of the segment.
+    """One step of the teacher, then one Euler jump of the student's own average to the end of the segment.
 
     levels: [3, N, 1, 1, 1]: t, u, s of each image, t > u >= s. Where u = s the teacher's step alone arrives.
     """

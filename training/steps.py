@@ -7,7 +7,7 @@ from math import prod
 
 from dnnlib.cli import UsageError
 
-MAX_STEPS = 100_000  # of a sampler; more than that is a slip of the hand, and would fill the memory
+MAX_STEPS = 100_000  # of a sampler; more is a typing error, and would fill the memory
 
 
 def ratios_that_work(steps: int) -> list[int]:
@@ -16,7 +16,7 @@ def ratios_that_work(steps: int) -> list[int]:
 
 
 def check_steps(num_steps: int | None, ratio: int) -> None:
-    """Refuses step counts that no teacher could make good. Raises UsageError."""
+    """Raises UsageError for invalid numbers of steps."""
     if ratio < 2:
         raise UsageError(f"--ratio={ratio}: a student takes at least 2 steps of its teacher at once")
     if num_steps is None:

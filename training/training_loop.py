@@ -60,7 +60,7 @@ class Trainer:
 
     stage: the distillation stage, or None for training from data alone.
     transfer: network to take matching weights from at the start (training from data alone).
-    log: prints a line, such as one about a compiler that is missing.
+    log: prints and logs a line, such as one about a missing compiler.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.net.compute_dtype == torch.float16)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         self.stats = Collector()
-        self.skipped = torch.zeros((), device=self.device)  # 1 where the last step moved nothing
+        self.skipped = torch.zeros((), device=self.device)  # 1 where the last step was skipped
         self.nimg = self.step_count = 0
 
     def _make_loss(self, log: Callable[[str], None]) -> Any:
@@ -119,7 +119,7 @@ class Trainer:
         return distillation.SelfTeacherLoss(teacher, self_teacher, *stage, **settings)
 
     def step(self, loader: Loader) -> None:
-        """One optimisation step over `batch_size` images. Nothing here waits for the device."""
+        """One optimisation step over `config.batch` images. Nothing here waits for the device."""
         batch = next(loader)
         draws = StepDraws(self.config.seed, self.step_count, self.config.batch, self.device)
         torch.manual_seed(key(self.config.seed, self.step_count, "dropout", self.rank))
@@ -138,7 +138,7 @@ class Trainer:
         self.step_count += 1
 
     def slices(self, batch: Batch, draws: StepDraws) -> Iterator[tuple[Tensor, Tensor | None, BatchPart]]:
-        """This process's images in rounds of `batch_gpu`: float32 in [-1, 1], labels, and their random numbers."""
+        """This process's images, `batch_gpu` at a time (gradient accumulation): float32 in [-1, 1], labels, and their random numbers."""
         first = self.rank * len(batch.images)
         for start in range(0, len(batch.images), self.batch_gpu):
             stop = start + self.batch_gpu
@@ -152,7 +152,7 @@ class Trainer:
         scale = self.scaler.scale(torch.ones((), device=self.device))  # without a copy to the host, as get_scale makes
         largest = torch.linalg.vector_norm(self.gradients, math.inf)
         found_inf = (~(largest < LARGEST_GRADIENT * scale)).float()  # NaN too
-        self.gradients[:1].masked_fill_(found_inf.bool(), math.nan)  # for the scaler, which takes any number for good
+        self.gradients[:1].masked_fill_(found_inf.bool(), math.nan)  # GradScaler takes any finite gradient for valid
         self.scaler.unscale_(self.optimizer)
         if self.config.clip is not None:
             clip_gradient(self.gradients, self.config.clip)
@@ -162,7 +162,7 @@ class Trainer:
             group["lr"] = learning_rate(self.nimg, self.config)
         self.optimizer.step()
         self.scaler.update()
-        return found_inf * (scale <= 1)  # lowering the scale of fp16 is no bad step
+        return found_inf * (scale <= 1)  # a step that lowers fp16's scale does not count as skipped
 
     @torch.no_grad()
     def update_ema(self) -> None:
