@@ -81,7 +81,7 @@ def describe_start(found: tuple[Path, dict[str, Any]] | None, total_nimg: int) -
         return "start from the beginning"
     path, state = found
     if state["position"]["nimg"] >= total_nimg:
-        return f"have nothing to train: {path} is a finished run's"
+        return f"have nothing to train: {path} belongs to a finished run"
     return f"resume from {path}"
 
 

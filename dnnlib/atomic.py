@@ -104,10 +104,9 @@ def locked(
 ) -> Iterator[None]:
     """Keeps other programs that ask for it from a folder, by a lock of the kernel, which ends with the process.
 
-    patience: seconds to wait for the process that has it, which may be a killed one on its way out. Raises UserError
-    where it stays. File systems that know no locks are not guarded, which a warning names.
-    place: the file that is locked, made if need be and gone afterwards: `.lock` in the folder, or another, for a `path`
-    that is none.
+    patience: seconds to wait for the lock, because a killed process may need some to end. Raises UserError if it is
+    still locked then. File systems without locks are not guarded; a warning names them.
+    place: the lock file, which is made and removed: default `.lock` in the folder; needed where `path` is a file.
     """
     from filelock import FileLock, Timeout  # takes 0.2 s
 

@@ -1,7 +1,7 @@
 """Steps that had to be skipped because a gradient was not finite.
 
 A step leaves a number on the device; these are fetched together when a tick ends or a state is saved, so that no step
-waits for the device. Which images a step was of is a function of its number.
+waits for the device. The images of a step follow from its number.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MOST = 50
 
 
 class Health:
-    """Counts the steps that were skipped, `skipped` so far. The same on every process: gradients are summed before they
-    come here. log prints a line."""
+    """Counts skipped steps (`skipped`). The counts are equal on all processes, because gradients are summed first. A
+    resumed run counts its WINDOW afresh."""
 
     def __init__(self, config: TrainConfig, dataset: Any, log: Callable[[str], None]) -> None:
         self.config, self.dataset, self.log = config, dataset, log

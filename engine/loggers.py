@@ -75,8 +75,7 @@ class Wandb:
         self.run.finish()
 
 
-# By the option that asks for it: a class made from the run's settings and the number of images that it has behind it,
-# with `write`, of figures after so many images, and `close`.
+# Option -> class(config, nimg) with write(figures, nimg) and close(); nimg: images trained so far.
 LOGGERS: dict[str, Callable[[TrainConfig, int], Any]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,

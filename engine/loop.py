@@ -206,7 +206,7 @@ class Loop:
         )
         self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
         left = self.config.total_nimg - trainer.nimg
-        # Half a tick: of the first one, and of what an interruption left of one, the most is warming up.
+        # Not before half a tick: the first tick, and a short one after a resume, are mostly warm-up.
         if images >= max(self.config.batch + 1, self.config.tick * 500) and left > 0 and not self.estimated:
             self.log(f"About {format_time(left / images * seconds)} for the {left / 1000:g} kimg that are left")
             self.estimated = True

@@ -19,7 +19,8 @@ from training.steps import ratios_that_work
 from .options import given
 from .setup import Run
 
-FID_IMAGES, FEW_IMAGES = 50000, 2000  # fid.py's default; on a CPU
+FID_IMAGES = 50000  # fid.py's default
+FEW_IMAGES = 2000  # on a CPU
 INCEPTION_FITS = 32  # pixels of a side; it was made for photographs
 FIRST_STEPS = 32  # proposed for a network that has just been trained from scratch
 KEPT = "batch batch_gpu xflip nosubdir seed tick snap dump save_every precision compile workers"  # by a first stage
@@ -97,8 +98,8 @@ def has_classes(data: str) -> bool:
 
 
 def next_stages(options: Options, run: Run, snapshot: Path) -> list[tuple[str, list[list[str]]]]:
-    """(what for, commands) of the stage that makes the run's network a teacher, after the whole ladder where it is the
-    first; none after a last stage."""
+    """(what for, commands) of the stage whose teacher this run's network is. After training from scratch the command of the
+    whole ladder comes before it. Empty after a last stage."""
     kept = {name: getattr(options, name) for name in KEPT.split()}
     if options.duration is not None and options.duration < STAGE_MIMG:  # of a small network, or a trial
         kept["duration"] = options.duration

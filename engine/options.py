@@ -51,7 +51,7 @@ def given(options: Options) -> Kwargs:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Identities of runs (config.TrainConfig.identity) in terms of options
+# Identities of runs (training.recipe: TrainConfig.identity) in terms of options
 
 WITHOUT_OPTION = {
     **{"data.3": "resolution", "data.4": "number of images"},

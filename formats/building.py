@@ -22,8 +22,8 @@ PRECONDS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
 MAX_SIZE = 1 << 16  # no width, resolution or table of a known network is larger
 MAX_LIST = 64  # numbers in a list among the constructor arguments of a network
 MAX_PARTS = 5000  # modules of a network; the largest published ones have 320
-LISTS = ("channel_mult", "attn_resolutions", "resample_filter")  # constructor arguments that are lists of numbers,
-TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")  # and those that are texts
+LISTS = ("channel_mult", "attn_resolutions", "resample_filter")  # constructor arguments: lists of numbers
+TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")  # constructor arguments: texts
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be stored as
 SETTINGS = (  # attributes that may be set after a network was made; any other would contradict its weights
     *("use_fp16", "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2"),

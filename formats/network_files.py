@@ -207,7 +207,7 @@ def _sampling(net: Any, entries: State) -> Sampling | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# EDM's pickles. What reads a format returns the network, whether in half precision, other entries, and what is left out
+# EDM's pickles. The reader of a format returns (network, whether half precision, other entries, names left out)
 
 
 def _read_pickle(data: bytes, trust_network_code: bool) -> tuple[nn.Module, bool, State, list[str]]:
@@ -280,7 +280,9 @@ def _other_entries(content: Mapping[Any, Any]) -> tuple[State, list[str]]:
 
     def keep(where: State, key: Any, value: Any, name: str) -> None:
         try:
-            where[key] = plain(value if isinstance(key, str) else plain, budget)
+            if not isinstance(key, str):
+                raise TypeError(f"a key of type {type(key).__name__}")
+            where[key] = plain(value, budget)
         except TypeError as exc:  # tensors and the like: no part of a network file, and nobody asks for them
             if name == "sampling":
                 raise ContentError(f"its noise grid can't be used: {exc}") from exc

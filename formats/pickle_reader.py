@@ -46,8 +46,8 @@ STORAGES = {  # torch's storage classes and their element types
     **{f"{name}Storage": getattr(torch, name.lower()) for name in ("Long", "Int", "Short")},
     **{"CharStorage": torch.int8, "ByteStorage": torch.uint8},
 }
-STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # first value of torch's legacy format,
-STORAGE_VERSION = 1001  # and the second
+STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # first value of torch's legacy format
+STORAGE_VERSION = 1001  # second value of torch's legacy format
 
 
 class ContentError(ValueError):

@@ -215,7 +215,7 @@ class Ladder:
         return {flag(name): known.get(name, getattr(self.base, name)) for name in ALTERING}
 
     def find_changes(self) -> str | None:
-        """What the first stage that has come to something and differs from its recipe was made with."""
+        """A message about the first stage with a student or a state whose recorded options differ from today's, or None."""
         for index, recipe in enumerate(self.recipes):
             for path in sorted(self.outdir.glob(f"stage-{index + 1}-*/stage.json")):
                 record = read_record(path)
@@ -245,7 +245,7 @@ class Ladder:
                 return student, record["kimg"]
             except UserError as exc:
                 damaged = path.with_name(f"{path.name}.damaged")
-                self.log(f"{exc}; it is {damaged.name} now, and made again")
+                self.log(f"{exc}; renamed to {damaged.name}; this stage is trained again")
             dist.barrier()
             if dist.is_main():
                 path.replace(damaged)
@@ -326,8 +326,8 @@ def to_json(content: Any) -> bytes:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What a stage has noted of itself, or None where there is no such file or it can't be read; without a student
-    where its file is not there, and then with the kimg of the newest state."""
+    """The content of a stage.json, or None if it is missing or unreadable. If the student's file is missing, `student`
+    is None and `kimg` that of the newest state."""
     try:
         record = read_json(path)
         student, kimg, _ = record["student"], record["kimg"], (record["teacher"], record["sha256"])

@@ -227,7 +227,7 @@ class Measuring:
         """What the file holds, if that was measured in the same way, with `kept` images; the first time that it was
         not, one line says how.
 
-        While the detector can't be had, what was measured without it stands, and what was measured with it anyway.
+        While the detector is unavailable, results with and without a Fréchet distance are accepted.
         """
         known, net = dist.from_rank0(lambda: load_set(path)), self.teacher.net
         if known is None or known.key in (key, without_detector(key) if self.detector is None else key):

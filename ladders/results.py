@@ -27,7 +27,7 @@ class Rung:
     fd: float | None  # Fréchet distance to the reference in the detector's features, mean over the seed sets
     endpoint_rmse: float  # against the first teacher's images from the same latents, values in [-1, 1]
     sec_per_kimg: float  # sampling time per 1000 images
-    kimg: float  # images this network was distilled with; 0 for the teacher
+    kimg: float  # thousands of images this network was distilled with; 0 for the teacher
     network: str  # file
     fd_std: float | None = None  # sample standard deviation over the seed sets; needs two
     fd_sets: list[float] = field(default_factory=list)  # the distance of each seed set

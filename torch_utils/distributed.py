@@ -85,7 +85,7 @@ def _whole(variable: str, default: int) -> int:
 
 
 def shutdown() -> None:
-    """Leaves the process group, if there is one (unless the whole process is about to end, which does)."""
+    """Leaves the process group, if there is one. A process that ends by os._exit leaves it anyway."""
     global _control_group
     if dist.is_initialized() and not cli.leaving_by_exit:
         dist.destroy_process_group()

@@ -67,7 +67,7 @@ def persistent_class(cls: type[T]) -> type[T]:
     listed in a class attribute `transient` are settings of the moment: a pickle leaves them out, a copy keeps them.
     Arguments must be picklable.
 
-    A module that was knowingly run from a text has this text in `__source__`: its classes are none of our own.
+    A module that --trust-network-code has run has its text in `__source__`: its classes are foreign.
     """
     if is_persistent(cls):
         return cls

@@ -194,7 +194,7 @@ class Options:
         "loss", "Train all jumps equally often, or by their loss, which worked better", Word(INTERVALS)
     )
     self_teacher: bool = stage(
-        False, "The student's own EMA makes all but the first step of a jump (TRACT, consistency)", title="self-teacher"
+        False, "Learn from one teacher step, then a jump of the student's own EMA (TRACT, consistency)", title="self-teacher"
     )
     targets: int | None = method(
         None, "How often to save targets-KKKKKK.png", cli.Whole(min=1), "TICKS", alters=False, key="targets_ticks"
