@@ -73,7 +73,7 @@ def command(src: str, dst: str, half: bool | None, like: str | None, overwrite: 
     if like is not None:
         file = with_weights(file, src)
         print(f"Found the weights of such a network in {src}")
-    if file.own_code and dst.endswith(".pkl"):
+    if file.foreign_code and dst.endswith(".pkl"):
         print(f"Note: {dst} carries the file's code on, so all that load it need --trust-network-code")
     convert_network(file, dst, half=half)
     print(f"Wrote {dst}, {os.path.getsize(dst) / 1e6:.2f} MB")

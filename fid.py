@@ -62,7 +62,7 @@ def command() -> None:
 @click.option("--images", help="Images to measure", metavar="DIR|ZIP|NPZ", required=True)
 @ref_option
 @click.option(*NUM, help="Number of images to use", type=cli.Whole(2, cli.MAX_RANGE), default=50000)
-@click.option("--seed", help="Which images, if there are more", metavar="INT", type=int, default=0)
+@click.option("--seed", help="Seed that chooses images, if there are more", metavar="INT", type=int, default=0)
 @detector_option
 @cli.section("Performance")
 @batch_option
@@ -176,7 +176,7 @@ def detector(data: str, dest: str, seed: int, kimg: float | None, device: str) -
             if Path(dest).is_file():
                 load_detector(dest, "cpu")
         except cli.UserError as exc:
-            raise cli.UserError(f"{dest} is there, and is no detector; name another --dest, or remove it") from exc
+            raise cli.UserError(f"{dest} exists and is not a detector file; name another --dest, or remove it") from exc
         if dist.is_main():
             facts = train_detector(data, dest, seed=seed, kimg=kimg, device=dist.device())
             _log(

@@ -25,7 +25,7 @@ from dnnlib.util import open_file
 @click.option("--out", help="Page to write  [default: RUN_DIR/report.html]", metavar="HTML")
 @click.option(
     "--max-mb",
-    help="Room for pictures: of many, as many as fit are shown",
+    help="Size limit for pictures; beyond it some are left out",
     metavar="MB",
     type=cli.Number(min=0, min_open=True),
     default=20,

@@ -166,7 +166,7 @@ def config_option(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[
 
     return click.option(
         "--config",
-        help="Take the options from a run's file; what is given besides counts more",
+        help="Take the options from a run's file; the command line takes precedence",
         metavar="JSON",
         is_eager=True,
         expose_value=False,

@@ -65,7 +65,7 @@ def network_cost(run: Run) -> Cost:
     def leave(*_: Any) -> None:
         inner[-1] += sum(kept)
 
-    foreign = run.stage is not None and run.stage.teacher.own_code
+    foreign = run.stage is not None and run.stage.teacher.foreign_code
     with torch.device("cpu" if foreign else "meta"):
         net = run_network(run.config, run.dataset, run.stage) if foreign else meta_network(run)
         for block in net.modules():
@@ -84,7 +84,7 @@ def network_cost(run: Run) -> Cost:
 def meta_network(run: Run) -> Any:
     """The network of a run without its weights. Raises UserError for one that can't be made."""
     config, dataset, stage = run.config, run.dataset, run.stage
-    if stage is not None and stage.teacher.own_code:
+    if stage is not None and stage.teacher.foreign_code:
         return run_network(config, dataset, stage).to("meta")
     own = ("sigma_data", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2")
     model = {name: value for name, value in config.network_kwargs.items() if name not in own}

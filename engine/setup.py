@@ -88,7 +88,7 @@ class Run:
             heading = "Teacher:" if stage else "Weights from:"
             rows |= {heading: f"{transfer.source} (sha256 {transfer.sha256[:16]})", "": transfer.describe()}
         if stage is not None:
-            dropout = "as in the teacher" if stage.teacher.own_code else f"{config.dropout:g}"
+            dropout = "as in the teacher" if stage.teacher.foreign_code else f"{config.dropout:g}"
             rows["Distillation:"] = stage.describe()
             rows["Distillation's settings:"] = (
                 f"weighting {config.weighting}, intervals {config.intervals}, lr {config.lr:g}, decay "
@@ -116,7 +116,7 @@ class Run:
         """Remarks on what a user may not expect."""
         config, images, device = self.config, len(self.dataset), dist.device().type
         notes = [printable(note) for note in self.dataset.notes]
-        if self.stage is not None and self.stage.teacher.own_code:
+        if self.stage is not None and self.stage.teacher.foreign_code:
             carries = "the student is a copy of this teacher and carries its source text on, so all that load it need "
             notes.append(f"{carries}--trust-network-code")
         if images < FEW_IMAGES:
@@ -138,7 +138,7 @@ def prepare(options: Options) -> Run:
         raise UserError(f"{transfer.source}: some of its weights are NaN or infinite; take an earlier snapshot")
     if transfer is not None and options.distils:
         stage = plan_stage(transfer, options.num_steps, options.ratio, options.teacher_solver, options.self_teacher)
-        check = _check_foreign if transfer.own_code else _check_architecture
+        check = _check_foreign if transfer.foreign_code else _check_architecture
         check(options, stage)
     elif transfer is not None and transfer.sampling is not None:
         raise UsageError(
@@ -146,7 +146,7 @@ def prepare(options: Options) -> Run:
         )
     dataset = _open_data(options, stage)
     config = _config(options, dataset, stage, transfer)
-    arch = "foreign" if stage is not None and stage.teacher.own_code else _arch_name(config.network_kwargs)
+    arch = "foreign" if stage is not None and stage.teacher.foreign_code else _arch_name(config.network_kwargs)
     if not options.nosubdir:  # EDM's description of a run
         name = f"{dist.broadcast_object(next_run_number(options.outdir)):05d}-{dataset.name}-"
         name += f"{'cond' if dataset.has_labels else 'uncond'}-{arch}-{options.precond}-gpus{dist.get_world_size()}-"
@@ -294,7 +294,7 @@ def _student_kwargs(stage: Stage, options: Options) -> tuple[Kwargs, Kwargs]:
     """Settings of network and loss of a student: its teacher's network, which may be of foreign code."""
     net = stage.teacher.net
     network: Kwargs = {"class_name": printable(type(net).__name__, 100)}
-    if not stage.teacher.own_code:
+    if not stage.teacher.foreign_code:
         network = {name: value for name, value in dict(net.init_kwargs).items() if name not in INTERFACE}
         network["class_name"] = f"training.networks.{type(net).__name__}"
         network |= {"dropout": options.dropout, "use_fp16": options.precision == "fp16"}

@@ -81,7 +81,7 @@ class NetworkFile:
         return bool(self.net.label_dim) and (self.dataset_kwargs or {}).get("label_kind") == "vectors"
 
     @property
-    def own_code(self) -> bool:
+    def foreign_code(self) -> bool:
         """Whether the network is of foreign code that the file brought along."""
         return not persistence.is_own(self.net)
 
@@ -431,7 +431,7 @@ def _write_checked(file: NetworkFile, stream: IO[bytes], target: str, half: bool
     if target.endswith(".pt"):
         tensors = load_tensors(stream)
     else:
-        again = _understand(stream.read(), target, file.own_code)
+        again = _understand(stream.read(), target, file.foreign_code)
         tensors = again.net.state_dict()
         texts = {repr((each.sampling, each.dataset_kwargs, each.extra)) for each in (again, file)}
         if len(texts) > 1:  # compared by their text: NaN is not equal to itself

@@ -57,7 +57,11 @@ class Stage:
         entry: dict[str, Any] = {"network": str(self.teacher.source), "sha256": self.teacher.sha256}
         entry |= {"steps": self.grid.steps, "solver": self.solver}
         variants = list(self.teacher.variants)
-        special = {"own_code": self.teacher.own_code, "unknown_variants": variants, "self_teacher": self.self_teacher}
+        special = {
+            "own_code": self.teacher.foreign_code,
+            "unknown_variants": variants,
+            "self_teacher": self.self_teacher,
+        }
         entry |= {name: value for name, value in special.items() if value}
         return Sampling(self.grid.every(self.ratio), "euler", self.ratio, (*before, entry))
 

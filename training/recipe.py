@@ -39,10 +39,12 @@ class Entry:
     type: click.ParamType | None = None  # None: text, or a flag where the default is False
     metavar: str | None = None  # None: by type
     section: str = ""  # of the help
-    alters: bool | str = True  # whether the result depends on it: the parts of the identity, True: by `key`
+    # Whether the result depends on it, so that a resumed run must have the same: True, False, or keys of
+    # `TrainConfig.identity`, such as "data.0" (first of a list), "network loss" (both).
+    alters: bool | str = True
     key: str | None = None  # of training_options.json; None: the option's name
-    within: str = ""  # the key that it lies within
-    scale: int = 1  # the file's unit in the option's: 1000 for kimg and Mimg
+    within: str = ""  # the key of the dictionary that holds it, such as loss_kwargs
+    scale: int = 1  # what the file's value is divided by: 1000 where the file has kimg and the option Mimg
     title: str | None = None  # in a report; None: the name of what alters the result, "": not there
     only: str | None = None  # the --precond that it belongs to
     distill: Kwargs | None = field(default_factory=dict)  # arguments for distill.py; None: it has no such option
@@ -194,7 +196,9 @@ class Options:
         "loss", "Train all jumps equally often, or by their loss, which worked better", Word(INTERVALS)
     )
     self_teacher: bool = stage(
-        False, "Learn from one teacher step, then a jump of the student's own EMA (TRACT, consistency)", title="self-teacher"
+        False,
+        "Learn from one teacher step, then a jump of the student's own EMA (TRACT, consistency)",
+        title="self-teacher",
     )
     targets: int | None = method(
         None, "How often to save targets-KKKKKK.png", cli.Whole(min=1), "TICKS", alters=False, key="targets_ticks"
@@ -379,9 +383,7 @@ class LadderOptions:
     eval_num: int = measuring(
         50000, "Images that measure a rung (endpoint_rmse: the first 2048)", cli.Whole(2, cli.MAX_RANGE)
     )
-    eval_sets: int = measuring(
-        3, "Measure a rung so many times, each with --eval-num other seeds: fd becomes mean ± std", cli.Whole(min=1)
-    )
+    eval_sets: int = measuring(3, "Seed sets of --eval-num images per rung; fd is their mean ± std", cli.Whole(min=1))
     eval_batch: int = measuring(64, "Batch size when measuring", cli.Whole(min=1))
     curve: bool = measuring(True, "Also measure an undistilled teacher itself at the students' costs", Switch())
     command_line: Kwargs | None = None  # what was typed, for ladder-options.json

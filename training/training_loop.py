@@ -37,7 +37,7 @@ LOSSES = {name: getattr(losses, name) for name in ("EDMLoss", "VPLoss", "VELoss"
 
 def run_network(config: TrainConfig, dataset: ImageFolderDataset, stage: Stage | None) -> Any:
     """What a run trains, in training mode: a fresh network, or a copy of a teacher of foreign code as it is."""
-    if stage is None or not stage.teacher.own_code:
+    if stage is None or not stage.teacher.foreign_code:
         return build_network(config.network_kwargs, dataset.resolution, dataset.num_channels, dataset.label_dim)
     net = copy.deepcopy(stage.teacher.net).cpu().train().requires_grad_(True)
     if hasattr(net, "use_fp16"):
