@@ -98,8 +98,8 @@ def has_classes(data: str) -> bool:
 
 
 def next_stages(options: Options, run: Run, snapshot: Path) -> list[tuple[str, list[list[str]]]]:
-    """(what for, commands) of the stage whose teacher this run's network is. After training from scratch the command of the
-    whole ladder comes before it. Empty after a last stage."""
+    """(what for, commands) of the stage whose teacher this run's network is; after training from scratch, of the whole
+    ladder first. Empty after a last stage."""
     kept = {name: getattr(options, name) for name in KEPT.split()}
     if options.duration is not None and options.duration < STAGE_MIMG:  # of a small network, or a trial
         kept["duration"] = options.duration

@@ -215,7 +215,7 @@ class Ladder:
         return {flag(name): known.get(name, getattr(self.base, name)) for name in ALTERING}
 
     def find_changes(self) -> str | None:
-        """A message about the first stage with a student or a state whose recorded options differ from today's, or None."""
+        """A message about the first stage with a student or a state that other options were recorded for, or None."""
         for index, recipe in enumerate(self.recipes):
             for path in sorted(self.outdir.glob(f"stage-{index + 1}-*/stage.json")):
                 record = read_record(path)

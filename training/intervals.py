@@ -1,4 +1,5 @@
-"""Which jump of a student an image trains: all alike, or more often those with a large loss. An interval is a jump's index.
+"""Which jump of a student an image trains: all alike, or more often those with a large loss. An interval is the index
+of a jump.
 
 A stage starts from a copy of its teacher and most of its jumps are nearly right at once; the others have nearly all of
 the loss. Drawing interval i with probability p_i and dividing its loss by n p_i leaves the expected gradient as it is:

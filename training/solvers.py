@@ -1,4 +1,4 @@
-"""The steps of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma: where the sampler of students, EDM's and the loss have them from.
+"""The steps of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma.
 
 The samplers and the distillation loss both call them, so that training and sampling cannot disagree. All functions are
 pure; noise levels broadcast against images, and the caller chooses the precision (float64 for anything that lands in a
