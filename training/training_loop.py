@@ -138,7 +138,7 @@ class Trainer:
         self.step_count += 1
 
     def slices(self, batch: Batch, draws: StepDraws) -> Iterator[tuple[Tensor, Tensor | None, BatchPart]]:
-        """This process's images, `batch_gpu` at a time (gradient accumulation): float32 in [-1, 1], labels, random numbers."""
+        """This process's images, `batch_gpu` at a time: float32 in [-1, 1], labels, and their random numbers."""
         first = self.rank * len(batch.images)
         for start in range(0, len(batch.images), self.batch_gpu):
             stop = start + self.batch_gpu
