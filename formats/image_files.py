@@ -123,10 +123,6 @@ class ImageFolder:
         path = self.path / MANIFEST
         return Manifest.from_json(read_file(path, "JSON"), path) if path.exists() else None
 
-    def exists(self, name: str) -> bool:
-        """Whether there is a file of this name, whole or not."""
-        return os.path.lexists(self.path / name)
-
     def has(self, name: str) -> bool:
         """Whether this image is here, and whole (a crash of the machine can leave empty files)."""
         path = self.path / name
@@ -287,7 +283,7 @@ def prepare(
             note = f"{output.path} is made anew, without its {count(len(lost), 'image')} of other seeds"
     else:
         for name in (*names, LABELS):
-            if name not in before and (name != LABELS or theirs is None) and output.exists(name):
+            if name not in before and (name != LABELS or theirs is None) and os.path.lexists(output.path / name):
                 raise UserError(
                     f"{output.path} holds {name}, but no {MANIFEST} that says who made them; use another --outdir, or "
                     "remove such files"
@@ -315,7 +311,7 @@ def prepare(
     missing = {*seeds} - present
     batches = [batch for run in runs for batch in split_seeds(run.seeds, run.batches) if not missing.isdisjoint(batch)]
     manifest = replace(mine, runs=tuple(runs))
-    is_done = not batches and isinstance(output, ImageFolder) and (output.exists(LABELS) or not labelled)
+    is_done = not batches and isinstance(output, ImageFolder) and (not labelled or (output.path / LABELS).exists())
     if not is_done:
         output.begin(manifest, map(mine.name, fresh))
     return Work(manifest, batches, is_done, note)

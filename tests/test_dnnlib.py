@@ -342,23 +342,18 @@ def test_truncated_for_good(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
-    [(404, "HTTP 404 Not Found; check the address"), (403, "HTTP 403 Forbidden; where"), (204, "HTTP 204")],
+    ("status", "body", "content_type", "words"),
+    [
+        (404, b"", "", "HTTP 404 Not Found; check the address"),
+        (403, b"", "", "HTTP 403 Forbidden; where"),
+        (204, b"", "", "HTTP 204"),
+        (200, b"\n<!DOCTYPE html><p>Log in", "application/octet-stream", "is a web page"),
+        (200, b"<head><title>Quota exceeded", "text/html; x", "is a web page"),
+    ],
 )
-def test_an_answer_that_will_not_change_is_final(server, tmp_path, status, words):
-    server.answer = lambda handler, count: handler.reply(status)
+def test_an_answer_that_will_not_change_is_final(server, tmp_path, status, body, content_type, words):
+    server.answer = lambda handler, count: handler.reply(status, body, Content_Type=content_type)
     with pytest.raises(UserError, match=re.escape(words)):
-        fetch(server.url + "/net.pkl")
-    assert server.asked == 1 and cached(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("body", "content_type"),
-    [(b"\n<!DOCTYPE html><p>Log in", "application/octet-stream"), (b"<head><title>Quota exceeded", "text/html; x")],
-)
-def test_a_web_page_is_no_data_file(server, tmp_path, body, content_type):
-    server.answer = lambda handler, count: handler.whole(body=body, Content_Type=content_type)
-    with pytest.raises(UserError, match="is a web page"):
         fetch(server.url + "/net.pkl")
     assert server.asked == 1 and cached(tmp_path) == []
 
@@ -528,23 +523,22 @@ def test_unreachable_host(server, tmp_path):
     assert cached(tmp_path) == []
 
 
+NO_HOSTS = ["a" * 70 + ".org", "127.0.0.1:99999", "127.0.0.1:x", "127.0.0.1:9\udcff", "h\x00.org"]
+
+
 @pytest.mark.parametrize(
-    "host", ["a" * 70 + ".org", "127.0.0.1:99999", "127.0.0.1:x", "127.0.0.1:9\udcff", "h\x00.org"]
+    ("is_redirect", "address"),
+    [
+        *[(False, f"http://{host}/net.pkl?SECRET") for host in NO_HOSTS],
+        *[(True, place) for place in ("file:///etc/hostname", "http://[::1", f"http://{'a' * 70}.org/x?SECRET")],
+    ],
 )
-def test_an_address_that_cannot_be(tmp_path, host):
-    with pytest.raises(UserError, match=r"net\.pkl: .*malformed") as caught:
-        fetch(f"http://{host}/net.pkl?SECRET", cache_dir=str(tmp_path / "cache/downloads"), num_attempts=1)
-    assert cached(tmp_path) == [] and len(str(caught.value)) < 300 and "SECRET" not in str(caught.value)
-
-
-@pytest.mark.parametrize("place", ["file:///etc/hostname", "http://[::1", f"http://{'a' * 70}.org/x?SECRET"])
-def test_redirects_to_what_is_no_address(server, place):
-    server.answer = lambda handler, count: handler.reply(302, Location=place)
-    with pytest.raises(
-        UserError, match=r"net\.pkl: leads to an address that is not http\(s\), or malformed: "
-    ) as caught:
-        fetch(server.url + "/net.pkl")
-    assert server.asked == 1 and len(str(caught.value)) < 300 and "SECRET" not in str(caught.value)
+def test_an_address_that_cannot_be(server, tmp_path, is_redirect, address):
+    server.answer = lambda handler, count: handler.reply(302, Location=address)
+    with pytest.raises(UserError, match=r"net\.pkl: .*malformed: ") as caught:
+        fetch(server.url + "/net.pkl" if is_redirect else address)
+    assert server.asked == is_redirect and cached(tmp_path) == []
+    assert len(str(caught.value)) < 300 and "SECRET" not in str(caught.value)
 
 
 def test_an_interruption_leaves_nothing_behind(server, tmp_path, monkeypatch):
