@@ -191,6 +191,7 @@ def _is_zip(dest: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversion
 
 
 class ColourAmongGrey(Exception):
@@ -324,13 +325,14 @@ def _report_labels(result: Outcome, source: Source) -> bool:
     return classes > 1
 
 
-def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> Size | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", value.strip().lower())
-    if match is None:
-        raise click.BadParameter(f"'{value}' is not of the form WxH, such as 64x64", ctx, param)
-    return int(match[1]), int(match[2] or match[1])
+class _Resolution(cli.Parsed):
+    name = "size"
+
+    def parse(self, text: str) -> Size:
+        match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text.strip().lower())
+        if match is None:
+            raise ValueError("is not of the form WxH, such as 64x64")
+        return int(match[1]), int(match[2] or match[1])
 
 
 @cli.command(name="dataset_tool")
@@ -338,7 +340,7 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--dest", help="Zip file (replaced) or empty folder for the result", metavar="PATH", required=True)
 @click.option("--max-images", help="Write at most so many, the first ones", type=cli.Whole(min=1))
 @click.option("--transform", help="Cut to shape", type=cli.Choice(["center-crop", "center-crop-wide"]))
-@click.option("--resolution", help="Resize, for example 64x64; 64 is the same", metavar="WxH", callback=_parse_size)
+@click.option("--resolution", help="Resize, for example 64x64; 64 is the same", metavar="WxH", type=_Resolution())
 @click.option("--class-order", help=CLASS_ORDER, type=cli.Choice(["number", "name"]), default="number")
 @click.option("--skip-bad", help="Leave images out that can't be read, which otherwise end it", is_flag=True)
 def command(

@@ -24,8 +24,6 @@ batch_option = click.option(
     "--batch", help="Largest number of images at once, per process", type=cli.Whole(min=1), default=64
 )
 ref_option = click.option("--ref", help="Statistics to compare with", metavar="NPZ|PKL|URL", required=True)
-
-
 detector_option = click.option(
     "--detector",
     "spec",
@@ -97,12 +95,11 @@ def gen(
     seeds: list[int] | None,
     num: int | None,
     steps: int | None,
-    class_idx: list[Any] | None,
-    labels: str | None,
     batch: int,
     spec: str,
     device: str,
     trust_network_code: bool,
+    **condition: Any,
 ) -> None:
     """Measures a network, without writing images."""
     if seeds is not None and num is not None:
@@ -124,9 +121,8 @@ def gen(
         dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
         dist.print0(f"sampling {loaded.source} with {plan.text}\n  {loaded.describe()}", file=sys.stderr)
         allow_tf32(False)
-        where = dist.device()
-        how = {"steps": steps, "class_idx": class_idx, "labels": labels, "max_batch": batch, "device": where}
-        pixels = (to_uint8(batch.checked(loaded.source)) for batch in iterate_images(loaded, chosen, **how))
+        made = iterate_images(loaded, chosen, steps=steps, max_batch=batch, device=dist.device(), **condition)
+        pixels = (to_uint8(each.checked(loaded.source)) for each in made)
         stats = statistics_of_images(with_progress(pixels, len(chosen)), features)
         _print_distance(stats, reference, network)
 

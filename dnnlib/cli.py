@@ -178,8 +178,7 @@ def given(ctx: click.Context) -> dict[str, Any]:
     """The values that the command line or its --config gave, as they may be kept (`public_url`), by the parameters'
     names: no defaults."""
     names = [str(param.name) for param in ctx.command.params if param.expose_value]
-    chosen = [name for name in names if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
-    values = {name: ctx.params[name] for name in chosen}
+    values = {n: ctx.params[n] for n in names if ctx.get_parameter_source(n) is not ParameterSource.DEFAULT}
     return {name: public_url(value) if isinstance(value, str) else value for name, value in values.items()}
 
 

@@ -84,11 +84,10 @@ def is_url(obj: Any, allow_file_urls: bool = False) -> bool:
     if not isinstance(obj, str) or "://" not in obj:
         return False
     try:
-        parts = urllib.parse.urlsplit(obj)
+        scheme, host, *_ = urllib.parse.urlsplit(obj)
     except ValueError:
         return False
-    scheme = parts.scheme.lower()
-    return (scheme in ("http", "https") and bool(parts.netloc)) or (allow_file_urls and scheme == "file")
+    return (scheme in ("http", "https") and bool(host)) or (allow_file_urls and scheme == "file")
 
 
 def cache_path(url: str, folder: str | None = None) -> str:
