@@ -1015,7 +1015,7 @@ def test_a_student_that_was_replaced_or_damaged_is_made_again(again, climbed, ou
     (reference,) = (out / "rungs").glob("reference-*.npz")
     reference.write_bytes(reference.read_bytes()[:1000])
     assert distill.main(again) == 0
-    assert f"{first.name}.damaged now, and made again" in capsys.readouterr().out
+    assert f"{first.name}.damaged; this stage is trained again" in capsys.readouterr().out
     assert load_network(first).sha256 == found.sha256 and first.with_name(f"{first.name}.damaged").is_file()
     assert timeless(out) == timeless(climbed)
 

@@ -196,7 +196,7 @@ def test_detector_command(place, capsys):
     assert (place / "again.pt").read_bytes() == before  # what existed before is not damaged
     for other in ("plain.zip", "data.zip"):
         content = (place / other).read_bytes()
-        refused(capsys, 1, "is no detector", "detector", f"--data={place}/data.zip", f"--dest={place / other}")
+        refused(capsys, 1, "is not a detector file", "detector", f"--data={place}/data.zip", f"--dest={place / other}")
         assert (place / other).read_bytes() == content
 
 

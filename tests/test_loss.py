@@ -89,7 +89,7 @@ def test_draws_check_their_use():
         draws.part(2, 4).rand(2, 3)
     with pytest.raises(ValueError, match="does not count"):
         draws.part(2, 4).randn(3, 3)
-    with pytest.raises(ValueError):
-        draws.part(2, 5)
+    with pytest.raises(RuntimeError):
+        draws.part(2, 5).randn(3, 3)
     along_second = BatchPart(StepDraws(0, 1, 4, "cpu"), 1, 3).rand(2, 2, 1, batch_dim=1)
     assert torch.equal(StepDraws(0, 1, 4, "cpu").part(0, 4).rand(2, 4, 1, batch_dim=1)[:, 1:3], along_second)

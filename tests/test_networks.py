@@ -341,7 +341,11 @@ def test_block_gradients_by_finite_differences(kwargs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("resolution", "mult", "words"),
     [
-        (10, [2, 2, 2], r"10 cannot be halved 2 times by channel_mult=\[2,2,2\]; use a multiple of 4, or"),
+        (
+            10,
+            [2, 2, 2],
+            r"10 cannot be halved 2 times by channel_mult=\[2,2,2\]; use a multiple of 4, such as 8 or 12, or",
+        ),
         (2, [1, 1, 1], "use a multiple of 4"),
         (100, [1, 2, 2, 2], "use a multiple of 8"),
     ],

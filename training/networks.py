@@ -87,13 +87,15 @@ def drop_labels(labels: Tensor, probability: float) -> Tensor:
 
 
 def check_resolution(img_resolution: int, channel_mult: Sequence[int]) -> None:
-    """Raises ValueError if the levels of a U-Net cannot halve the image."""
+    """Raises ValueError, naming resolutions that work, if the levels of a U-Net cannot halve the image."""
     halvings = len(channel_mult) - 1
-    if img_resolution < 1 or img_resolution % 2**halvings:
-        levels = f"channel_mult=[{','.join(map(str, channel_mult))}]"
+    unit = 2**halvings
+    if img_resolution < unit or img_resolution % unit:
+        below = max(img_resolution // unit, 1) * unit
         raise ValueError(
-            f"image resolution {img_resolution} cannot be halved {halvings} times by {levels}; use a multiple of "
-            f"{2**halvings}, or fewer levels"
+            f"image resolution {img_resolution} cannot be halved {halvings} times by "
+            f"channel_mult=[{','.join(map(str, channel_mult))}]; use a multiple of {unit}, such as {below} or "
+            f"{below + unit}, or fewer levels"
         )
 
 
