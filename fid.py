@@ -83,6 +83,7 @@ def calc(images: str, ref: str, num: int, seed: int, batch: int, spec: str, devi
 @click.option(*NUM, help="Number of images  [default: 50000]", type=cli.Whole(2, cli.MAX_RANGE))
 @cli.trust_option
 @click.option("--steps", help="Sampling steps  [default: as generate.py]", type=cli.Whole(min=1))
+@click.option("--grid", help="Noise levels  [default: as generate.py]", metavar="edm|measured|LEVELS|FILE|N/K")
 @cli.class_option
 @cli.labels_option
 @detector_option
@@ -95,6 +96,7 @@ def gen(
     seeds: list[int] | None,
     num: int | None,
     steps: int | None,
+    grid: str | None,
     batch: int,
     spec: str,
     device: str,
@@ -117,11 +119,11 @@ def gen(
 
         reference, features = _reference(ref, spec)
         loaded = dist.rank0_first(partial(load_network, network, trust_network_code=trust_network_code))
-        plan = plan_sampling(loaded, steps=steps)
+        plan = plan_sampling(loaded, steps=steps, grid=grid)
         dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
         dist.print0(f"sampling {loaded.source} with {plan.text}\n  {loaded.describe()}", file=sys.stderr)
         allow_tf32(False)
-        made = iterate_images(loaded, chosen, steps=steps, max_batch=batch, device=dist.device(), **condition)
+        made = iterate_images(loaded, chosen, plan=plan, max_batch=batch, device=dist.device(), **condition)
         pixels = (to_uint8(each.checked(loaded.source)) for each in made)
         stats = statistics_of_images(with_progress(pixels, len(chosen)), features)
         _print_distance(stats, reference, network)

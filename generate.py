@@ -9,7 +9,6 @@ Programs written against EDM find `edm_sampler`, `ablation_sampler` and `Stacked
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from dataclasses import replace
@@ -51,18 +50,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Grid(cli.Parsed):
-    """'32/2': (32, 2)."""
-
-    name = "n/k"
-
-    def parse(self, text: str) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None:
-            raise ValueError("is not a number of steps and a ratio, such as 32/2")
-        return int(match[1]), int(match[2])
-
-
 @cli.command(name="generate")
 @cli.section("Main")
 @click.option("--network", help="Network file, .pkl or .safetensors", metavar="PATH|URL", required=True)
@@ -90,7 +77,10 @@ class Grid(cli.Parsed):
 @click.option("--schedule", help="Ablate the noise schedule sigma(t)", type=cli.Choice(["vp", "ve", "linear"]))
 @click.option("--scaling", help="Ablate the signal scaling s(t)", type=cli.Choice(["vp", "none"]))
 @click.option(
-    "--grid", help="For a student whose file has no grid: it was distilled from N steps, K at a time", type=Grid()
+    "--grid",
+    help="Noise levels of an undistilled network; N/K: of a student whose file has none, distilled from N steps, "
+    "K at a time  [default: edm]",
+    metavar="edm|measured|LEVELS|FILE|N/K",
 )
 @cli.section("Output and resuming")
 @click.option("--subdirs", help="A subfolder for every 1000 seeds", is_flag=True)

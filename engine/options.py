@@ -58,7 +58,7 @@ WITHOUT_OPTION = {
     **{"lr.1": "betas", "lr.2": "eps", "ema.1": "EMA ramp-up ratio"},
 }
 EDM_DEFAULTS = {"network.sigma_data": 0.5, "loss.sigma_data": 0.5, "loss.P_mean": -1.2, "loss.P_std": 1.2}
-FOLLOWS = {"--num_steps": ("distillation.",), "--augment": ("augment.", "network.augment_dim")}
+FOLLOWS = {"--num_steps": ("distillation.", "--grid"), "--augment": ("augment.", "network.augment_dim")}
 
 
 def named_differences(saved: Kwargs, identity: Kwargs) -> list[str]:

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +31,13 @@ from torch_utils import distributed as dist
 from training.config import AUGMENTATION, AUTO, Kwargs, check_run_dir, next_run_number
 from training.dataset import ImageFolderDataset, PackedFiles
 from training.distillation import EDMDistillationLoss, Stage, plan_stage
+from training.grids import NoiseGrid
+from training.measured_grid import IMAGES, listed_grid, made_by
 from training.networks import UNETS
 from training.recipe import Options, TrainConfig, entries, flag
 from training.samplers import grid_sampler
+from training.sampling import measure_grid
+from training.steps import check_steps, halvings
 from training.training_loop import Trainer, matching
 
 from . import costs
@@ -41,6 +45,7 @@ from .loop import Log, Loop, check_same_options
 from .options import check_options, given, named_differences
 
 FEW_IMAGES = 1000
+GRID_FILE = "noise-grid.json"  # the levels of a measured grid, and how they were measured
 INTERFACE = ("img_resolution", "img_channels", "label_dim")  # network arguments that the data dictates
 
 
@@ -128,16 +133,20 @@ class Run:
         return notes + costs.describe_absurdity(self)
 
 
-def prepare(options: Options) -> Run:
+def prepare(options: Options, grid: NoiseGrid | None = None) -> Run:
     """Checks the options against each other, the data and the teacher, and works out every default. Writes nothing.
-    Raises UsageError or UserError with one helpful line."""
+    Raises UsageError or UserError with one helpful line. grid: of the teacher, where `teacher_grid` was called before.
+    """
     check_options(options, dist.get_world_size())
     stage = None
     transfer = load_everywhere(options.transfer, options.trust_network_code) if options.transfer is not None else None
     if transfer is not None and not all(p.isfinite().all() for p in transfer.net.parameters()):
         raise UserError(f"{transfer.source}: some of its weights are NaN or infinite; take an earlier snapshot")
     if transfer is not None and options.distils:
-        stage = plan_stage(transfer, options.num_steps, options.ratio, options.teacher_solver, options.self_teacher)
+        grid = grid or teacher_grid(options, transfer)
+        stage = plan_stage(
+            transfer, options.num_steps, options.ratio, options.teacher_solver, options.self_teacher, grid
+        )
         check = _check_foreign if transfer.foreign_code else _check_architecture
         check(options, stage)
     elif transfer is not None and transfer.sampling is not None:
@@ -163,6 +172,32 @@ def prepare(options: Options) -> Run:
     facts = {f"'{name}' of the run (training_options.json)": value for name, value in config.identity().items()}
     dist.check_agreement({"the run's directory": config.run_dir, **facts})
     return run
+
+
+def teacher_grid(options: Options, teacher: NetworkFile, chain: Sequence[int] = ()) -> NoiseGrid | None:
+    """The noise grid that --grid names; None for EDM's. Raises UsageError or UserError.
+
+    chain: the ladder's numbers of steps, default down to where --ratio no longer divides. A measured grid is read from
+    the `noise-grid.json` of the run's own directory, if it was measured in the same way.
+    """
+    if options.grid == "edm":
+        return None
+    try:
+        if options.grid != "measured":
+            return listed_grid(teacher.net, options.grid)
+        if options.num_steps is None or teacher.sampling is not None:
+            wanted = "needs --num_steps" if teacher.sampling is None else "is for an undistilled teacher"
+            raise ValueError(f"it {wanted}")
+        check_steps(options.num_steps, options.ratio)
+        how = made_by(chain or halvings(options.num_steps, options.ratio), options.teacher_solver or "heun")
+        known = read_json(Path(options.outdir, GRID_FILE)) if options.nosubdir and dist.is_main() else {}
+        known = dist.broadcast_object(known)
+        if (known.get("teacher"), known.get("measured")) == (teacher.sha256, how):
+            return NoiseGrid(tuple(map(float, known["levels"])), how)
+        dist.print0(f"Measuring the path of {teacher.source} for {IMAGES} latents (--grid=measured) ...")
+        return dist.from_rank0(lambda: measure_grid(teacher, how["chain"], how["solver"], options.data))
+    except (TypeError, KeyError, ValueError) as exc:
+        raise UsageError(f"--grid={options.grid}: {exc}") from exc
 
 
 def load_everywhere(source: str, trust: bool = False) -> NetworkFile:
@@ -427,6 +462,10 @@ def _loop(run: Run, found: tuple[Path, Kwargs] | None) -> Loop:
         check_run_dir(config.run_dir)
         written = {**config.to_options(), "identity": config.identity(), "environment": _environment()}
         write_text(Path(config.run_dir, "training_options.json"), json.dumps(written, indent=2) + "\n")
+        if run.stage is not None and run.stage.grid.origin is not None:
+            grid = run.stage.grid
+            content = {"teacher": run.stage.teacher.sha256, "measured": grid.origin, "levels": list(grid.levels)}
+            write_text(Path(config.run_dir, GRID_FILE), json.dumps(content, indent=2) + "\n")
         if found is None:
             Path(config.run_dir, "stats.jsonl").unlink(missing_ok=True)
             run.announce(log.note)

@@ -24,7 +24,7 @@ from dnnlib.util import count, read_json
 from engine.costs import describe_cost, disk_need, free_disk, gib, training_calls
 from engine.next_steps import has_classes, inception_fits, launched, train_command, trusting
 from engine.options import ALTERING, COMMAND_LINE, by_content
-from engine.setup import Run, load_everywhere, prepare, train
+from engine.setup import GRID_FILE, Run, load_everywhere, prepare, teacher_grid, train
 from formats.network_files import NetworkFile
 from formats.state import images_seen, list_states
 from torch_utils import distributed as dist
@@ -83,7 +83,9 @@ class Ladder:
     def check(self) -> Run:
         """The first stage, and a few lines about what is going to happen. Raises UsageError or UserError for options
         and data that won't do."""
-        first = prepare(self.stage_options(0, self.teacher))
+        options = self.stage_options(0, self.teacher)
+        self.grid = teacher_grid(options, self.teacher, self.chain)
+        first = prepare(options, self.grid)
         assert first.stage is not None
         first.dataset.close()
         self.config, self.solver = first.config, first.stage.solver
@@ -195,6 +197,7 @@ class Ladder:
             num_steps=self.chain[index],
             ratio=self.ratios[index],
             teacher_solver=self.base.teacher_solver if index == 0 else None,
+            grid=self.base.grid if index == 0 else "edm",
             duration=self.durations[index],
             lr=self.lrs[index],
         )
@@ -208,6 +211,7 @@ class Ladder:
             "cond": first.config.dataset_kwargs["use_labels"],
             "teacher_solver": first.stage.solver,
             "num_steps": self.chain[0],
+            "grid": self.base.grid if self.base.grid in ("edm", "measured") else list(first.stage.grid.levels),
             "ratio": self.ratios[: index + 1],
             "duration": self.durations[index],
             "lr": self.lrs[index],
@@ -252,9 +256,11 @@ class Ladder:
         self.write_files()  # which a start before this one may not have come to
         self.log(f"{title}: {self.chain[index]} -> {self.chain[index + 1]} steps")
         options = self.stage_options(index, teacher)
-        run = prepare(options)
+        run = prepare(options, self.grid if index == 0 else None)
         run.announce(self.log)
-        command = train_command(options, dist.device().type)  # whose kind alters the result
+        is_measured = index == 0 and self.base.grid == "measured"  # for this chain; the file has it for others too
+        same = replace(options, grid=str(folder / GRID_FILE)) if is_measured else options
+        command = train_command(same, dist.device().type)  # whose kind alters the result
         self.log(f"The same stage by itself (name another --outdir): {command}")
         self.log("")
         record = {"options": self.recipes[index], "teacher": teacher.sha256, "kimg": run.config.total_kimg}

@@ -190,7 +190,6 @@ def test_values_of_the_wrong_kind(fails, tmp_path):
         (generate, "--sigma_max", "nan inf 0 -1"),
         (generate, "--S_max", "nan -1"),
         (generate, "--class", "-1 cat"),
-        (generate, "--grid", "4 4/x -4/2"),
         (generate, "--disc", "foo"),
         (fid, "--num", "1 abc"),
         (dataset_tool, "--resolution", "0 8x 0x0 -8x8 axb"),

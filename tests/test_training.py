@@ -789,7 +789,7 @@ OTHER_VALUES = {  # of every option, another than in the test below
     **{"recompute": True, "fp16": True, "compile": True, "ls": 2.0, "bench": False, "cache": False, "workers": 2},
     **{"deterministic": True, "desc": "x", "nosubdir": True, "tick": 1, "snap": 1, "dump": 1, "targets": 1},
     **{"save_every": 1, "seed": 1, "transfer": "other.pkl", "resume": "latest", "tensorboard": True},
-    **{"wandb": "x", "trust_network_code": True},
+    **{"wandb": "x", "trust_network_code": True, "grid": ",".join([str(80 * 0.6**i) for i in range(16)] + ["0"])},
 }
 
 

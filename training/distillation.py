@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.cli import UsageError
+from dnnlib.util import count
 
 from .augment import augment_batch, call_network
 from .draws import RandomSource
@@ -58,6 +59,7 @@ class Stage:
         entry |= {"steps": self.grid.steps, "solver": self.solver}
         variants = list(self.teacher.variants)
         special = {
+            "grid": self.grid.origin and dict(self.grid.origin),
             "own_code": self.teacher.foreign_code,
             "unknown_variants": variants,
             "self_teacher": self.self_teacher,
@@ -73,14 +75,27 @@ class Stage:
 
 
 def plan_stage(
-    teacher: Any, num_steps: int | None, ratio: int = 2, solver: str | None = None, self_teacher: bool = False
+    teacher: Any,
+    num_steps: int | None,
+    ratio: int = 2,
+    solver: str | None = None,
+    self_teacher: bool = False,
+    grid: NoiseGrid | None = None,
 ) -> Stage:
     """The stage that `teacher` (a network_files.NetworkFile) can teach. Raises UsageError for one that it cannot.
 
-    An undistilled teacher (no grid in its file) needs `num_steps`, gets eq. 5's grid of that length, and is run by Heun
-    unless `solver` is euler. A student brings its own grid and Euler.
+    An undistilled teacher (no grid in its file) is run by Heun unless `solver` is euler, on `grid`, or on eq. 5's of
+    `num_steps` steps. A student brings its own grid and solver.
     """
-    check_steps(num_steps, ratio)
+    check_steps(num_steps if grid is None else grid.steps, ratio)
+    if grid is not None:
+        if teacher.sampling is not None:
+            raise UsageError(f"--grid: {teacher.source} was distilled on a noise grid of its own; leave it out")
+        if num_steps not in (None, grid.steps):
+            raise UsageError(
+                f"--num_steps={num_steps}, but --grid has {count(grid.steps, 'step')}; leave one of them out"
+            )
+        return Stage(teacher, grid, ratio, "euler" if solver == "euler" else "heun", self_teacher)
     if teacher.sampling is None:
         if num_steps is None:
             raise UsageError(f"--num_steps is needed: {teacher.source} is undistilled and has no noise grid of its own")

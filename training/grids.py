@@ -29,6 +29,7 @@ class NoiseGrid:
     """
 
     levels: tuple[float, ...]
+    origin: Mapping[str, Any] | None = field(default=None, compare=False)  # how it was measured; None: it was not
 
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or self.levels[-1] != 0.0:

@@ -183,6 +183,14 @@ class Options:
         None, "Teacher's sampling steps; the student gets N / ratio", cli.Whole(), "N", title="teacher's steps"
     )
     ratio: int = stage(2, "Teacher steps per student step", cli.Whole(min=2))
+    grid: str = method(
+        "edm",
+        "Noise levels of an undistilled teacher: EDM's, measured where its path is curved, or a list such as 80,5,1,0",
+        metavar="edm|measured|LEVELS|FILE",
+        alters="distillation.teacher_levels",
+        key="",
+        title="noise grid",
+    )
     teacher_solver: str | None = stage(
         None,
         "How the (first) teacher steps: default heun for an undistilled teacher, euler for a student",

@@ -134,13 +134,14 @@ def dpmpp2m_sampler(
     sigma_min: float = 0.002,
     sigma_max: float = 80,
     rho: float = 7,
+    levels: Sequence[float] | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M), Alg. 2 of Lu et al. 2022 (arXiv:2211.01095), in EDM's variables: alpha = 1, lambda = -ln sigma.
 
     Second order for one network call per step: the denoiser is extrapolated from this step's answer and the last one's.
-    Noise levels as in `edm_sampler`; no noise is drawn. Raises ValueError as that one does.
+    Noise levels as in `edm_sampler`, or `levels`, the last one 0; no noise is drawn. Raises ValueError as it does.
     """
-    sigmas = [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
+    sigmas = levels or [*noise_levels(net, "edm", num_steps, sigma_min, sigma_max, rho), 0.0]
     denoise = _denoiser(net, class_labels)
     x = latents.to(torch.float64) * sigmas[0]
     D_last, h_last = x, math.inf

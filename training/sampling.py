@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,18 +31,30 @@ from torch_utils import distributed as dist
 from torch_utils import persistence
 
 from . import samplers
-from .grids import Sampling, network_grid
+from .grids import NoiseGrid, Sampling, network_grid
 from .labels import Condition, Labels, LabelSource, choose_labels
+from .measured_grid import listed_grid, measured_grid
 from .pictures import to_uint8
 from .sampler_table import SOLVERS
 from .samplers import RandnLike, StackedRandomGenerator, grid_sampler, nfe, noise_levels
+from .steps import halvings
 
 if TYPE_CHECKING:
     from formats.network_files import NetworkFile
 
 DEFAULT_STEPS = 18
 ABLATION_OPTIONS = {"solver", "discretization", "schedule", "scaling"}
-NOT_SETTINGS = ("net", "latents", "class_labels", "randn_like", "num_steps")  # a sampler's other arguments are settings
+SHAPE = ("sigma_min", "sigma_max", "rho")
+GRID_SOLVERS = ("heun", "euler", "dpmpp2m")  # that step down any levels
+CHURN = {"S_churn", "S_min", "S_max", "S_noise"}
+NOT_SETTINGS = (
+    "net",
+    "latents",
+    "class_labels",
+    "randn_like",
+    "num_steps",
+    "levels",
+)  # a sampler's other arguments are settings
 
 
 def _settings(sampler: str) -> dict[str, Any]:
@@ -79,14 +92,15 @@ def plan_sampling(
     *,
     steps: int | None = None,
     solver: str | None = None,
-    grid: tuple[int, int] | None = None,
+    grid: str | None = None,
     **options: Any,
 ) -> Plan:
     """Decides how `network` is sampled.
 
     steps    number of steps: 18 for an undistilled network; a distilled one takes its own number or its teacher's
     solver   one of SOLVERS, for an undistilled network
-    grid     (levels, ratio) of the teacher's grid, for a student whose file has none
+    grid     noise levels of an undistilled network: 'edm' (eq. 5), 'measured', a list such as '80,5,1,0', or the
+             name of a JSON file of one; for a student whose file has none 'N/K': distilled from N steps, K at a time
     options  keyword arguments of the sampler; None stands for "not given"
 
     As in EDM, the ablation sampler runs if any of solver, discretization, schedule, scaling is given (but for a solver
@@ -102,17 +116,19 @@ def plan_sampling(
             raise UsageError(f"{option_name(name)}={value} is not a number")
     sampling = network.sampling
     if sampling is None:
-        if grid is None:
+        if grid in (None, "edm"):
             return _undistilled_plan(network.net, DEFAULT_STEPS if steps is None else steps, given)
-        levels, ratio = grid
-        shape: dict[str, Any] = {name: given.pop(name) for name in ("sigma_min", "sigma_max", "rho") if name in given}
         try:
-            sampling = Sampling(network_grid(network.net, levels, **shape).every(ratio), "euler", ratio)
+            stage = re.fullmatch(r"(\d+)/(\d+)", grid)
+            if stage is None:
+                return _grid_plan(network, grid, steps, given)
+            teacher_steps, ratio = int(stage[1]), int(stage[2])
+            shape: dict[str, Any] = {name: given.pop(name) for name in SHAPE if name in given}
+            sampling = Sampling(network_grid(network.net, teacher_steps, **shape).every(ratio), "euler", ratio)
         except ValueError as exc:
-            raise UsageError(f"--grid={levels}/{ratio}: {exc}") from exc
-    elif grid not in (None, (sampling.teacher_steps, sampling.ratio)):
-        own = f"{sampling.teacher_steps}/{sampling.ratio}"
-        raise UsageError(f"--grid={grid[0]}/{grid[1]}: this network's file has {own}; use that, or leave it out")
+            raise UsageError(f"--grid={grid}: {exc}") from exc
+    elif grid not in (None, own := f"{sampling.teacher_steps}/{sampling.ratio}"):
+        raise UsageError(f"--grid={grid}: this network's file has {own}; use that, or leave it out")
     _check_agrees(sampling, steps, given)
     return _student_plan(sampling, steps, is_own=network.sampling is not None)
 
@@ -128,7 +144,7 @@ def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
     for other in changes.keys() - defaults.keys():
         raise UsageError(f"{option_name(other)}={given[other]}: --solver={solver} has no such setting; leave it out")
     settings = {**defaults, **changes}
-    shape = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho")}
+    shape = {name: settings[name] for name in SHAPE}
     try:
         levels = noise_levels(net, settings.get("discretization", "edm"), steps, **shape)
     except ValueError as exc:
@@ -145,6 +161,36 @@ def _undistilled_plan(net: Any, steps: int, given: Mapping[str, Any]) -> Plan:
             f"from noise level {levels[0]:g}, {count(calls, 'network call')} (NFE) per image"
         ),
         options={"sampler": title, "num_steps": steps, **numbers},
+    )
+
+
+def _grid_plan(network: NetworkFile, spec: str, steps: int | None, given: Mapping[str, Any]) -> Plan:
+    """An undistilled network on the levels that --grid names. Raises ValueError or UsageError."""
+    solver, churn = given.get("solver", "heun"), {name: value for name, value in given.items() if name != "solver"}
+    if solver not in GRID_SOLVERS:
+        raise UsageError(f"--grid={spec} goes with --solver={', '.join(GRID_SOLVERS)}, not with {solver}")
+    if other := sorted(churn.keys() - (CHURN if solver != "dpmpp2m" else set())):
+        raise UsageError(f"{option_name(other[0])} and --grid={spec} can't go together; leave one of them out")
+    if spec == "measured":
+        chain = halvings(DEFAULT_STEPS if steps is None else steps)
+        grid = measure_grid(network, chain, "heun" if solver == "heun" else "euler")
+    else:
+        grid = listed_grid(network.net, spec)
+    if steps not in (None, grid.steps):
+        raise UsageError(f"--steps={steps}, but --grid={spec} has {count(grid.steps, 'step')}; leave one of them out")
+    calls, levels = nfe(grid.steps, solver), grid.levels
+    sampler: Callable[..., Tensor] = partial(grid_sampler, levels=levels, solver=solver, **churn)
+    if solver == "dpmpp2m":
+        sampler = partial(samplers.dpmpp2m_sampler, levels=levels)
+    numbers = {name: str(value) if value == math.inf else value for name, value in churn.items()}
+    return Plan(
+        sample=lambda net, latents, labels, randn_like: sampler(
+            net, latents, class_labels=labels, randn_like=randn_like
+        ),
+        steps=grid.steps,
+        nfe=calls,
+        text=f"noise grid {grid}: {count(grid.steps, 'step')} of {solver}, {count(calls, 'call')} (NFE) per image",
+        options={"sampler": "grid", "num_steps": grid.steps, "solver": solver, "levels": list(levels), **numbers},
     )
 
 
@@ -253,6 +299,25 @@ def draw_inputs(
     return random, latents, labels.draw(random, len(seeds), net.label_dim, device)
 
 
+def measure_grid(network: NetworkFile, chain: Sequence[int], solver: str, data: LabelSource = None) -> NoiseGrid:
+    """`measured_grid` of an undistilled network, on this process's device; latents and labels are drawn as for images.
+
+    data: where label vectors come from.
+    """
+    labels = choose_labels(network, None, data if network.has_label_vectors else None)
+    before, device = next(network.net.parameters()).device, dist.device()
+    net = network.net.to(device)
+
+    def draw(seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        _, latents, drawn = draw_inputs(net, seeds, labels, "cpu")  # the same numbers on every device
+        return latents.to(device), None if drawn is None else drawn.to(device)
+
+    try:
+        return measured_grid(net, draw, chain, solver)
+    finally:
+        network.net.to(before)
+
+
 @torch.no_grad()
 def sample_batch(
     net: Any, seeds: Sequence[int], plan: Plan, device: torch.device | str, labels: Labels | None = None
@@ -278,14 +343,15 @@ def iterate_images(
     class_idx: Condition = None,
     labels: LabelSource = None,
     is_shared: bool = True,
+    plan: Plan | None = None,
     **options: Any,
 ) -> Iterator[Batch]:
     """Images of `network` for `seeds`, in batches of at most `max_batch`; if `is_shared`, this process's share of them.
 
-    Moves the network to `device`. Options are those of `plan_sampling`, `class_idx` and `labels` those of
-    `choose_labels`, whose errors are raised at once.
+    Moves the network to `device`. Options are those of `plan_sampling` where no `plan` is given, `class_idx` and
+    `labels` those of `choose_labels`, whose errors are raised at once.
     """
-    plan = plan_sampling(network, **options)
+    plan = plan or plan_sampling(network, **options)
     chosen = choose_labels(network, class_idx, labels)
     net = network.net.to(device)
     batches = own_batches(seeds, max_batch) if is_shared else split_seeds(seeds, count_batches(len(seeds), max_batch))

@@ -15,6 +15,14 @@ def ratios_that_work(steps: int) -> list[int]:
     return [ratio for ratio in range(2, steps + 1) if steps % ratio == 0]
 
 
+def halvings(steps: int, ratio: int = 2) -> list[int]:
+    """`steps`, and what is left of them divided by `ratio` again and again, as long as that is a whole number."""
+    chain = [steps]
+    while chain[-1] % ratio == 0:
+        chain.append(chain[-1] // ratio)
+    return chain
+
+
 def check_steps(num_steps: int | None, ratio: int) -> None:
     """Raises UsageError for invalid numbers of steps."""
     if ratio < 2:

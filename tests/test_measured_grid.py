@@ -1,0 +1,196 @@
+"""Noise grids chosen by measurement: against closed forms, and against trying out every grid."""
+
+import json
+import math
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import generate
+import train
+from formats.network_files import load_network, save_network
+from helpers import GaussianDenoiser, make_dataset, small_network
+from training.grids import NoiseGrid, network_grid
+from training.measured_grid import euler_costs, fine_path, measured_grid, nested_levels
+from training.sampling import plan_sampling, sample
+
+DEVIATION = 0.5  # of the Gaussian data
+
+
+def gaussian():
+    return GaussianDenoiser(torch.zeros(1, 2, 2), torch.full((1, 2, 2), DEVIATION**2))
+
+
+def exact_factor(t, s):
+    """Of x - mean, under the exact flow of Gaussian data."""
+    return math.sqrt((DEVIATION**2 + s**2) / (DEVIATION**2 + t**2))
+
+
+def euler_factor(t, s):
+    """Of x - mean, in an Euler jump with the ideal denoiser."""
+    return s / t + (1 - s / t) * DEVIATION**2 / (DEVIATION**2 + t**2)
+
+
+def test_costs_of_gaussian_data_are_those_of_the_closed_form():
+    net = gaussian()
+    grid = network_grid(net, 64)
+    latents = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    path = fine_path(lambda x, sigma: net(x, sigma), latents, grid)
+    costs = euler_costs(path)
+    square = path.states.square().mean(dim=(1, 2, 3, 4))
+    for i, j in [(0, 40), (5, 30), (20, 64), (30, 50), (63, 64)]:
+        t, s = grid.levels[i], grid.levels[j]
+        expected = float(square[i]) * (euler_factor(t, s) - exact_factor(t, s)) ** 2
+        assert costs[i, j] == pytest.approx(expected, rel=0.05, abs=1e-7)  # the path itself is Heun's
+
+
+@pytest.mark.parametrize("pieces", [[1, 2, 2], [2, 2], [3, 2], [4]])
+@pytest.mark.parametrize("weights", ["joint", "coarse"])
+def test_no_other_nested_grid_costs_less(pieces, weights):
+    rng = np.random.default_rng(0)
+    size = 10
+    costs = np.where(np.subtract.outer(np.arange(size), np.arange(size)) < 0, rng.random((size, size)), np.inf)
+    factors = [1.0] * len(pieces) if weights == "joint" else [100.0**-rung for rung in range(len(pieces))]
+    total = math.prod(pieces)
+
+    def price(levels):
+        steps = 1
+        result = 0.0
+        for number, factor in zip(pieces, factors, strict=True):
+            steps *= number
+            rung = levels[:: total // steps]
+            result += factor * sum(costs[a, b] for a, b in pairwise(rung))
+        return result
+
+    found = nested_levels(costs, pieces, factors)
+    best = min(([0, *inner, size - 1] for inner in combinations(range(1, size - 1), total - 1)), key=price)
+    assert len(found) == total + 1 and found[0] == 0 and found[-1] == size - 1
+    assert price(found) == pytest.approx(price(best), rel=1e-12)
+
+
+def test_every_jump_of_the_finest_rung_leaves_room_for_the_teachers_steps():
+    costs = np.full((9, 9), np.inf)
+    costs[np.triu_indices(9, 1)] = 1.0
+    costs[0, 1] = 0.0
+    levels = nested_levels(costs, [2, 2], [1.0, 1.0], finest=2)
+    assert levels == [0, 2, 4, 6, 8]
+    with pytest.raises(ValueError, match="too few"):
+        nested_levels(costs, [2, 2], [1.0, 1.0], finest=3)
+
+
+def draw(seeds):
+    return torch.randn(len(seeds), 1, 2, 2, generator=torch.Generator().manual_seed(seeds[0])), None
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_the_grid_of_gaussian_data_makes_better_jumps_than_edms(solver):
+    net = gaussian()
+    grid = measured_grid(net, draw, [16, 8, 4, 2, 1], solver, images=64)
+    assert grid.steps == 16 and grid.levels[0] == 80.0 and grid.levels[-1] == 0.0
+    fine = set(network_grid(net, 64).levels)
+    assert set(grid.levels) <= fine
+
+    def missed(grid: NoiseGrid) -> float:
+        return abs(math.prod(euler_factor(t, s) for t, s in pairwise(grid.levels)) / exact_factor(80, 0) - 1)
+
+    for ratio in (2, 4, 8):
+        assert missed(grid.every(ratio)) < missed(network_grid(net, 16).every(ratio))
+
+
+# -- --grid, in every script -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    save_network(folder / "teacher.pkl", small_network(resolution=8))
+    make_dataset(folder / "data.zip", classes=None)
+    return folder
+
+
+def train_stage(files, outdir, *args):
+    words = [f"--outdir={outdir}", "--nosubdir", f"--data={files / 'data.zip'}", "--precond=edm_distillation"]
+    words += [f"--transfer={files / 'teacher.pkl'}", "--duration=0.001", "--batch=500", "--seed=0", *args]
+    return train.main(words)
+
+
+def test_a_measured_grid_travels_and_resumes(files, tmp_path, capsys):
+    assert train_stage(files, tmp_path / "run", "--num_steps=8", "--grid=measured") == 0
+    made = json.loads((tmp_path / "run" / "noise-grid.json").read_text())
+    assert len(made["levels"]) == 9 and made["measured"] == {"chain": [8, 4, 2, 1], "solver": "heun", "images": 128}
+    student = load_network(tmp_path / "run" / "network-snapshot-000001.pkl")
+    assert student.sampling.grid.levels == tuple(made["levels"][::2])
+    assert student.sampling.lineage[0]["grid"] == made["measured"]
+    assert capsys.readouterr().out.count("Measuring the path") == 1
+    assert train_stage(files, tmp_path / "run", "--num_steps=8", "--grid=measured") == 0
+    assert "Measuring" not in capsys.readouterr().out  # read from the run's directory
+    assert train_stage(files, tmp_path / "same", f"--grid={tmp_path / 'run' / 'noise-grid.json'}") == 0
+    same = load_network(tmp_path / "same" / "network-snapshot-000001.pkl")
+    assert all(torch.equal(a, b) for a, b in zip(same.net.parameters(), student.net.parameters(), strict=True))
+    assert train_stage(files, tmp_path / "run", "--num_steps=8") == 1
+    assert "--grid" in capsys.readouterr().err
+
+
+def test_a_ladder_measures_for_its_own_chain(files, tmp_path, capsys):
+    words = [f"--outdir={tmp_path / 'ladder'}", f"--data={files / 'data.zip'}", f"--transfer={files / 'teacher.pkl'}"]
+    words += ["--num_steps=12", "--until=2", "--ratio=2,3", "--duration=0.001", "--batch=500", "--detector=none"]
+    words += ["--eval-num=8", "--eval-sets=1", "--curve=0", "--grid=measured"]
+    assert distill.main(words) == 0
+    out = capsys.readouterr().out
+    file = tmp_path / "ladder" / "stage-1-12to6" / "noise-grid.json"
+    assert json.loads(file.read_text())["measured"]["chain"] == [12, 6, 2] and f"--grid={file}" in out
+    assert out.count("Measuring the path") == 1
+    levels = json.loads(file.read_text())["levels"]
+    last = next((tmp_path / "ladder" / "stage-2-6to2").glob("network-snapshot-*1.pkl"))
+    assert load_network(last).sampling.grid.levels == tuple(levels[::6])
+    assert distill.main(words) == 0 and "Measuring" not in capsys.readouterr().out
+    assert distill.main([*words, "--grid=edm"]) == 1 and "--grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler", "dpmpp2m"])
+def test_undistilled_networks_are_sampled_on_any_levels(files, solver):
+    network, seeds = load_network(files / "teacher.pkl"), range(3)
+    grid = network_grid(network.net, 6)
+    spec = ",".join(map(repr, grid.levels))
+    plain = sample(network, seeds, steps=6, solver=solver, raw=True)
+    assert torch.allclose(sample(network, seeds, grid=spec, solver=solver, raw=True), plain, rtol=0, atol=1e-6)
+    measured = plan_sampling(network, grid="measured", steps=6, solver=solver)
+    assert measured.steps == 6 and measured.options["levels"] != list(grid.levels)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("80,5,1", "ends in 0"),
+        ("5,80,0", "decrease"),
+        ("80,5,,0", "could not convert"),
+        ("nothing.json", "--grid=nothing.json: neither edm nor measured"),
+        ("4/x", "no file"),
+        (",".join(["80"] * 200), "ends in 0"),
+        ("teacher.pkl", "can't decode"),
+        ("list.json", "no list of noise levels"),
+        ("80,5,0 --steps=5", "--steps=5, but --grid=80,5,0 has 2 steps"),
+        ("measured --sigma_max=50", "--sigma_max and --grid=measured can't go together"),
+        ("80,5,0 --schedule=vp", "--schedule and --grid=80,5,0 can't go together"),
+    ],
+)
+def test_grids_that_cannot_be(files, tmp_path, capsys, monkeypatch, grid, message):
+    monkeypatch.chdir(files)
+    (files / "list.json").write_text('{"level": [1, 0]}')
+    words = [f"--outdir={tmp_path / 'out'}", "--network=teacher.pkl", "--seeds=0", *f"--grid={grid}".split()]
+    assert generate.main(words) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_student_keeps_its_grid(files, tmp_path, capsys):
+    assert train_stage(files, tmp_path / "run", "--grid=80,3,1,0.1,0") == 0
+    student = tmp_path / "run" / "network-snapshot-000001.pkl"
+    words = ["--precond=edm_distillation", f"--transfer={student}", f"--data={files / 'data.zip'}", "--grid=measured"]
+    assert train.main([f"--outdir={tmp_path / 'next'}", *words]) == 2
+    assert "undistilled" in capsys.readouterr().err
+    assert generate.main([f"--outdir={tmp_path / 'o'}", f"--network={student}", "--grid=80,1,0", "--seeds=0"]) == 2
+    assert "this network's file has 4/2" in capsys.readouterr().err
