@@ -152,7 +152,9 @@ def command(
 
     dist.print0(f"Loading network from {cli.public_url(network)} ...")
     loaded, plan, drawn_from = dist.rank0_first(load)
-    dist.check_agreement({f"the content of {loaded.source}": loaded.sha256})
+    dist.check_agreement(
+        {f"the content of {loaded.source}": loaded.sha256, "the noise levels": plan.options.get("levels")}
+    )
 
     options = {"class": class_idx[0] if class_idx is not None and len(class_idx) == 1 else class_idx}
     options |= {"subdirs": subdirs, "precision": precision, "compile": use_compile}

@@ -110,7 +110,7 @@ def next_stages(options: Options, run: Run, snapshot: Path) -> list[tuple[str, l
         if not ratios:
             return []
         ratio = options.ratio if options.ratio in ratios else ratios[0]
-        stage = replace(options, ratio=ratio, teacher_solver=None, resume=None)
+        stage = replace(options, ratio=ratio, teacher_solver=None, grid="edm", resume=None)
     title, folder = f"{steps} -> {steps // stage.ratio} steps", Path(options.outdir)
     stage = replace(stage, transfer=str(snapshot), num_steps=steps)
     if options.nosubdir:  # that folder is this run's own

@@ -32,7 +32,7 @@ from training.config import AUGMENTATION, AUTO, Kwargs, check_run_dir, next_run_
 from training.dataset import ImageFolderDataset, PackedFiles
 from training.distillation import EDMDistillationLoss, Stage, plan_stage
 from training.grids import NoiseGrid
-from training.measured_grid import IMAGES, listed_grid, made_by
+from training.measured_grid import IMAGES, fine_grid, listed_grid, made_by
 from training.networks import UNETS
 from training.recipe import Options, TrainConfig, entries, flag
 from training.samplers import grid_sampler
@@ -193,7 +193,9 @@ def teacher_grid(options: Options, teacher: NetworkFile, chain: Sequence[int] = 
         known = read_json(Path(options.outdir, GRID_FILE)) if options.nosubdir and dist.is_main() else {}
         known = dist.broadcast_object(known)
         if (known.get("teacher"), known.get("measured")) == (teacher.sha256, how):
-            return NoiseGrid(tuple(map(float, known["levels"])), how)
+            levels, fine = known.get("levels"), {*fine_grid(teacher.net, options.num_steps).levels}
+            if isinstance(levels, list) and len(levels) == options.num_steps + 1 and fine.issuperset(levels):
+                return NoiseGrid(tuple(levels), how)
         dist.print0(f"Measuring the path of {teacher.source} for {IMAGES} latents (--grid=measured) ...")
         return dist.from_rank0(lambda: measure_grid(teacher, how["chain"], how["solver"], options.data))
     except (TypeError, KeyError, ValueError) as exc:

@@ -256,11 +256,11 @@ class Ladder:
         self.write_files()  # which a start before this one may not have come to
         self.log(f"{title}: {self.chain[index]} -> {self.chain[index + 1]} steps")
         options = self.stage_options(index, teacher)
+        if index == 0 and self.base.grid == "measured":  # for this chain of steps
+            options = replace(options, grid=str(folder / GRID_FILE))
         run = prepare(options, self.grid if index == 0 else None)
         run.announce(self.log)
-        is_measured = index == 0 and self.base.grid == "measured"  # for this chain; the file has it for others too
-        same = replace(options, grid=str(folder / GRID_FILE)) if is_measured else options
-        command = train_command(same, dist.device().type)  # whose kind alters the result
+        command = train_command(options, dist.device().type)  # whose kind alters the result
         self.log(f"The same stage by itself (name another --outdir): {command}")
         self.log("")
         record = {"options": self.recipes[index], "teacher": teacher.sha256, "kimg": run.config.total_kimg}

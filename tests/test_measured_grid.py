@@ -11,10 +11,13 @@ import torch
 import distill
 import generate
 import train
+from dnnlib.errors import UsageError
+from engine import setup
 from formats.network_files import load_network, save_network
 from helpers import GaussianDenoiser, make_dataset, small_network
 from training.grids import NoiseGrid, network_grid
-from training.measured_grid import euler_costs, fine_path, measured_grid, nested_levels
+from training.measured_grid import euler_costs, fine_grid, fine_path, made_by, measured_grid, nested_levels
+from training.recipe import Options
 from training.sampling import plan_sampling, sample
 
 DEVIATION = 0.5  # of the Gaussian data
@@ -194,3 +197,33 @@ def test_a_student_keeps_its_grid(files, tmp_path, capsys):
     assert "undistilled" in capsys.readouterr().err
     assert generate.main([f"--outdir={tmp_path / 'o'}", f"--network={student}", "--grid=80,1,0", "--seeds=0"]) == 2
     assert "this network's file has 4/2" in capsys.readouterr().err
+
+
+def test_what_noise_grid_json_holds_is_checked(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(setup, "measure_grid", lambda *_: NoiseGrid((80.0, 1.0, 0.0)))
+    teacher = load_network(files / "teacher.pkl")
+    options = Options(str(tmp_path), "", precond="edm_distillation", num_steps=2, nosubdir=True, grid="measured")
+    fine = fine_grid(teacher.net, 2).levels
+    good = {"teacher": teacher.sha256, "measured": made_by([2, 1], "heun"), "levels": [fine[0], fine[20], 0.0]}
+    for change in ({}, {"teacher": "x"}, {"levels": "210"}, {"levels": [81.0, 1.0, 0.0]}, {"levels": [fine[0], 0.0]}):
+        (tmp_path / "noise-grid.json").write_text(json.dumps(good | change))
+        grid = setup.teacher_grid(options, teacher)
+        assert ("Measuring" in capsys.readouterr().out) == bool(change)
+        assert grid.levels == ((80.0, 1.0, 0.0) if change else (fine[0], fine[20], 0.0))
+
+
+def test_networks_that_cannot_be_measured(files):
+    network = load_network(files / "teacher.pkl")
+    for steps, message in ((0, "at least one step"), (129, "128 steps at most")):
+        with pytest.raises((ValueError, UsageError), match=message):
+            plan_sampling(network, grid="measured", steps=steps)
+    with torch.no_grad():
+        next(network.net.parameters()).fill_(math.nan)
+    with pytest.raises(UsageError, match="NaN"):
+        plan_sampling(network, grid="measured", steps=2)
+
+
+def test_odd_numbers_of_heun_steps_use_heuns_own_costs():
+    net = gaussian()
+    heun, euler = (measured_grid(net, draw, [5], solver, images=32) for solver in ("heun", "euler"))
+    assert heun.steps == euler.steps == 5 and heun != euler

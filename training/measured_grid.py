@@ -25,11 +25,12 @@ from torch import Tensor
 
 from dnnlib.util import parse_json, read_file
 
-from .grids import NoiseGrid, clamped, network_grid, rounded
+from .grids import NoiseGrid, check_count, network_grid, rounded
 from .solvers import Denoiser, euler_jump, heun_step
 
 FINE = 64  # steps of the reference path, at least; FINE_PER_STEP for each step of the teacher
 FINE_PER_STEP = 4
+MOST_STEPS = 128  # of a measured grid: time and memory grow with the third power of the fine ones
 INNER = 8
 IMAGES = 128
 COARSE_FIRST = 100.0  # how much more the jumps of a rung count than those of the next finer one
@@ -150,7 +151,6 @@ def measured_grid(
     solver: str = "heun",
     images: int = IMAGES,
     batch: int = 32,
-    power: float = 1.0,
     coarse_first: float = COARSE_FIRST,
 ) -> NoiseGrid:
     """The grid of a teacher of chain[0] steps, students of chain[1], chain[2], ...; some 200 network calls.
@@ -159,7 +159,6 @@ def measured_grid(
     draw       latents [N, C, H, W] and labels (or None) of a range of seeds, on that device
     chain      numbers of steps, each a multiple of the next
     solver     of the teacher: its own levels between those of its first student are chosen by its own error
-    power      of the costs in the sum: 1 for errors that add as if independent, 1/2 for errors of one direction
 
     Raises ValueError where the network distinguishes too few levels.
     """
@@ -177,13 +176,18 @@ def measured_grid(
         euler = euler + euler_costs(path) * (len(seeds) / images)
         paths.append((denoise, path, len(seeds) / images))
     factor = shrinkage(np.array(grid.levels), data_deviation([path for _, path, _ in paths]))
-    costs = (euler * factor) ** power
+    costs = euler * factor
+    if not np.isfinite(costs[np.triu_indices(len(costs), 1)]).all():
+        raise ValueError("the network's path holds NaN or infinities")
     ratios = [a // b for a, b in pairwise(chain)]
     pieces = [chain[-1], *reversed(ratios)]
     weights = [coarse_first**rung for rung in reversed(range(len(pieces)))]
-    if solver == "euler" or len(chain) == 1:
+    if solver == "euler":
         return take(grid, nested_levels(costs, pieces, weights), origin)
-    student = nested_levels(costs, pieces[:-1], weights[:-1], finest=ratios[0])
+    if ratios:
+        student = nested_levels(costs, pieces[:-1], weights[:-1], finest=ratios[0])
+    else:  # no student: the teacher alone
+        student, ratios = [0, grid.steps], list(chain)
     jumps = [jump for a, b in pairwise(student) for jump in _steps_within(a, b, ratios[0])]
     for denoise, path, share in paths:
         refined = refined + heun_costs(denoise, path, jumps) * share
@@ -198,7 +202,7 @@ def measured_grid(
 def _steps_within(start: int, end: int, ratio: int) -> list[tuple[int, int]]:
     """The teacher's steps to be measured between two levels of its student: among INNER pieces at most; of two only
     those that begin or end there."""
-    among = np.unique(np.linspace(start, end, min(end - start, max(INNER, ratio)) + 1).round().astype(int)).tolist()
+    among = np.unique(np.linspace(start, end, min(end - start, max(INNER, 2 * ratio)) + 1).round().astype(int)).tolist()
     pairs = [(i, j) for i in among for j in among if i < j]
     return [(i, j) for i, j in pairs if ratio > 2 or (i == start) != (j == end)]
 
@@ -221,16 +225,24 @@ def listed_grid(net: Any, spec: str) -> NoiseGrid:
         found = parse_json(read_file(spec, "a run's JSON"))
         found = found.get("levels") if isinstance(found, dict) else found
     try:
-        levels = NoiseGrid(tuple(float(level) for level in found)).levels
+        levels = NoiseGrid(tuple(float(level) for level in found if isinstance(found, list))).levels
     except TypeError as exc:
         raise ValueError("it has no list of noise levels") from exc
-    low, high = clamped(net, levels[-2], levels[0])
-    return NoiseGrid((*rounded(net.round_sigma, np.clip(levels[:-1], low, high)), 0.0))
+    known = rounded(net.round_sigma, np.clip(levels[:-1], float(net.sigma_min), float(net.sigma_max)))
+    try:
+        return NoiseGrid((*known, 0.0))
+    except ValueError as exc:
+        raise ValueError(
+            "within the network's range, and rounded to levels it knows, some of them are the same"
+        ) from exc
 
 
 def fine_grid(net: Any, steps: int) -> NoiseGrid:
     """Eq. 5 with so many levels that those of a teacher of `steps` steps can be chosen among them."""
-    wanted = max(FINE, FINE_PER_STEP * steps)
+    check_count(steps)
+    if steps > MOST_STEPS:
+        raise ValueError(f"a measured grid has {MOST_STEPS} steps at most")
+    wanted = min(max(FINE, FINE_PER_STEP * steps), 2 * MOST_STEPS)
     while True:
         try:
             return network_grid(net, wanted)
@@ -248,4 +260,4 @@ def take(grid: NoiseGrid, indices: Sequence[int], origin: Mapping[str, Any]) -> 
 def data_deviation(paths: Sequence[FinePath]) -> float:
     """Root mean square deviation of the final images from their mean, over all pixels."""
     images = torch.cat([path.states[-1] for path in paths])
-    return float((images - images.mean(dim=0)).square().mean().sqrt())
+    return max(float((images - images.mean(dim=0)).square().mean().sqrt()), 1e-3)

@@ -29,9 +29,10 @@ from dnnlib.cli import UsageError, UserError, printable
 from dnnlib.util import count
 from torch_utils import distributed as dist
 from torch_utils import persistence
+from torch_utils.misc import allow_tf32
 
 from . import samplers
-from .grids import NoiseGrid, Sampling, network_grid
+from .grids import NoiseGrid, Sampling, check_count, network_grid
 from .labels import Condition, Labels, LabelSource, choose_labels
 from .measured_grid import listed_grid, measured_grid
 from .pictures import to_uint8
@@ -92,7 +93,7 @@ def plan_sampling(
     *,
     steps: int | None = None,
     solver: str | None = None,
-    grid: str | None = None,
+    grid: str | tuple[int, int] | None = None,
     **options: Any,
 ) -> Plan:
     """Decides how `network` is sampled.
@@ -115,6 +116,7 @@ def plan_sampling(
         if value != value:
             raise UsageError(f"{option_name(name)}={value} is not a number")
     sampling = network.sampling
+    grid = "/".join(map(str, grid)) if isinstance(grid, tuple) else grid
     if sampling is None:
         if grid in (None, "edm"):
             return _undistilled_plan(network.net, DEFAULT_STEPS if steps is None else steps, given)
@@ -172,6 +174,7 @@ def _grid_plan(network: NetworkFile, spec: str, steps: int | None, given: Mappin
     if other := sorted(churn.keys() - (CHURN if solver != "dpmpp2m" else set())):
         raise UsageError(f"{option_name(other[0])} and --grid={spec} can't go together; leave one of them out")
     if spec == "measured":
+        check_count(DEFAULT_STEPS if steps is None else steps)
         chain = halvings(DEFAULT_STEPS if steps is None else steps)
         grid = measure_grid(network, chain, "heun" if solver == "heun" else "euler")
     else:
@@ -305,6 +308,7 @@ def measure_grid(network: NetworkFile, chain: Sequence[int], solver: str, data: 
     data: where label vectors come from.
     """
     labels = choose_labels(network, None, data if network.has_label_vectors else None)
+    allow_tf32(False)
     before, device = next(network.net.parameters()).device, dist.device()
     net = network.net.to(device)
 
