@@ -196,7 +196,7 @@ def seen(monkeypatch):
     """The options of stages, each of which ends the ladder before it is prepared."""
     found = []
 
-    def look(options):
+    def look(options, *_):
         found.append(options)
         raise UserError("seen enough")
 
