@@ -37,7 +37,7 @@ from training.networks import UNETS
 from training.recipe import Options, TrainConfig, entries, flag
 from training.samplers import grid_sampler
 from training.sampling import measure_grid
-from training.steps import check_steps, halvings
+from training.steps import check_steps, steps_down
 from training.training_loop import Trainer, matching
 
 from . import costs
@@ -189,16 +189,17 @@ def teacher_grid(options: Options, teacher: NetworkFile, chain: Sequence[int] = 
             wanted = "needs --num_steps" if teacher.sampling is None else "is for an undistilled teacher"
             raise ValueError(f"it {wanted}")
         check_steps(options.num_steps, options.ratio)
-        how = made_by(chain or halvings(options.num_steps, options.ratio), options.teacher_solver or "heun")
+        how = made_by(chain or steps_down(options.num_steps, options.ratio), options.teacher_solver or "heun")
         known = read_json(Path(options.outdir, GRID_FILE)) if options.nosubdir and dist.is_main() else {}
         known = dist.broadcast_object(known)
         if (known.get("teacher"), known.get("measured")) == (teacher.sha256, how):
-            levels, fine = known.get("levels"), {*fine_grid(teacher.net, options.num_steps).levels}
-            if isinstance(levels, list) and len(levels) == options.num_steps + 1 and fine.issuperset(levels):
+            levels, fine = known.get("levels"), fine_grid(teacher.net, options.num_steps).levels
+            is_whole = isinstance(levels, list) and len(levels) == options.num_steps + 1
+            if is_whole and all(level in fine for level in levels):
                 return NoiseGrid(tuple(levels), how)
         dist.print0(f"Measuring the path of {teacher.source} for {IMAGES} latents (--grid=measured) ...")
         return dist.from_rank0(lambda: measure_grid(teacher, how["chain"], how["solver"], options.data))
-    except (TypeError, KeyError, ValueError) as exc:
+    except ValueError as exc:
         raise UsageError(f"--grid={options.grid}: {exc}") from exc
 
 

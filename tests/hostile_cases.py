@@ -77,7 +77,7 @@ def calls(module: str, attribute: str, *args: Any) -> bytes:
     return under(call(module, attribute, *args))
 
 
-TRAP = "TRAP-XXX"  # stands for the name of the file that a trap makes, which is as long
+TRAP = "TRAP-NNN"  # stands for the name of the file that a trap makes, which is as long
 SPRING = f"open({TRAP!r}, 'w')"  # Python text that springs it
 
 
@@ -375,10 +375,10 @@ TRAPS_CODE: dict[str, bytes] = {  # under 'ema'
 TRAPS: dict[str, bytes | Builder] = {
     **{key: under(code) for key, code in TRAPS_CODE.items()},
     # programs
-    "os.system": calls("os", "system", "touch TRAP-XXX"),
-    "posix.system": calls("posix", "system", "touch TRAP-XXX"),
+    "os.system": calls("os", "system", "touch TRAP-NNN"),
+    "posix.system": calls("posix", "system", "touch TRAP-NNN"),
     "os.spawnlp": calls("os", "spawnlp", 0, "touch", "touch", TRAP),
-    "subprocess.getoutput": calls("subprocess", "getoutput", "touch TRAP-XXX"),
+    "subprocess.getoutput": calls("subprocess", "getoutput", "touch TRAP-NNN"),
     "__builtin__.eval": b"\x80\x02" + call("__builtin__", "eval", SPRING) + b".",
     # files
     "builtins.open": calls("builtins", "open", TRAP, "w"),

@@ -111,7 +111,7 @@ def rungs(folder):
 
 
 def timeless(folder):
-    """The rungs without the time they took, and with files told by their place in the folder."""
+    """The rungs without the time they took, and with files named by their place in the folder."""
     found = [{**rung, "network": Path(rung["network"]).name} for rung in rungs(folder)]
     assert all(rung.pop("sec_per_kimg") > 0 for rung in found)
     return found
@@ -726,7 +726,7 @@ def spoil(monkeypatch, factor):
 
 
 def test_curve_points_that_make_no_sense_are_left_out(again, climbed, out, capsys, monkeypatch):
-    """NaN, absurd numbers, and a grid that can't be: a line for each, and the ladder goes on; the next start says the
+    """NaN, absurd numbers, and a grid that can't be: a line for each, and the ladder continues; the next start prints the
     same without measuring again. With --curve=0 nothing of the kind is done."""
     curve = out / "teacher-curve.json"
     for path in (out / "rungs").glob("curve-*"):

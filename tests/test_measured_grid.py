@@ -15,8 +15,18 @@ from dnnlib.errors import UsageError
 from engine import setup
 from formats.network_files import load_network, save_network
 from helpers import GaussianDenoiser, make_dataset, small_network
+from training import measured_grid as module
 from training.grids import NoiseGrid, network_grid
-from training.measured_grid import euler_costs, fine_grid, fine_path, made_by, measured_grid, nested_levels
+from training.measured_grid import (
+    euler_costs,
+    fine_grid,
+    fine_path,
+    heun_costs,
+    made_by,
+    measured_grid,
+    nested_levels,
+    shrinkage,
+)
 from training.recipe import Options
 from training.sampling import plan_sampling, sample
 
@@ -50,10 +60,55 @@ def test_costs_of_gaussian_data_are_those_of_the_closed_form():
         assert costs[i, j] == pytest.approx(expected, rel=0.05, abs=1e-7)  # the path itself is Heun's
 
 
+def test_costs_of_heun_steps_are_those_of_the_closed_form_and_take_one_call_each():
+    net = gaussian()
+    grid = network_grid(net, 64)
+    latents = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    path = fine_path(net, latents, grid)
+    jumps, net.calls = [(0, 30), (5, 30), (20, 50), (30, 50), (40, 64)], 0
+    costs = heun_costs(net, path, jumps)
+    assert net.calls == 4, "the jump to 0 is Euler's"
+    assert np.isinf(costs).sum() == costs.size - len(jumps)
+    for i, j in jumps:
+        t, s = grid.levels[i], grid.levels[j]
+        factor = net.decay(t, s, "heun").mean().item() - exact_factor(t, s)
+        assert costs[i, j] == pytest.approx(path.states[i].square().mean().item() * factor**2, rel=0.05, abs=1e-7)
+
+
+def test_an_error_shrinks_as_the_flow_of_gaussian_data():
+    levels = np.array([80.0, 3.0, 0.5, 0.01, 0.0])
+    assert shrinkage(levels, DEVIATION) == pytest.approx([exact_factor(s, 0) ** 2 for s in levels])
+
+
+def test_the_coarsest_rung_is_chosen_first(monkeypatch):
+    fine = fine_grid(gaussian(), 8)
+    for seed in range(5):
+        costs = np.random.default_rng(seed).random((65, 65)) / shrinkage(np.array(fine.levels), DEVIATION)
+        monkeypatch.setattr(module, "euler_costs", lambda path, costs=costs: costs)
+        monkeypatch.setattr(module, "data_deviation", lambda paths: DEVIATION)
+        grid = measured_grid(gaussian(), draw, [8, 4, 2, 1], "euler", images=32)
+        total = costs * shrinkage(np.array(fine.levels), DEVIATION)
+        assert grid.levels[4] == fine.levels[min(range(4, 61), key=lambda m: total[0, m] + total[m, 64])]
+
+
+def test_errors_of_the_teachers_own_steps_shrink_too(monkeypatch):
+    def costs(denoise, path, jumps):
+        """Of two steps the first one costs 1 wherever it ends, the second one next to nothing, less the later."""
+        found = np.full((65, 65), np.inf)
+        for i, j in jumps:
+            found[i, j] = 1.0 if i == 0 else 1e-12 * (64 - i)
+        return found
+
+    monkeypatch.setattr(module, "heun_costs", costs)
+    grid = measured_grid(gaussian(), draw, [2, 1], "heun", images=32)
+    assert grid.levels[1] == fine_grid(gaussian(), 2).levels[8], "the earliest of those tried: most of it shrinks away"
+
+
 @pytest.mark.parametrize("pieces", [[1, 2, 2], [2, 2], [3, 2], [4]])
 @pytest.mark.parametrize("weights", ["joint", "coarse"])
-def test_no_other_nested_grid_costs_less(pieces, weights):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_nested_grid_costs_less(pieces, weights, seed):
+    rng = np.random.default_rng(seed)
     size = 10
     costs = np.where(np.subtract.outer(np.arange(size), np.arange(size)) < 0, rng.random((size, size)), np.inf)
     factors = [1.0] * len(pieces) if weights == "joint" else [100.0**-rung for rung in range(len(pieces))]

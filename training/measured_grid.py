@@ -31,11 +31,9 @@ from .solvers import Denoiser, euler_jump, heun_step
 FINE = 64  # steps of the reference path, at least; FINE_PER_STEP for each step of the teacher
 FINE_PER_STEP = 4
 MOST_STEPS = 128  # of a measured grid: time and memory grow with the third power of the fine ones
-INNER = 8
+INNER = 8  # pieces of a student's jump, at least, between which the teacher's own levels are chosen
 IMAGES = 128
 COARSE_FIRST = 100.0  # how much more the jumps of a rung count than those of the next finer one
-
-Pieces = list[int]
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,14 @@ def heun_costs(denoise: Denoiser, path: FinePath, jumps: Sequence[tuple[int, int
     levels, states = path.levels, path.states
     costs = np.full((len(levels), len(levels)), np.inf)
     for i, j in jumps:
-        t, s = levels[i], levels[j]
-        guess = euler_jump(states[i], path.denoised[i], t, s)
-        if s > 0:
-            first, second = (states[i] - path.denoised[i]) / t, (guess - denoise(guess, s)) / s
-            guess = states[i] + (s - t) * (first + second) / 2
-        costs[i, j] = (guess - states[j]).square().mean().item()
+        x, denoised, t, level = states[i], path.denoised[i], levels[i], levels[j]
+
+        def answer(at: Tensor, sigma: Tensor, x: Tensor = x, denoised: Tensor = denoised) -> Tensor:
+            return denoised if at is x else denoise(at, sigma)  # the path has the step's first call
+
+        is_last = j == len(path.denoised)
+        landing = euler_jump(x, denoised, t, level) if is_last else heun_step(answer, x, t, level)
+        costs[i, j] = (landing - states[j]).square().mean().item()
     return costs
 
 
@@ -105,7 +105,7 @@ def shrinkage(levels: np.ndarray, sigma_data: float) -> np.ndarray:
 # Choice
 
 
-def nested_levels(costs: np.ndarray, pieces: Pieces, weights: Sequence[float], finest: int = 1) -> list[int]:
+def nested_levels(costs: np.ndarray, pieces: Sequence[int], weights: Sequence[float], finest: int = 1) -> list[int]:
     """Indices of the levels of the finest grid, from 0 to the last, with the least weighted costs of all rungs.
 
     costs    [M + 1, M + 1]: of a jump from level i to level j > i
@@ -153,14 +153,16 @@ def measured_grid(
     batch: int = 32,
     coarse_first: float = COARSE_FIRST,
 ) -> NoiseGrid:
-    """The grid of a teacher of chain[0] steps, students of chain[1], chain[2], ...; some 200 network calls.
+    """The grid of a teacher of chain[0] steps, students of chain[1], chain[2], ...; some 250 network calls a latent.
 
     net        undistilled network in eval mode, on the device it is to run on
     draw       latents [N, C, H, W] and labels (or None) of a range of seeds, on that device
     chain      numbers of steps, each a multiple of the next
     solver     of the teacher: its own levels between those of its first student are chosen by its own error
+    images     latents, `batch` of them at a time; all their paths are kept: 2 M states in float64
 
-    Raises ValueError where the network distinguishes too few levels.
+    Raises ValueError for more than MOST_STEPS steps, for NaN on the path, and where the network distinguishes too few
+    levels.
     """
     grid, origin = fine_grid(net, chain[0]), made_by(chain, solver, images)
     euler, refined = np.zeros(()), np.zeros(())
@@ -224,10 +226,9 @@ def listed_grid(net: Any, spec: str) -> NoiseGrid:
     else:
         found = parse_json(read_file(spec, "a run's JSON"))
         found = found.get("levels") if isinstance(found, dict) else found
-    try:
-        levels = NoiseGrid(tuple(float(level) for level in found if isinstance(found, list))).levels
-    except TypeError as exc:
-        raise ValueError("it has no list of noise levels") from exc
+    if not isinstance(found, list) or not all(isinstance(level, (str, int, float)) for level in found):
+        raise ValueError("it has no list of noise levels")
+    levels = NoiseGrid(tuple(map(float, found))).levels
     known = rounded(net.round_sigma, np.clip(levels[:-1], float(net.sigma_min), float(net.sigma_max)))
     try:
         return NoiseGrid((*known, 0.0))

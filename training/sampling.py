@@ -32,13 +32,13 @@ from torch_utils import persistence
 from torch_utils.misc import allow_tf32
 
 from . import samplers
-from .grids import NoiseGrid, Sampling, check_count, network_grid
+from .grids import NoiseGrid, Sampling, network_grid
 from .labels import Condition, Labels, LabelSource, choose_labels
 from .measured_grid import listed_grid, measured_grid
 from .pictures import to_uint8
 from .sampler_table import SOLVERS
 from .samplers import RandnLike, StackedRandomGenerator, grid_sampler, nfe, noise_levels
-from .steps import halvings
+from .steps import steps_down
 
 if TYPE_CHECKING:
     from formats.network_files import NetworkFile
@@ -174,8 +174,7 @@ def _grid_plan(network: NetworkFile, spec: str, steps: int | None, given: Mappin
     if other := sorted(churn.keys() - (CHURN if solver != "dpmpp2m" else set())):
         raise UsageError(f"{option_name(other[0])} and --grid={spec} can't go together; leave one of them out")
     if spec == "measured":
-        check_count(DEFAULT_STEPS if steps is None else steps)
-        chain = halvings(DEFAULT_STEPS if steps is None else steps)
+        chain = steps_down(DEFAULT_STEPS if steps is None else steps)
         grid = measure_grid(network, chain, "heun" if solver == "heun" else "euler")
     else:
         grid = listed_grid(network.net, spec)
@@ -305,7 +304,7 @@ def draw_inputs(
 def measure_grid(network: NetworkFile, chain: Sequence[int], solver: str, data: LabelSource = None) -> NoiseGrid:
     """`measured_grid` of an undistilled network, on this process's device; latents and labels are drawn as for images.
 
-    data: where label vectors come from.
+    In full fp32, which stays set. data: where label vectors come from. Raises what `measured_grid` raises.
     """
     labels = choose_labels(network, None, data if network.has_label_vectors else None)
     allow_tf32(False)

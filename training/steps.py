@@ -15,8 +15,13 @@ def ratios_that_work(steps: int) -> list[int]:
     return [ratio for ratio in range(2, steps + 1) if steps % ratio == 0]
 
 
-def halvings(steps: int, ratio: int = 2) -> list[int]:
-    """`steps`, and what is left of them divided by `ratio` again and again, as long as that is a whole number."""
+def steps_down(steps: int, ratio: int = 2) -> list[int]:
+    """`steps`, and what is left of them divided by `ratio` again and again, as long as that is a whole number.
+
+    Raises ValueError for no steps, and for a ratio below 2.
+    """
+    if steps < 1 or ratio < 2:
+        raise ValueError(f"{steps} steps can't be taken {ratio} at a time; a sampler needs at least one step")
     chain = [steps]
     while chain[-1] % ratio == 0:
         chain.append(chain[-1] // ratio)
